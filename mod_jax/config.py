@@ -213,15 +213,13 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage of a recipe."""
+    """One stage of a recipe; its name is its key in `RecipeConfig.stages`."""
 
-    name: str
     trains: tuple[str, ...]  # patterns (fnmatch) over parameter names; one that matches nothing is an error
     objective: ObjectiveConfig
     data: DataConfig
     steps: int
     starts_from: str = ""  # a stage's name; empty: the recipe's student parts
-    teacher: str = ""  # a folder or a stage's name; empty: the recipe's teacher where the objective needs one
     upcycle: MoEConfig | None = None  # make the dense student sparse before this stage
     optimizer: OptimizerConfig = OptimizerConfig()
     rows: int = 8  # rows of the global batch
@@ -230,9 +228,69 @@ class StageConfig:
     checkpoint_every: int = 100  # steps
 
     def __post_init__(self):
-        require(self.steps > 0, f"stages.{self.name}.steps", self.steps, "a positive number of steps")
-        require(self.rows % self.accumulation == 0, f"stages.{self.name}.rows", self.rows, f"a multiple of accumulation {self.accumulation}")
-        require(len(self.trains) > 0, f"stages.{self.name}.trains", self.trains, "at least one pattern", "Use e.g. ('adaptor.*',).")
+        require(self.steps > 0, "steps", self.steps, "a positive number of steps")
+        require(self.rows % self.accumulation == 0, "rows", self.rows, f"a multiple of accumulation {self.accumulation}")
+        require(len(self.trains) > 0, "trains", self.trains, "at least one pattern", "Use e.g. ('adaptor.*',).")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a whole folder, parts with a new adaptor, or sizes with random weights."""
+
+    folder: str = ""  # a LLaVA folder in Hugging Face form
+    vision_tower: str = ""  # or: a CLIP or SigLIP folder ...
+    language_model: str = ""  # ... and a language model's folder
+    random: ModelConfig | None = None  # or: sizes
+    seed: int = 0  # of what is initialised: the adaptor, or everything
+
+    def __post_init__(self):
+        ways = [bool(self.folder), bool(self.vision_tower or self.language_model), self.random is not None]
+        require(sum(ways) == 1, "folder, vision_tower + language_model, random", ways, "exactly one of the three ways to name a model")
+        require(bool(self.vision_tower) == bool(self.language_model), "vision_tower, language_model", (self.vision_tower, self.language_model), "both parts")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured when the stages are done, on held-out scenes."""
+
+    models: tuple[str, ...] = ()  # stage names, and "teacher"; empty: nothing is measured
+    path: str = "data/scenes"  # the TFDS data folder
+    split: str = "test"
+    pictures: int = 256
+    rows: int = 256  # prompts answered at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeConfig:
+    """A list of stages, and the models they start from."""
+
+    name: str
+    tokenizer: str  # folder of a tokenizer, or a built-in one: scenes | bytes
+    student: ModelSource
+    stages: dict[str, StageConfig]
+    order: tuple[str, ...]  # of the stages; a ConfigDict sorts its keys
+    teacher: ModelSource | None = None
+    mesh: MeshConfig = MeshConfig()
+    dtype: str = "float32"  # of the activations of student and teacher
+    remat: str = "none"
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self):
+        done = []
+        require(len(self.order) > 0, "order", self.order, "at least one stage")
+        for name in self.order:
+            require(name in self.stages and name not in done, "order", self.order, f"each name once, out of {sorted(self.stages)}")
+            stage = self.stages[name]
+            require(not stage.starts_from or stage.starts_from in done, f"stages.{name}.starts_from", stage.starts_from, f"an earlier stage {done}, or empty")
+            require(not stage.objective.needs_teacher or self.teacher is not None, f"stages.{name}.objective.kind", stage.objective.kind, "a teacher", "Set config.teacher.")
+            pairs = {source.kind == "preference" or source.split == "preference" for source in stage.data.sources}
+            wanted = {stage.objective.kind == "preference"}
+            require(pairs == wanted, f"stages.{name}.data.sources", [s.kind for s in stage.data.sources], "pairs for a preference objective and chats for the others")
+            done.append(name)
+        for model in self.evaluation.models:
+            require(model in (*done, "teacher"), "evaluation.models", model, f"a stage {done} or teacher")
 
 
 def from_dict(cls, values: Mapping, path: str = "config"):
@@ -267,6 +325,9 @@ def _convert(hint, value, path: str):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, path)
+    if origin is dict:
+        require(isinstance(value, Mapping), path, value, "a mapping")
+        return {key: _convert(arguments[1], value[key], f"{path}.{key}") for key in value}
     if origin is tuple:
         require(isinstance(value, (tuple, list)), path, value, "a tuple")
         return tuple(_convert(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))

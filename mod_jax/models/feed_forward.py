@@ -1,0 +1,32 @@
+"""The dense feed-forward layer: SwiGLU.
+
+Axes: D width, F feed-forward.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mod_jax.config import DecoderConfig
+from mod_jax.models.parameters import weight
+
+
+def swiglu(x: jax.Array, gate_w_df: jax.Array, up_w_df: jax.Array, down_w_fd: jax.Array) -> jax.Array:
+    """down(silu(gate(x)) * up(x)), x f[..., D] -> [..., D] in x's dtype (Qwen, Llama: hidden_act silu)."""
+    gate_w_df, up_w_df, down_w_fd = (w.astype(x.dtype) for w in (gate_w_df, up_w_df, down_w_fd))
+    hidden = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate_w_df)) * jnp.einsum("...d,df->...f", x, up_w_df)
+    return jnp.einsum("...f,fd->...d", hidden, down_w_fd)
+
+
+class FeedForward(nnx.Module):
+    """A SwiGLU layer, or a stack of them."""
+
+    def __init__(self, config: DecoderConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate = nnx.Dict(w_df=weight(rngs, stack, (D, F), ("embed", "mlp"), D**-0.5))
+        self.up = nnx.Dict(w_df=weight(rngs, stack, (D, F), ("embed", "mlp"), D**-0.5))
+        self.down = nnx.Dict(w_fd=weight(rngs, stack, (F, D), ("mlp", "embed"), F**-0.5))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x f[..., D] -> f[..., D], same dtype; of one layer (a stack is sliced first)."""
+        return swiglu(x, self.gate.w_df[...], self.up.w_df[...], self.down.w_fd[...])

@@ -1,0 +1,172 @@
+"""A recipe: a list of stages over one student and one teacher, run in order, each continuing where it stopped.
+
+A stage's checkpoint keeps only what it trains. The rest of its student is where it came from: the stage before, or the
+folders the recipe names. `Recipe.student_after` follows that chain.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mod_jax.config import ConfigError, ModelConfig, ModelSource, RecipeConfig, require
+from mod_jax.data.pipeline import Skips, make_dataset
+from mod_jax.data.tokenizer import load_tokenizer
+from mod_jax.interop import huggingface
+from mod_jax.models import llava
+from mod_jax.models.upcycle import upcycle
+from mod_jax.training import checkpoint, loop
+from mod_jax.training.state import Frozen, make_optimizer, new_state, split_trained
+
+TOWER = "vision_tower."
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model with its weights, and where they came from.
+
+    Attributes:
+      config: of the model.
+      params: name -> array.
+      origin: for people and checkpoints: folder or stage.
+    """
+
+    config: ModelConfig
+    params: dict
+    origin: str
+
+
+def load_model(source: ModelSource, dtype: str, remat: str) -> Model:
+    """Makes the model that a configuration names (folder, parts with a new adaptor, or random weights)."""
+    key = jax.random.key(source.seed)
+    if source.folder:
+        config, params = huggingface.load_llava(source.folder)
+        origin = source.folder
+    elif source.random:
+        config, params = source.random, jax.jit(functools.partial(llava.init, source.random))(key)
+        origin = f"random weights, seed {source.seed}"
+    else:
+        config, params = huggingface.assemble(source.vision_tower, source.language_model, key)
+        origin = f"{source.vision_tower} + {source.language_model} + new adaptor, seed {source.seed}"
+    return Model(dataclasses.replace(config, dtype=dtype, remat=remat), params, origin)
+
+
+class Recipe:
+    """Runs stages and finds the students they leave behind.
+
+    Args:
+      config: of the recipe.
+      workdir: the run's folder: stages/NAME/{checkpoints, metrics.jsonl, events}.
+      mesh: to run on; it has to be the ambient one too (`jax.set_mesh`) while stages run.
+    """
+
+    def __init__(self, config: RecipeConfig, workdir: pathlib.Path, mesh: Mesh):
+        self.config, self.workdir, self.mesh = config, pathlib.Path(workdir).absolute(), mesh
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self._students: dict[str, Model] = {}
+
+    @functools.cached_property
+    def teacher(self) -> Model:
+        """The recipe's teacher.
+
+        Raises:
+          ConfigError: if it cannot teach this student: another tower, or another tokenizer.
+        """
+        require(self.config.teacher is not None, "teacher", None, "a model source", "Set config.teacher.")
+        model = load_model(self.config.teacher, self.config.dtype, "none")
+        student = self._first_student
+        require(model.config.vision == student.config.vision, "teacher vision tower", model.config.vision, f"the student's, {student.config.vision}")
+        require(
+            (model.config.image_token_id, model.config.end_token_id) == (student.config.image_token_id, student.config.end_token_id),
+            "teacher special tokens",
+            (model.config.image_token_id, model.config.end_token_id),
+            f"the student's {(student.config.image_token_id, student.config.end_token_id)}: both must share one tokenizer",
+        )
+        same = self.config.teacher.random is not None or _checksum(model.params, TOWER) == _checksum(student.params, TOWER)
+        require(same, "teacher", model.origin, f"a teacher with the same vision tower weights as {student.origin}", "Features are computed once for both.")
+        return model
+
+    @functools.cached_property
+    def _first_student(self) -> Model:
+        model = load_model(self.config.student, self.config.dtype, self.config.remat)
+        rows, entries = model.config.decoder.vocab_size, len(self.tokenizer)
+        largest = max(self.tokenizer.get_vocab().values())
+        require(largest < rows, "tokenizer", self.config.tokenizer, f"ids below the student's {rows} embedding rows; it has {entries} entries up to id {largest}")
+        for name, value in (("<image>", model.config.image_token_id), ("end", model.config.end_token_id)):
+            require(0 <= value < rows, f"{name} token id", value, f"an id below the student's {rows} embedding rows")
+        return model
+
+    def student_before(self, name: str) -> Model:
+        """The student as stage `name` finds it: after the stage it starts from, upcycled if the stage says so."""
+        stage = self.config.stages[name]
+        model = self.student_after(stage.starts_from) if stage.starts_from else self._first_student
+        if stage.upcycle is None:
+            return model
+        params, config = upcycle(model.params, model.config, stage.upcycle, jax.random.key(stage.seed))
+        return Model(config, params, f"{model.origin}, upcycled with seed {stage.seed}")
+
+    def student_after(self, name: str) -> Model:
+        """The student that stage `name` left behind.
+
+        Raises:
+          ConfigError: if the stage is not finished.
+        """
+        if name not in self._students:
+            before, stage, saved = self.student_before(name), self.config.stages[name], self._checkpoints(name)
+            steps, latest = stage.steps, saved.latest
+            require(latest == steps, f"stage {name}", f"step {latest}", f"a checkpoint of its last step {steps} under {saved.folder}", "Run it first.")
+            trained, _ = split_trained(before.params, stage.trains)
+            loop.check_same(saved.about(steps), self._about(name, before), saved.folder)
+            params = {n: before.params[n] for n in trained}
+            shapes = jax.eval_shape(lambda p: new_state(p, make_optimizer(stage.optimizer, steps)), params)
+            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            state = saved.restore(steps, checkpoint.abstract(shapes, jax.tree.map(lambda _: one, shapes)), None)
+            saved.close()
+            self._students[name] = Model(before.config, {**before.params, **state.params}, f"stage {name}")
+        return self._students[name]
+
+    def _checkpoints(self, name: str) -> checkpoint.Checkpoints:
+        return checkpoint.Checkpoints(self.workdir / "stages" / name / "checkpoints", self.config.keep_checkpoints)
+
+    def _teacher_of(self, name: str) -> Model | None:
+        return self.teacher if self.config.stages[name].objective.needs_teacher else None
+
+    def _about(self, name: str, student: Model) -> dict:
+        """What a checkpoint of the stage says of itself; JSON types only."""
+        stage, teacher = self.config.stages[name], self._teacher_of(name)
+        _, frozen = split_trained(student.params, stage.trains)
+        parts = {"student": {"origin": student.origin, "checksum": huggingface.checksum({n: student.params[n] for n in frozen})}}
+        if teacher:
+            parts["teacher"] = {"origin": teacher.origin, "checksum": huggingface.checksum(teacher.params)}
+        return json.loads(json.dumps({"stage": name, "config": dataclasses.asdict(stage), "model": dataclasses.asdict(student.config), "frozen": parts}))
+
+    def run(self, name: str) -> Model:
+        """Runs a stage to its end (at once, if it is there) and returns its student."""
+        stage, before, teacher = self.config.stages[name], self.student_before(name), self._teacher_of(name)
+        trained, frozen = split_trained(before.params, stage.trains)
+        if teacher and any(n.startswith(TOWER) for n in trained):
+            raise ConfigError(f"stages.{name}.trains = {stage.trains!r}: expected the vision tower frozen, as the teacher reads its features too.")
+        skips = Skips(stage.data.max_bad_share)
+        work = loop.Stage(
+            name=name,
+            config=stage,
+            student=before.config,
+            teacher=teacher.config if teacher else None,
+            trained={n: before.params[n] for n in trained},
+            frozen=Frozen({n: before.params[n] for n in frozen}, {n: p for n, p in teacher.params.items() if not n.startswith(TOWER)} if teacher else {}),
+            data=make_dataset(stage.data, self.tokenizer, before.config, stage.rows, skips),
+            skips=skips,
+            folder=self.workdir / "stages" / name,
+            about=self._about(name, before),
+        )
+        params = loop.run(work, self.mesh, self.config.keep_checkpoints, self.config.log_every)
+        self._students[name] = Model(before.config, {**before.params, **params}, f"stage {name}")
+        return self._students[name]
+
+
+def _checksum(params: dict, prefix: str) -> str:
+    return huggingface.checksum({n: np.asarray(p) for n, p in params.items() if n.startswith(prefix)})

@@ -1,0 +1,66 @@
+"""Runs a recipe: python -m mod_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Every key of the configuration can be set on the command line (--config.stages.dense_mimic.optimizer.lr=1e-5). The same
+command continues a run that was stopped, at the step it last saved. --stage runs one stage alone.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from mod_jax import report
+from mod_jax.config import ConfigError, RecipeConfig, from_dict, require
+from mod_jax.data.pipeline import TooManyBadSamples
+from mod_jax.evals import scenes
+from mod_jax.files import write_json
+from mod_jax.recipe import Recipe
+from mod_jax.sharding import make_mesh
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a file in configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
+STAGE = flags.DEFINE_string("stage", None, "Run only this stage; what it starts from has to be there.")
+
+
+def run(config: RecipeConfig, workdir: pathlib.Path, stage: str | None = None) -> dict | None:
+    """Runs the stages in order, then measures.
+
+    Returns:
+      What results.json holds; None if nothing was to be measured.
+    """
+    require(stage is None or stage in config.stages, "--stage", stage, f"one of {config.order}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", dataclasses.asdict(config))
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        recipe = Recipe(config, workdir, mesh)
+        for name in [stage] if stage else config.order:
+            recipe.run(name)
+        if stage or not config.evaluation.models:
+            return None
+        results = {"recipe": config.name, "rows": [scenes.measured(recipe, model) for model in config.evaluation.models]}
+    write_json(workdir / "results.json", results)
+    return results
+
+
+def main(_):
+    config = from_dict(RecipeConfig, CONFIG.value)
+    results = run(config, pathlib.Path(WORKDIR.value), STAGE.value)
+    if results:
+        report.print_table(results)
+
+
+def cli() -> None:
+    """The command; an expected error is one line and exit code 2."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    try:
+        app.run(main)
+    except (ConfigError, TooManyBadSamples) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    cli()
