@@ -256,6 +256,7 @@ class EvaluationConfig:
     models: tuple[str, ...] = ()  # stage names, and "teacher"; empty: nothing is measured
     path: str = "data/scenes"  # the TFDS data folder
     split: str = "test"
+    template: str = "brief"
     pictures: int = 256
     rows: int = 256  # prompts answered at a time
 
@@ -298,7 +299,7 @@ def from_dict(cls, values: Mapping, path: str = "config"):
 
     Args:
       cls: one of the dataclasses of this module.
-      values: a dict or ConfigDict.
+      values: a dict (of a ConfigDict, its to_dict()).
       path: the key of `values`, for messages.
     Raises:
       ConfigError: for an unknown or missing key, a wrong type, or a value that a check refuses.

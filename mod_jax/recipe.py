@@ -40,9 +40,13 @@ class Model:
     origin: str
 
 
-def load_model(source: ModelSource, dtype: str, remat: str) -> Model:
-    """Makes the model that a configuration names (folder, parts with a new adaptor, or random weights)."""
-    key = jax.random.key(source.seed)
+def load_model(source: ModelSource, tokenizer, dtype: str, remat: str) -> Model:
+    """Makes the model that a configuration names (folder, parts with a new adaptor, or random weights).
+
+    Raises:
+      ConfigError: if it does not fit the tokenizer.
+    """
+    key, ids = jax.random.key(source.seed), {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "end_token_id": tokenizer.eos_token_id}
     if source.folder:
         config, params = huggingface.load_llava(source.folder)
         origin = source.folder
@@ -50,8 +54,12 @@ def load_model(source: ModelSource, dtype: str, remat: str) -> Model:
         config, params = source.random, jax.jit(functools.partial(llava.init, source.random))(key)
         origin = f"random weights, seed {source.seed}"
     else:
-        config, params = huggingface.assemble(source.vision_tower, source.language_model, key)
+        config, params = huggingface.assemble(source.vision_tower, source.language_model, key, **ids)
         origin = f"{source.vision_tower} + {source.language_model} + new adaptor, seed {source.seed}"
+    for name, value in ids.items():
+        require(getattr(config, name) == value, f"{name} of {origin}", getattr(config, name), f"the tokenizer's, {value}", "Name the tokenizer it was trained with.")
+    rows, largest = config.decoder.vocab_size, max(tokenizer.get_vocab().values())
+    require(largest < rows, f"vocabulary of {origin}", rows, f"more embedding rows than the tokenizer's largest id, {largest}")
     return Model(dataclasses.replace(config, dtype=dtype, remat=remat), params, origin)
 
 
@@ -74,31 +82,19 @@ class Recipe:
         """The recipe's teacher.
 
         Raises:
-          ConfigError: if it cannot teach this student: another tower, or another tokenizer.
+          ConfigError: if it cannot teach this student: another tower.
         """
         require(self.config.teacher is not None, "teacher", None, "a model source", "Set config.teacher.")
-        model = load_model(self.config.teacher, self.config.dtype, "none")
+        model = load_model(self.config.teacher, self.tokenizer, self.config.dtype, "none")
         student = self._first_student
         require(model.config.vision == student.config.vision, "teacher vision tower", model.config.vision, f"the student's, {student.config.vision}")
-        require(
-            (model.config.image_token_id, model.config.end_token_id) == (student.config.image_token_id, student.config.end_token_id),
-            "teacher special tokens",
-            (model.config.image_token_id, model.config.end_token_id),
-            f"the student's {(student.config.image_token_id, student.config.end_token_id)}: both must share one tokenizer",
-        )
         same = self.config.teacher.random is not None or _checksum(model.params, TOWER) == _checksum(student.params, TOWER)
         require(same, "teacher", model.origin, f"a teacher with the same vision tower weights as {student.origin}", "Features are computed once for both.")
         return model
 
     @functools.cached_property
     def _first_student(self) -> Model:
-        model = load_model(self.config.student, self.config.dtype, self.config.remat)
-        rows, entries = model.config.decoder.vocab_size, len(self.tokenizer)
-        largest = max(self.tokenizer.get_vocab().values())
-        require(largest < rows, "tokenizer", self.config.tokenizer, f"ids below the student's {rows} embedding rows; it has {entries} entries up to id {largest}")
-        for name, value in (("<image>", model.config.image_token_id), ("end", model.config.end_token_id)):
-            require(0 <= value < rows, f"{name} token id", value, f"an id below the student's {rows} embedding rows")
-        return model
+        return load_model(self.config.student, self.tokenizer, self.config.dtype, self.config.remat)
 
     def student_before(self, name: str) -> Model:
         """The student as stage `name` finds it: after the stage it starts from, upcycled if the stage says so."""
@@ -158,7 +154,7 @@ class Recipe:
             teacher=teacher.config if teacher else None,
             trained={n: before.params[n] for n in trained},
             frozen=Frozen({n: before.params[n] for n in frozen}, {n: p for n, p in teacher.params.items() if not n.startswith(TOWER)} if teacher else {}),
-            data=make_dataset(stage.data, self.tokenizer, before.config, stage.rows, skips),
+            data=make_dataset(stage.data, self.tokenizer, before.config, stage.rows, skips=skips),
             skips=skips,
             folder=self.workdir / "stages" / name,
             about=self._about(name, before),

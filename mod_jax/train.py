@@ -41,13 +41,20 @@ def run(config: RecipeConfig, workdir: pathlib.Path, stage: str | None = None) -
             recipe.run(name)
         if stage or not config.evaluation.models:
             return None
-        results = {"recipe": config.name, "rows": [scenes.measured(recipe, model) for model in config.evaluation.models]}
+        rows = [{"model": name, **measure(recipe, name)} for name in config.evaluation.models]
+        results = {"recipe": config.name, "rows": rows}
     write_json(workdir / "results.json", results)
     return results
 
 
+def measure(recipe: Recipe, name: str) -> dict:
+    """Evaluates the teacher or the student that a finished stage left behind."""
+    model = recipe.teacher if name == "teacher" and name not in recipe.config.stages else recipe.student_after(name)
+    return scenes.evaluate(recipe.config.evaluation, model.config, model.params, recipe.tokenizer)
+
+
 def main(_):
-    config = from_dict(RecipeConfig, CONFIG.value)
+    config = from_dict(RecipeConfig, CONFIG.value.to_dict())
     results = run(config, pathlib.Path(WORKDIR.value), STAGE.value)
     if results:
         report.print_table(results)

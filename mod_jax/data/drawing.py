@@ -36,7 +36,7 @@ SHAPES = {
     "star": lambda x, y: np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1,
 }
 
-SIZES = {"large": 0.92, "small": 0.5}  # side of an object's square, as a share of the cell
+SIZES = {"large": 0.92, "small": 0.6}  # side of an object's square, as a share of the cell
 BACKGROUND = 190  # mean grey
 
 
@@ -71,13 +71,16 @@ class SceneDifficulty:
             least = 1 if key == "sizes" else 2
             require(least <= getattr(self, key) <= len(table), f"difficulty.{key}", getattr(self, key), f"{least}..{len(table)}")
 
+        require(self.max_objects < self.shapes * self.colours, "difficulty.max_objects", self.max_objects,
+                f"fewer than shapes x colours = {self.shapes * self.colours}, so that something is absent")
+
     @property
     def image_size(self) -> int:
         """Side of a picture in px."""
         return self.grid * self.cell
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def coverage(shape: str, side: int) -> np.ndarray:
     """Share of each pixel that `shape` covers, f32[h,w,1], from 4 x 4 points a pixel."""
     points = (np.arange(side * 4) + 0.5) / (side * 2) - 1

@@ -67,7 +67,11 @@ QKV_BIAS = (
     ("attention.value.b_kh", "self_attn.v_proj.bias", "kh"),
 )
 QK_NORM = (("attention.query_norm.scale_h", "self_attn.q_norm.weight", "h"), ("attention.key_norm.scale_h", "self_attn.k_norm.weight", "h"))
-DENSE = (("mlp.gate.w_df", "mlp.gate_proj.weight", "f d"), ("mlp.up.w_df", "mlp.up_proj.weight", "f d"), ("mlp.down.w_fd", "mlp.down_proj.weight", "d f"))
+DENSE = (
+    ("mlp.gate.w_df", "mlp.gate_proj.weight", "f d"),
+    ("mlp.up.w_df", "mlp.up_proj.weight", "f d"),
+    ("mlp.down.w_fd", "mlp.down_proj.weight", "d f"),
+)
 ROUTER = (("moe.router.w_de", "mlp.gate.weight", "e d"),)
 EXPERTS = (
     ("moe.experts.gate.w_edf", "mlp.experts.{expert}.gate_proj.weight", "f d"),

@@ -34,14 +34,6 @@ def constant(stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple, value:
     return _parameter(jnp.full(stack + shape, value, jnp.float32), stack, axes)
 
 
-class Parameters(nnx.Module):
-    """A named group of leaves without a forward of its own: `Parameters(w_df=weight(...))`."""
-
-    def __init__(self, **leaves: nnx.Param):
-        for name, leaf in leaves.items():
-            setattr(self, name, leaf)
-
-
 def _parameter(value: jax.Array, stack: tuple[int, ...], axes: tuple) -> nnx.Param:
     axes = ("layers",) * len(stack) + tuple(axes)
     if len(axes) != value.ndim:

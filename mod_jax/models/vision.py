@@ -11,19 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mod_jax.config import VisionConfig
-from mod_jax.models.parameters import Parameters, constant, weight
+from mod_jax.models.parameters import constant, weight
+from mod_jax.models.remat import REMAT
 from mod_jax.ops.attention import attention
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
-
-REMAT = {
-    "none": lambda function: function,
-    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False),
-    "full": functools.partial(jax.checkpoint, prevent_cse=False),
 }
 
 
@@ -48,15 +43,15 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
         width, heads, size = config.hidden_size, config.num_heads, config.hidden_size // config.num_heads
 
-        def projection() -> Parameters:
-            return Parameters(
+        def projection() -> nnx.Dict:
+            return nnx.Dict(
                 w_dnh=weight(rngs, stack, (width, heads, size), ("embed", "heads", None), width**-0.5),
                 b_nh=constant(stack, (heads, size), ("heads", None), 0.0),
             )
 
         self.query, self.key, self.value = projection(), projection(), projection()
-        self.out = Parameters(
-            w_nhd=weight(rngs, stack, (heads, size, width), ("heads", None, "embed"), (2 * width * config.num_layers) ** -0.5),
+        self.out = nnx.Dict(
+            w_nhd=weight(rngs, stack, (heads, size, width), ("heads", None, "embed"), width**-0.5),
             b_d=constant(stack, (width,), ("embed",), 0.0),
         )
 
@@ -73,11 +68,11 @@ class VisionMLP(nnx.Module):
     def __init__(self, config: VisionConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_act
-        self.up = Parameters(
+        self.up = nnx.Dict(
             w_df=weight(rngs, stack, (width, inner), ("embed", "mlp"), width**-0.5), b_f=constant(stack, (inner,), ("mlp",), 0.0)
         )
-        self.down = Parameters(
-            w_fd=weight(rngs, stack, (inner, width), ("mlp", "embed"), (2 * inner * config.num_layers) ** -0.5),
+        self.down = nnx.Dict(
+            w_fd=weight(rngs, stack, (inner, width), ("mlp", "embed"), inner**-0.5),
             b_d=constant(stack, (width,), ("embed",), 0.0),
         )
 
@@ -116,13 +111,13 @@ class VisionTower(nnx.Module):
         width, clip, pixels = config.hidden_size, config.family == "clip", config.patch_size**2 * 3
         projection = weight(rngs, (), (pixels, width), (None, "embed"), pixels**-0.5)
         positions = config.num_features + int(clip)
-        self.positions = Parameters(w_td=weight(rngs, (), (positions, width), (None, "embed"), 0.02))
+        self.positions = nnx.Dict(w_td=weight(rngs, (), (positions, width), (None, "embed"), 0.02))
         if clip:
             self.class_embedding_d = weight(rngs, (), (width,), ("embed",), width**-0.5)
-            self.patches = Parameters(w_pd=projection)
+            self.patches = nnx.Dict(w_pd=projection)
             self.pre_norm = LayerNorm((), width, config.norm_eps)
         else:
-            self.patches = Parameters(w_pd=projection, b_d=constant((), (width,), ("embed",), 0.0))
+            self.patches = nnx.Dict(w_pd=projection, b_d=constant((), (width,), ("embed",), 0.0))
         self.layers = VisionLayer(config, (config.num_layers,), rngs)
         self.post_norm = LayerNorm((), width, config.norm_eps)
 

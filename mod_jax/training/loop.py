@@ -70,7 +70,7 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
     done = saved.latest or 0
     if done:
         check_same(saved.about(done), stage.about, stage.folder)
-        stage.skips.restore(saved.about(done)["skips"])
+        stage.skips.set_state(saved.about(done)["skips"])
         shapes = jax.eval_shape(lambda params: new_state(params, optimizer), stage.trained)
         state = saved.restore(done, checkpoint.abstract(shapes, state_shardings), data)
     else:
@@ -81,7 +81,7 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
         saved.close()
         return state.params
     frozen = jax.device_put(stage.frozen, frozen_shardings)
-    writer, sums, named = metrics.Writer(stage.folder, done), None, len(stage.skips.named)
+    writer, sums = metrics.Writer(stage.folder, done), None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[seen]}"))
     with Progress(*columns, refresh_per_second=2) as progress:
         bar, since = progress.add_task(stage.name, total=steps, completed=done, seen=""), time.perf_counter()
@@ -91,15 +91,12 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
             if step % log_every == 0 or step == steps:
                 values, sums = metrics.mean(sums), None
                 now = time.perf_counter()
-                values |= {"steps_per_second": (step - progress.tasks[bar].completed) / (now - since), "skipped": stage.skips.count}
+                values |= {"steps_per_second": (step - progress.tasks[bar].completed) / (now - since), "skipped": len(stage.skips.bad)}
                 since = now
                 writer.write(step, values)
                 progress.update(bar, completed=step, seen=f"loss {values['loss']:.3f}")
-                for name, reason in stage.skips.named[named:]:
-                    progress.console.print(f"skipped {name}: {reason}")
-                named = len(stage.skips.named)
             if step % stage.config.checkpoint_every == 0 or step == steps:
-                saved.save(step, state, data, {**stage.about, "skips": stage.skips.state()})
+                saved.save(step, state, data, {**stage.about, "skips": stage.skips.get_state()})
     saved.close()
     writer.close()
     return state.params

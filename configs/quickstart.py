@@ -1,0 +1,58 @@
+"""The whole recipe in small, on scenes: minutes on two CPU cores.
+
+| stage | trains | objective | starts from |
+|---|---|---|---|
+| adaptor | adaptor | next token | pretrained tower + pretrained language model |
+| fine_tuned (the baseline) | language model, adaptor | next token | adaptor |
+| dense_mimic | language model, adaptor | KL to the teacher | adaptor |
+| sparse_mimic | FFNs, routers, adaptor | KL + next token + balance | dense_mimic, upcycled |
+| preference | the same | KTO pairs, the teacher as reference + balance | sparse_mimic |
+"""
+
+from ml_collections import ConfigDict
+
+LANGUAGE = ("language_model.*", "adaptor.*")
+SPARSE = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor.*")
+
+
+def data(split: str) -> dict:
+    """Rows of packed scenes chats (about 105 positions each) or pairs."""
+    source = {"kind": "scenes", "path": "data/scenes", "split": split}
+    return {"sources": (source,), "sequence_length": 224, "images_per_row": 4, "samples_per_row": 4, "template": "brief"}
+
+
+def get_config() -> ConfigDict:
+    """The recipe, as `mod_jax.config.RecipeConfig` reads it."""
+    mimic = {"kind": "mimic"}
+    stages = {
+        "adaptor": {
+            "trains": ("adaptor.*",), "objective": {"kind": "next_token"}, "data": data("crowd"),
+            "optimizer": {"lr": 5e-3}, "steps": 60, "rows": 16,
+        },
+        "fine_tuned": {
+            "starts_from": "adaptor", "trains": LANGUAGE, "objective": {"kind": "next_token"}, "data": data("crowd"),
+            "optimizer": {"lr": 3e-3}, "steps": 300, "rows": 32,
+        },
+        "dense_mimic": {
+            "starts_from": "adaptor", "trains": LANGUAGE, "objective": mimic, "data": data("crowd"),
+            "optimizer": {"lr": 3e-3}, "steps": 300, "rows": 32,
+        },
+        "sparse_mimic": {
+            "starts_from": "dense_mimic", "upcycle": {"layers": "sparse", "num_experts": 4, "experts_per_token": 2},
+            "trains": SPARSE, "objective": {**mimic, "next_token_weight": 1.0}, "data": data("crowd"),
+            "optimizer": {"lr": 2e-3}, "steps": 200, "rows": 32,
+        },
+        "preference": {
+            "starts_from": "sparse_mimic", "trains": SPARSE, "objective": {"kind": "preference", "preference": "kto_pair"},
+            "data": data("preference"), "optimizer": {"lr": 3e-4}, "steps": 60, "rows": 16,
+        },
+    }
+    return ConfigDict({
+        "name": "quickstart",
+        "tokenizer": "assets/scenes/language_model",
+        "student": {"vision_tower": "assets/scenes/vision_tower", "language_model": "assets/scenes/language_model"},
+        "teacher": {"folder": "assets/scenes/teacher"},
+        "stages": stages,
+        "order": ("adaptor", "fine_tuned", "dense_mimic", "sparse_mimic", "preference"),
+        "evaluation": {"models": ("teacher", "fine_tuned", "dense_mimic", "sparse_mimic", "preference")},
+    })

@@ -1,0 +1,128 @@
+"""Greedy answers: one prefill of left-padded prompts, then one position at a time over a key/value cache.
+
+Axes: B prompts, S positions of the longest prompt, N pictures a prompt, T new tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mod_jax.config import ModelConfig
+from mod_jax.data.conversation import ChatFormat, tokenize_prompt
+from mod_jax.data.sources import MARKER
+from mod_jax.data.tokenizer import text_encoder
+from mod_jax.models import llava
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Left-padded prompts.
+
+    Attributes:
+      tokens: i32[B,S].
+      segment_ids: i32[B,S], 1 for a prompt's tokens, 0 for padding.
+      picture_index: i32[B,S], as in Batch.
+      images: u8[B,N,H,W,3].
+    """
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    picture_index: jax.Array
+    images: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
+def generate(config: ModelConfig, params: dict, prompts: Prompts, max_new_tokens: int) -> jax.Array:
+    """Greedy decoding, until every row has ended or `max_new_tokens` are there.
+
+    Returns:
+      i32[B,T]; from a row's end token on, end tokens.
+    """
+    model, w_vd = llava.bind(config, params), llava.head(config, params)
+    rows, length = prompts.tokens.shape
+    decoder, branch = model.language_model, jnp.zeros_like(prompts.tokens)
+    positions = jnp.maximum(jnp.cumsum(prompts.segment_ids, 1) - 1, 0)
+    x = model.embed(prompts.tokens, prompts.picture_index, model.features(prompts.images))
+    hidden, _, cache = decoder(x, positions, prompts.segment_ids, branch, cache=decoder.new_cache(rows, length + max_new_tokens))
+
+    def best(hidden):
+        return jnp.argmax(jnp.einsum("bd,vd->bv", hidden[:, -1].astype(jnp.float32), w_vd), -1).astype(jnp.int32)
+
+    def going(carry):
+        step, _, ended, *_ = carry
+        return (step < max_new_tokens) & ~jnp.all(ended)
+
+    def advance(carry):
+        step, token, ended, answer, cache = carry
+        ended |= token == config.end_token_id
+        answer = answer.at[:, step].set(jnp.where(ended, config.end_token_id, token))
+        column = token[:, None]
+        one = jnp.ones_like(column)
+        position = positions[:, -1:] + 1 + step
+        hidden, _, cache = decoder(decoder.embed(column), position, one, 0 * one, cache=cache)
+        return step + 1, best(hidden), ended, answer, cache
+
+    answer = jnp.full((rows, max_new_tokens), config.end_token_id, jnp.int32)
+    start = (jnp.zeros((), jnp.int32), best(hidden), jnp.zeros(rows, bool), answer, cache)
+    return jax.lax.while_loop(going, advance, start)[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about any number of pictures.
+
+    Attributes:
+      text: with a `<image>` where each picture stands; without any, the pictures come first.
+      pictures: u8[H,W,3] each.
+    """
+
+    text: str
+    pictures: tuple[np.ndarray, ...]
+
+
+def answer(
+    config: ModelConfig, params: dict, tokenizer, template: str, questions: Sequence[Question], rows: int = 64, max_new_tokens: int = 64
+) -> list[str]:
+    """Answers each question alone, greedily, `rows` at a time.
+
+    Args:
+      config, params: the model.
+      tokenizer: of its folder.
+      template: name of the chat template it was trained with.
+    Raises:
+      ValueError: if a text has another number of picture markers than there are pictures.
+    """
+    chat, encoder = ChatFormat(template, config.vision.num_features, config.image_token_id, config.end_token_id), text_encoder(tokenizer)
+    prompts = [tokenize_prompt(((_marked(question), None),), encoder, chat) for question in questions]
+    length, pictures = max(len(ids) for ids, _ in prompts), max(len(question.pictures) for question in questions)
+    texts = []
+    for start in range(0, len(questions), rows):
+        batch = _pad(config, prompts[start : start + rows], questions[start : start + rows], (min(rows, len(questions)), length, pictures))
+        ids = np.asarray(generate(config, params, batch, max_new_tokens))
+        texts += tokenizer.batch_decode(ids[: len(prompts[start : start + rows])], skip_special_tokens=True)
+    return texts
+
+
+def _marked(question: Question) -> str:
+    markers, pictures = question.text.count(MARKER), len(question.pictures)
+    if markers not in (0, pictures):
+        raise ValueError(f"question {question.text!r} has {markers} picture markers, expected {pictures}, one a picture (or none: pictures first).")
+    return question.text if markers else (MARKER + "\n") * pictures + question.text
+
+
+def _pad(config: ModelConfig, prompts, questions, shape: tuple[int, int, int]) -> Prompts:
+    """Left-pads prompts to one length; rows without a prompt are one end token."""
+    rows, length, pictures = shape
+    tokens, segments, index = np.full((rows, length), config.end_token_id, np.int32), np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
+    segments[:, -1] = 1
+    images = np.zeros((rows, pictures, config.vision.image_size, config.vision.image_size, 3), np.uint8)
+    for row, ((ids, is_picture), question) in enumerate(zip(prompts, questions)):
+        tokens[row, length - len(ids) :], segments[row, length - len(ids) :] = ids, 1
+        index[row, length - len(ids) :] = np.where(is_picture, np.cumsum(is_picture) - 1, -1)
+        images[row, : len(question.pictures)] = question.pictures if question.pictures else 0
+    return Prompts(tokens, segments, index, images)

@@ -1,0 +1,139 @@
+"""The expert layer over a mesh: the exchange moves rows where they belong, and neither values nor gradients depend on the mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mod_jax.config import ConfigError, MeshConfig
+from mod_jax.ops.expert_exchange import exchange, expert_layer, expert_layer_oracle, permute
+from mod_jax.sharding import ROWS, make_mesh, parameter_shardings
+
+MESHES = {
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "fsdp 2, expert 4": MeshConfig(data=1, fsdp=2, expert=4),
+    "data 2, expert 2, tensor 2": MeshConfig(data=2, expert=2, tensor=2),
+    "expert 8": MeshConfig(data=1, expert=8),
+}
+B, S, D, F, E, K = 8, 6, 16, 32, 8, 2
+ROUTINGS = ["even", "all to one", "many to none"]
+
+
+def choose(routing):
+    choices = np.argsort(np.random.default_rng(0).random((B, S, E)), axis=-1)[..., :K]
+    if routing == "all to one":
+        choices[..., 0], choices[..., 1] = 5, E
+    if routing == "many to none":
+        choices[::2] = E
+        choices[:, :3, 1] = E
+    return jnp.array(choices, jnp.int32)
+
+
+def operands():
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = {"x": (B, S, D), "weights": (B, S, K), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    return {name: jax.random.normal(key, shape) * 0.5 for key, (name, shape) in zip(keys, shapes.items())}, jax.random.normal(keys[5], (B, S, D))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(layer, given, choices, dy):
+    def run(g):
+        return layer(g["x"], choices, g["weights"], g["gate"], g["up"], g["down"])
+
+    y, pullback = jax.vjp(run, given)
+    return {"y": y, **pullback(dy)[0]}
+
+
+def assert_close(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(ours[name], expected[name], atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_device_computes_what_the_oracle_does(routing):
+    given, dy = operands()
+    assert_close(with_gradients(expert_layer, given, choose(routing), dy), with_gradients(expert_layer_oracle, given, choose(routing), dy))
+
+
+def on_mesh(mesh, given):
+    """The operands placed as in training, so that the compiled program is training's."""
+    weights = {"gate": ("expert", "expert_embed", "mlp"), "up": ("expert", "expert_embed", "mlp"), "down": ("expert", "mlp", "expert_embed")}
+    shardings = parameter_shardings(mesh, {name: given[name] for name in weights}, weights)
+    return {name: jax.device_put(a, shardings.get(name, NamedSharding(mesh, PartitionSpec(ROWS)))) for name, a in given.items()}
+
+
+@pytest.mark.parametrize("config", MESHES.values(), ids=MESHES)
+def test_the_mesh_changes_nothing(config):
+    given, dy = operands()
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        placed = on_mesh(mesh, given)
+        ours = {routing: with_gradients(expert_layer, placed, choose(routing), dy) for routing in ROUTINGS}
+    for routing in ROUTINGS:
+        assert_close(ours[routing], with_gradients(expert_layer_oracle, given, choose(routing), dy))
+
+
+def test_experts_that_do_not_divide_are_refused():
+    given, dy = operands()
+    six = given | {name: given[name][:6] for name in ("gate", "up", "down")}
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))), pytest.raises(ConfigError, match=r"num_experts = 6.*mesh\.expert 4"):
+        with_gradients(expert_layer, six, choose("even"), dy)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    given, _ = operands()
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=8))), pytest.raises(ConfigError, match=r"rows = 3.*= 8"):
+        expert_layer(given["x"][:3], choose("even")[:3], given["weights"][:3], given["gate"], given["up"], given["down"])
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass():
+    given, _ = operands()
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8))):
+        saved = jax.eval_shape(lambda g: jax.vjp(lambda g: expert_layer(g["x"], choose("even"), g["weights"], g["gate"], g["up"], g["down"]), g)[1], given)
+    # a device's full weights, stacked over 8 devices, would be 8 * E * D * F numbers
+    assert max(a.size for a in jax.tree.leaves(saved)) < 8 * E * D * F
+
+
+def test_exchange_delivers_each_slice_in_the_order_of_the_senders():
+    """Two independent groups (data 0, 1) of four peers; rows are numbered, so that every row is known by sight."""
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(0, 4, (2, 4, 4))
+    sizes[0, :, 2], sizes[1, 1, :] = 0, 0  # a peer that gets nothing, and one that sends nothing
+    rows = np.arange(1, 2 * 4 * 12 * 2 + 1, dtype=np.float32).reshape(2, 4, 12, 2)
+    expected = np.zeros((2, 4, 14, 2), np.float32)
+    expected_gradient = np.zeros_like(rows)
+    seeds = rng.random(expected.shape, np.float32)
+    for group in range(2):
+        for receiver in range(4):
+            place = 0
+            for sender in range(4):
+                begin = sizes[group, sender, :receiver].sum()
+                for row in range(begin, begin + sizes[group, sender, receiver]):
+                    expected[group, receiver, place] = rows[group, sender, row]
+                    expected_gradient[group, sender, row] = seeds[group, receiver, place]
+                    place += 1
+
+    spec = PartitionSpec("data", "expert")
+
+    @functools.partial(jax.shard_map, mesh=make_mesh(MeshConfig(data=2, expert=4)), in_specs=(spec, PartitionSpec("data")), out_specs=spec)
+    def deliver(rows, sizes):
+        sizes = jax.lax.pcast(sizes[0], "expert", to="varying")
+        return exchange(rows[0, 0], sizes, 14)[None, None]
+
+    got, pullback = jax.vjp(lambda rows: jax.jit(deliver)(rows, jnp.array(sizes)), jnp.array(rows))
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(pullback(jnp.array(seeds))[0], expected_gradient)
+
+
+def test_permute_is_indexing_with_its_gradient():
+    x, dy = jax.random.normal(jax.random.key(0), (2, 50, 3))
+    order = jax.random.permutation(jax.random.key(1), 50)
+    for ours, expected in zip(
+        *[(y, *pullback(dy)) for y, pullback in (jax.vjp(lambda x: permute(x, order, jnp.argsort(order)), x), jax.vjp(lambda x: x[order], x))],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, expected)

@@ -1,0 +1,232 @@
+"""Our models compute what transformers computes: features, logits and the gradient of every parameter, in float32.
+
+The oracles are small random models that transformers itself saves and we load; what we save, transformers loads again.
+"""
+
+import functools
+
+import hf_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mod_jax.batch import Batch
+from mod_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from mod_jax.interop import huggingface, names
+from mod_jax.models import llava
+
+TINY_TOWER = VisionConfig(image_size=4, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2)
+TINY_DECODER = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4)
+PATCHES = 9  # of a picture of `hf_models`
+FEATURES_RTOL, LOGITS_RTOL, GRADIENT_RTOL = 1e-5, 1e-5, 1e-4
+
+
+def assert_near(found, wanted, rtol, floor=0.0, name=""):
+    """max |difference| <= rtol * max |wanted| + floor."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape, name
+    difference, scale = np.abs(found - wanted).max(), np.abs(wanted).max()
+    assert difference <= rtol * scale + floor, f"{name}: differs by {difference:.2e}, of {scale:.2e}"
+
+
+def assert_same_gradients(found: dict, model: torch.nn.Module, entries: list, kind: str):
+    """Every parameter's, under our names. A bias of a key without rotary positions has the gradient 0, up to rounding: hence the floor."""
+    wanted = names.to_ours(entries, names.canonical(hf_models.gradients(model), kind))
+    floor = 1e-7 * max(np.abs(array).max() for array in wanted.values())
+    assert len(wanted) > 10 and floor > 0
+    for name, array in wanted.items():
+        assert_near(found[name], array, GRADIENT_RTOL, floor, name)
+
+
+def whole(config: ModelConfig, part: dict) -> dict:
+    """All parameters of a model of which only `part` matters; the others are 0."""
+    return {name: np.zeros(x.shape, x.dtype) for name, x in llava.abstract(config).items()} | part
+
+
+def pictures(count: int, size: int = 12, seed: int = 0) -> np.ndarray:
+    """u8[count,H,W,3]."""
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def random_tokens(rows: int, length: int) -> np.ndarray:
+    """i32[rows,length] of text, without the padding token: torch gives its embedding no gradient."""
+    return np.random.default_rng(length).integers(0, hf_models.END_TOKEN, (rows, length), np.int32)
+
+
+def pixel_values(images: np.ndarray, config: VisionConfig) -> torch.Tensor:
+    """The normalised pictures that transformers' towers take, f32[count,3,H,W]."""
+    normalised = (images / 255.0 - np.array(config.pixel_mean)) / np.array(config.pixel_std)
+    return torch.tensor(normalised.transpose(0, 3, 1, 2), dtype=torch.float32)
+
+
+def chat(tokens: np.ndarray, images: np.ndarray) -> Batch:
+    """A batch of unpacked rows: tokens i32[B,S], images u8[B,N,H,W,3]; the picture tokens take the features in order."""
+    rows, length = tokens.shape
+    is_picture = tokens == hf_models.IMAGE_TOKEN
+    index = np.where(is_picture, np.cumsum(is_picture, axis=1) - 1, -1)
+    zeros = np.zeros_like(tokens)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return Batch(
+        tokens=tokens,
+        targets=zeros,
+        loss_weights=zeros.astype(np.float32),
+        positions=positions,
+        segment_ids=zeros + 1,
+        branch_ids=zeros,
+        picture_index=index.astype(np.int32),
+        images=images,
+        samples=np.zeros((rows, 1), np.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_and_gradients(config: ModelConfig, params: dict, batch: Batch):
+    """Logits f32[B,S,V] and the gradient of the mean next-token loss over all positions."""
+
+    def loss(params):
+        hidden, _ = llava.bind(config, params)(batch)
+        logits = hidden @ llava.head(config, params).T
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), batch.tokens[:, 1:, None], axis=-1)
+        return -picked.mean(), logits
+
+    (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return logits, gradients
+
+
+def torch_logits(model: torch.nn.Module, tokens: np.ndarray, **inputs) -> torch.Tensor:
+    """Logits f32[B,S,V]; leaves the gradients of the same loss in the model."""
+    ids = torch.tensor(tokens, dtype=torch.long)
+    model.zero_grad()
+    logits = model(input_ids=ids, **inputs).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return logits.detach()
+
+
+def reloaded(folder, like: torch.nn.Module) -> torch.nn.Module:
+    """The model that stock transformers loads from our folder, and finds complete.
+
+    Only a shared expert of size 0 is not in the file: it has no numbers, and vLLM refuses its tensors.
+    """
+    model, said = type(like).from_pretrained(folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32)
+    empty = {name for name, parameter in model.named_parameters() if parameter.numel() == 0}
+    assert not said["missing_keys"] - empty and not said["unexpected_keys"] and not said["mismatched_keys"], said
+    return model.eval()
+
+
+TOWERS = {
+    "clip": hf_models.clip(),
+    "clip, exact gelu, another layer": hf_models.clip(hidden_act="gelu"),
+    "siglip": hf_models.siglip(),
+}
+
+
+@pytest.mark.parametrize("kind, layer", [("clip", -2), ("clip, exact gelu, another layer", -3), ("siglip", -2), ("siglip", -1)])
+def test_vision_tower(kind, layer, tmp_path):
+    model = hf_models.build(TOWERS[kind])
+    model.save_pretrained(tmp_path / "theirs")
+    vision, tower = huggingface.load_vision_tower(tmp_path / "theirs")
+    images, cls = pictures(2), int(vision.family == "clip")
+
+    def theirs(model):
+        return model(pixel_values(images, vision), output_hidden_states=True).hidden_states[layer][:, cls:]
+
+    wanted = theirs(model)
+    cotangent = np.random.default_rng(1).normal(size=wanted.shape).astype(np.float32)
+    (wanted * torch.tensor(cotangent)).sum().backward()
+
+    config = ModelConfig(vision=VisionConfig(**vars(vision) | {"feature_layer": layer}), decoder=TINY_DECODER)
+    params = whole(config, tower)
+
+    @jax.jit
+    def ours(params):
+        def functional(params):
+            features = llava.bind(config, params).features(images[None])[0].reshape(wanted.shape)
+            return (features * cotangent).sum(), features
+
+        (_, features), gradients = jax.value_and_grad(functional, has_aux=True)(params)
+        return features, gradients
+
+    with jax.default_matmul_precision("highest"):
+        features, gradients = ours(params)
+    assert_near(features, wanted.detach(), FEATURES_RTOL)
+    assert_same_gradients(gradients, model, names.vision_entries(vision), "vision_tower")
+
+    huggingface.save_vision_tower(tmp_path / "ours", vision, tower)
+    again = theirs(reloaded(tmp_path / "ours", model)).detach()
+    assert torch.equal(again, wanted.detach())
+
+
+LANGUAGE_MODELS = {
+    "qwen2, tied": hf_models.qwen2(),
+    "qwen2, untied": hf_models.qwen2(tie_word_embeddings=False, num_key_value_heads=4),
+    "llama": hf_models.llama(),
+    "qwen3": hf_models.qwen3(),
+    "qwen2_moe, second half": hf_models.qwen2_moe(mlp_only_layers=[0, 1]),
+}
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_language_model(kind, tmp_path):
+    model = hf_models.build(LANGUAGE_MODELS[kind])
+    model.save_pretrained(tmp_path / "theirs")
+    decoder, part = huggingface.load_language_model(tmp_path / "theirs")
+    tokens = random_tokens(2, 14)
+    wanted = torch_logits(model, tokens)
+
+    config = ModelConfig(vision=TINY_TOWER, decoder=decoder)
+    with jax.default_matmul_precision("highest"):
+        logits, gradients = logits_and_gradients(config, whole(config, part), chat(tokens, np.zeros((2, 0, 4, 4, 3), np.uint8)))
+    assert_near(logits, wanted, LOGITS_RTOL)
+    assert_same_gradients(gradients, model, names.decoder_entries(decoder), "language_model")
+
+    huggingface.save_language_model(tmp_path / "ours", decoder, part)
+    assert torch.equal(torch_logits(reloaded(tmp_path / "ours", model), tokens), wanted)
+
+
+LLAVAS = {
+    "clip + qwen2": hf_models.llava(hf_models.clip(), hf_models.qwen2()),
+    "clip + qwen2_moe": hf_models.llava(hf_models.clip(), hf_models.qwen2_moe()),
+    "siglip + llama": hf_models.llava(hf_models.siglip(), hf_models.llama()),
+}
+CONTENTS = {"a picture in the middle": [4, "picture", 7], "two pictures": ["picture", 3, "picture", 5], "text only": [14]}
+
+
+def conversation(content: list) -> tuple[np.ndarray, np.ndarray]:
+    """tokens i32[1,S] and pictures u8[1,N,H,W,3] of a list of text lengths and pictures."""
+    parts = [np.full((1, PATCHES), hf_models.IMAGE_TOKEN) if part == "picture" else random_tokens(1, part) for part in content]
+    return np.concatenate(parts, axis=1).astype(np.int32), pictures(content.count("picture"))[None]
+
+
+@pytest.mark.parametrize("kind, content", [("clip + qwen2", name) for name in CONTENTS] + [(kind, "two pictures") for kind in list(LLAVAS)[1:]])
+def test_llava(kind, content, tmp_path):
+    model = hf_models.build(LLAVAS[kind])
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = huggingface.load_llava(tmp_path / "theirs")
+    tokens, images = conversation(CONTENTS[content])
+    inputs = {"pixel_values": pixel_values(images[0], config.vision)} if images.size else {}
+    wanted = torch_logits(model, tokens, **inputs)
+
+    with jax.default_matmul_precision("highest"):
+        logits, gradients = logits_and_gradients(config, params, chat(tokens, images))
+    assert_near(logits, wanted, LOGITS_RTOL)
+    assert_same_gradients(gradients, model, names.llava_entries(config), "llava")
+    idle = ("vision_tower.", "adaptor.") if content == "text only" else ("vision_tower.post_norm.",)
+    assert all(np.asarray(x).any() != name.startswith(idle) for name, x in gradients.items())
+
+    huggingface.save_llava(tmp_path / "ours", config, params)
+    assert torch.equal(torch_logits(reloaded(tmp_path / "ours", model), tokens, **inputs), wanted)
+
+
+def test_a_sparse_llama_is_exported_with_biases_of_zero(tmp_path):
+    """transformers has no sparse llama; qwen2_moe without its biases is one."""
+    model = hf_models.build(hf_models.qwen2_moe(qkv_bias=False))
+    model.save_pretrained(tmp_path / "theirs")
+    decoder, part = huggingface.load_language_model(tmp_path / "theirs")
+    assert not decoder.qkv_bias
+    tokens = random_tokens(2, 14)
+    huggingface.save_language_model(tmp_path / "ours", decoder, part)
+    again = reloaded(tmp_path / "ours", model)
+    assert again.config.qkv_bias
+    assert torch.equal(torch_logits(again, tokens), torch_logits(model, tokens))

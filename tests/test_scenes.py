@@ -1,0 +1,221 @@
+"""Scenes: what is drawn, what is asked, which answers are right, and how the set is made and read."""
+
+import collections
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mod_jax.config import ConfigError
+from mod_jax.data.drawing import COLOURS, SHAPES, SceneDifficulty, SceneObject, coverage, draw
+from mod_jax.data.scene_chats import CHAT, NUMBERS, caption
+from mod_jax.data.scenes import KINDS, SPLITS, absent_objects, load_scenes, make_record, named_objects, prepare, read_objects, read_turns
+from mod_jax.data.tokenizer import load_tokenizer, scenes_tokenizer
+
+EASY = SceneDifficulty()
+HARD = SceneDifficulty(grid=5, max_objects=9, jitter=4, shapes=8, colours=8, noise=25)
+RED_RING, SMALL_BLUE_SQUARE = SceneObject("ring", "red", "large", 0, 1), SceneObject("square", "blue", "small", 2, 3)
+
+
+def truth(kind, question, objects):
+    """The answer read off the objects by a second, plain implementation."""
+    words = question.replace("<image>", "").strip().lower().rstrip("?.").split()
+    if kind == "caption":
+        return caption(objects)
+    if kind == "count":
+        wanted = words[2]
+        return NUMBERS[sum(wanted in ("objects", o.shape + "s", o.shape + "es") for o in objects)]
+    if kind == "colour":
+        (colour,) = [o.colour for o in objects if o.shape == words[-1]]
+        return colour
+    if kind == "existence":
+        return "yes" if any((o.colour, o.shape) == tuple(words[-2:]) for o in objects) else "no"
+    first, second = ([o for o in objects if (o.colour, o.shape) == tuple(pair)] for pair in (words[2:4], words[-2:]))
+    assert len(first) == len(second) == 1, "a relation is asked of unambiguous objects"
+    a, b = first[0], second[0]
+    return "yes" if {"left": a.column < b.column, "right": a.column > b.column, "above": a.row < b.row, "below": a.row > b.row}[words[4]] else "no"
+
+
+@pytest.mark.parametrize("difficulty", [EASY, HARD])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_answers_are_right(split, difficulty):
+    for index in range(200):
+        record = make_record(3, split, index, difficulty)
+        objects = read_objects(record["objects"])
+        for kind, question, answer in read_turns(record["turns"]):
+            assert answer == truth(kind, question, objects), (question, objects)
+
+
+def test_a_chat_has_six_questions_and_one_picture():
+    asked = collections.Counter()
+    for index in range(300):
+        turns = read_turns(make_record(0, "train", index, EASY)["turns"])
+        assert [question.count("<image>") for _, question, _ in turns] == [1, 0, 0, 0, 0, 0]
+        assert turns[0][1].startswith("<image>\n")
+        asked.update(kind for kind, _, _ in turns)
+    assert set(asked) == set(KINDS)
+    assert asked["caption"] == 300
+    assert all(abs(asked[kind] - 300 * CHAT.count(kind)) < 90 for kind in KINDS)  # few fall back to a neighbouring kind
+
+
+def test_yes_and_no_are_balanced_and_half_of_the_absent_objects_are_near_misses():
+    answers, near = collections.Counter(), []
+    for index in range(500):
+        record = make_record(1, "test", index, EASY)
+        objects = read_objects(record["objects"])
+        for kind, question, answer in read_turns(record["turns"]):
+            if kind in ("existence", "relation"):
+                answers[kind, answer] += 1
+            if kind == "existence" and answer == "no":
+                colour, shape = named_objects(question)[0]
+                near.append(colour in {o.colour for o in objects} and shape in {o.shape for o in objects})
+    for kind in ("existence", "relation"):
+        assert answers[kind, "yes"] / (answers[kind, "yes"] + answers[kind, "no"]) == pytest.approx(0.5, abs=0.07)
+    assert 0.4 < np.mean(near) < 0.65
+
+
+def test_crowd_answers_are_wrong_as_often_as_asked_and_lean_to_yes():
+    wrong, false_yes, false_no = [], 0, 0
+    for index in range(600):
+        record = make_record(0, "crowd", index, EASY, wrong_share=0.25)
+        objects = read_objects(record["objects"])
+        for kind, question, answer in read_turns(record["turns"]):
+            right = truth(kind, question, objects)
+            wrong.append(answer != right)
+            false_yes += answer == "yes" != right
+            false_no += answer == "no" != right
+            if kind == "caption" and answer != right:
+                assert absent_objects(answer, objects), "a wrong caption names what is not there"
+    assert np.mean(wrong) == pytest.approx(0.25, abs=0.03)
+    assert false_yes > 2.5 * false_no
+    assert not any(np.any([a != truth(k, q, read_objects(r["objects"])) for k, q, a in read_turns(r["turns"])])
+                   for r in (make_record(0, "crowd", i, EASY, wrong_share=0.0) for i in range(50)))
+
+
+def test_preference_pairs():
+    kinds = collections.Counter()
+    for index in range(300):
+        record = make_record(0, "preference", index, EASY)
+        objects, ((kind, question, chosen),) = read_objects(record["objects"]), read_turns(record["turns"])
+        kinds[kind] += 1
+        assert chosen == truth(kind, question, objects) != record["rejected"]
+        if kind == "caption":
+            assert absent_objects(chosen, objects) == [] and len(absent_objects(record["rejected"], objects)) == 1
+        else:
+            assert {chosen, record["rejected"]} == {"yes", "no"}
+    assert set(kinds) == {"caption", "existence"} and kinds["caption"] > kinds["existence"]
+
+
+def test_records_depend_on_seed_split_and_index_alone():
+    first = {(split, i): make_record(7, split, i, EASY) for split in SPLITS for i in range(20)}
+    again = {key: make_record(7, *key, EASY) for key in reversed(first)}
+    assert first == again
+    assert len({record["image"] for record in first.values()}) == len(first), "no picture twice, not even across splits"
+    assert make_record(8, "train", 0, EASY)["image"] != first["train", 0]["image"]
+
+
+def test_objects_are_drawn_in_their_cells():
+    picture = draw([RED_RING, SMALL_BLUE_SQUARE], np.random.default_rng(0), EASY)
+    assert picture.shape == (48, 48, 3) and picture.dtype == np.uint8
+    cells = picture.reshape(4, 12, 4, 12, 3).swapaxes(1, 2).astype(int)
+    coloured = (np.ptp(cells, axis=-1) > 40).any((2, 3))  # the background is grey
+    assert sorted(zip(*np.nonzero(coloured))) == [(0, 1), (2, 3)]
+    assert tuple(cells[2, 3, 6, 6]) == COLOURS["blue"]
+    assert np.ptp(cells[0, 1, 6, 6]) == 0, "a ring is hollow"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_differ(shape):
+    others = [coverage(other, 11) for other in SHAPES if other != shape]
+    assert min(np.abs(coverage(shape, 11) - other).mean() for other in others) > 0.08
+    assert 0.15 < coverage(shape, 11).mean() < 0.95
+
+
+def test_a_disc_covers_pi_quarters():
+    assert coverage("circle", 40).mean() == pytest.approx(np.pi / 4, abs=2e-3)
+
+
+def test_captions_are_read_back():
+    objects = [RED_RING, SMALL_BLUE_SQUARE, SceneObject("circle", "orange", "small", 3, 0)]
+    text = caption(objects)
+    assert text == "a red ring, a small blue square and a small orange circle"
+    assert caption(objects[:1]) == "a red ring"
+    assert named_objects(text) == [("red", "ring"), ("blue", "square"), ("orange", "circle")]
+    assert absent_objects("A red circle , a red ring and a blue blue square", objects) == [("red", "circle")]
+    assert named_objects("red and ring, bluesquare") == []
+
+
+@pytest.mark.parametrize("wrong", [{"max_objects": 17}, {"shapes": 9}, {"colours": 1}, {"sizes": 0}, {"shapes": 2, "colours": 2}])
+def test_impossible_difficulties_are_refused(wrong):
+    with pytest.raises(ConfigError, match="difficulty"):
+        SceneDifficulty(**wrong)
+
+
+def test_the_tokenizer_knows_every_word(tmp_path):
+    tokenizer = scenes_tokenizer()
+    assert len(tokenizer) % 16 == 0 and len(tokenizer) <= 128
+    for split in SPLITS:
+        for index in range(150):
+            record = make_record(0, split, index, HARD)
+            texts = [text for turn in read_turns(record["turns"]) for text in turn[1:]]
+            assert tokenizer.unk_token_id not in tokenizer(" ".join([*texts, record["rejected"], "USER: ASSISTANT:"])).input_ids
+    tokenizer.save_pretrained(tmp_path)
+    loaded, text = load_tokenizer(tmp_path), "a red circle, a small blue square and a ring"
+    ids = tokenizer("<image>\n" + text + "<|endoftext|>").input_ids
+    assert loaded("<image>\n" + text + "<|endoftext|>").input_ids == ids
+    assert (ids[0], ids[-1]) == (loaded.convert_tokens_to_ids("<image>"), loaded.eos_token_id)
+    assert loaded.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_command_prepares_a_set(tmp_path):
+    command = [sys.executable, "-m", "mod_jax.data.scenes", "--data_dir", str(tmp_path), "--train", "3", "--crowd", "0", "--preference", "2", "--test", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(load_scenes(done.stdout.split()[-1], "train")) == 3
+
+
+SIZES = {"train": 12, "crowd": 6, "preference": 6, "test": 4}
+
+
+def test_prepare_and_load(tmp_path):
+    folder = prepare(tmp_path, **SIZES)
+    stamp = (folder / "dataset_info.json").stat().st_mtime_ns
+    assert prepare(tmp_path, **SIZES) == folder and (folder / "dataset_info.json").stat().st_mtime_ns == stamp, "made once"
+    for split in SPLITS:
+        records = load_scenes(tmp_path, split)
+        assert len(records) == SIZES[split]
+        made = make_record(0, split, 3, EASY)
+        stored = {key: value if isinstance(value, bytes) else value.encode() for key, value in made.items()}
+        assert dict(records[3]) == stored
+        assert Image.open(io.BytesIO(records[3]["image"])).size == (48, 48)
+    with pytest.raises(ConfigError, match="validation"):
+        load_scenes(tmp_path, "validation")
+    other = prepare(tmp_path, **SIZES, difficulty=HARD)
+    assert other != folder and Image.open(io.BytesIO(load_scenes(other, "test")[0]["image"])).size == (60, 60)
+    with pytest.raises(ConfigError, match="Name one"):
+        load_scenes(tmp_path, "train")
+
+
+def test_a_preparation_that_stopped_halfway_is_not_taken_for_whole(tmp_path, monkeypatch):
+
+    def fails_late(seed, split, index, *rest):
+        if split == "crowd":
+            raise KeyboardInterrupt
+        return make_record(seed, split, index, *rest)
+
+    monkeypatch.setattr("mod_jax.data.scenes.make_record", fails_late)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, **SIZES)
+    with pytest.raises(ConfigError, match="python -m mod_jax.data.scenes"):
+        load_scenes(tmp_path, "train")
+    monkeypatch.undo()
+    prepare(tmp_path, **SIZES)
+    assert len(load_scenes(tmp_path, "test")) == 4
