@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     stage = {
         "trains": ("*",), "objective": {"kind": "next_token"},
         "data": {"sources": (source,), "sequence_length": 224, "images_per_row": 4, "samples_per_row": 4, "template": "brief"},
-        "optimizer": {"lr": 2e-3, "b2": 0.98, "warmup_share": 0.03}, "steps": 5000, "rows": 16, "checkpoint_every": 500,
+        "optimizer": {"lr": 3e-3, "b2": 0.98, "warmup_share": 0.05}, "steps": 3200, "rows": 16, "checkpoint_every": 500,
     }
     return ConfigDict({
         "name": "scenes teacher",

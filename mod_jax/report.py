@@ -14,7 +14,7 @@ def print_table(results: dict) -> None:
     table = Table(title=f"{results['recipe']}: held-out answers")
     for heading in ["model", "accuracy", *types, "hallucination", "yes rate", "F1", "parameters", "activated"]:
         table.add_column(heading, justify="left" if heading == "model" else "right")
-    percent = lambda share: f"{100 * share:.1f} %"  # noqa: E731
+    percent = lambda share: f"{100 * share:.1f} %"
     for row in results["rows"]:
         existence, parameters = row["existence"], row["parameters"]
         shares = [row["accuracy"], *row["by_type"].values(), row["hallucination"], existence["yes_rate"], existence["f1"]]

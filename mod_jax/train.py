@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mod_jax import report
@@ -54,6 +54,7 @@ def measure(recipe: Recipe, name: str) -> dict:
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     config = from_dict(RecipeConfig, CONFIG.value.to_dict())
     results = run(config, pathlib.Path(WORKDIR.value), STAGE.value)
     if results:

@@ -19,19 +19,20 @@ D, F = 16, 24
 OPTIONS = {
     "dropless": MoEConfig(),
     "one choice": MoEConfig(experts_per_token=1),
-    "capacity": MoEConfig(capacity_factor=0.3),
+    "capacity": MoEConfig(capacity_factor=0.4),
     "roomy capacity": MoEConfig(capacity_factor=1.5),
     "residual": MoEConfig(residual=True),
-    "capacity and residual": MoEConfig(capacity_factor=0.3, residual=True),
+    "capacity and residual": MoEConfig(capacity_factor=0.4, residual=True),
 }
 
 
 def layer(moe):
-    """A sparse layer with nothing at zero; its graph, and its parameters by name."""
+    """A sparse layer with nothing at zero, its expert 0 in demand by `inputs`; its structure, parameters and axes by name."""
     config = DecoderConfig(hidden_size=D, intermediate_size=F, moe=moe)
     graph, state = nnx.split(MoE(config, (), nnx.Rngs(0)))
     params = {".".join(path): leaf for path, leaf in nnx.to_flat_state(state)}
     values = {name: jax.random.normal(jax.random.key(n), leaf.shape) * 0.4 for n, (name, leaf) in enumerate(sorted(params.items()))}
+    values["router.w_de"] = values["router.w_de"].at[0].set(2 * jnp.eye(1, moe.num_experts)[0])
     return graph, state, values, {name: leaf.axes for name, leaf in params.items()}
 
 
@@ -42,6 +43,7 @@ def bind(graph, state, values):
 
 def inputs(B=8, S=8):
     x, dy = jax.random.normal(jax.random.key(7), (2, B, S, D))
+    x = x.at[..., 0].set(1)
     valid = jnp.arange(S) < jnp.array([S, S - 3, 0, S, 1, S, S - 1, S])[:B, None]
     return x, valid, dy
 

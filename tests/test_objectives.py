@@ -5,7 +5,7 @@ Axes: B rows, S positions, D width, V vocabulary, G samples a row.
 
 import dataclasses
 import functools
-import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +63,24 @@ def make_views(batch, seed=1):
     return [View(*(jnp.asarray(random.normal(size=size), jnp.float32) for size in ((rows, S, D), (V, D)))) for _ in range(2)]
 
 
+class Aux(typing.NamedTuple):
+    """What an objective reads of the sparse layers."""
+
+    balance: jax.Array
+    z: jax.Array
+    load: jax.Array
+
+
 def make_aux(layers=2, experts=4, seed=2):
     random = np.random.default_rng(seed)
-    sizes = {"balance": (layers,), "z": (layers,), "load": (layers, experts)}
-    return types.SimpleNamespace(**{name: jnp.asarray(random.random(size), jnp.float32) for name, size in sizes.items()})
+    return Aux(*(jnp.asarray(random.random(size), jnp.float32) for size in ((layers,), (layers,), (layers, experts))))
 
 
 DENSE = make_aux(layers=0)
+
+
+loss = jax.jit(objectives.loss, static_argnames="config")
+pair_ratios = jax.jit(objectives.pair_ratios)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -182,7 +193,7 @@ def preference(name):
     return ObjectiveConfig("preference", beta=BETA, **{"preference": name} | PREFERENCES[name][0])
 
 
-@pytest.mark.parametrize("seed", [1, 5])
+@pytest.mark.parametrize("seed", [1, 2])  # mean rejected ratio: below 0, above 0
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_preference_losses_are_the_published_formulas(name, seed):
     student, teacher = make_views(PAIRS, seed)
@@ -231,7 +242,7 @@ def test_a_pair_without_targets_in_one_answer_is_no_pair():
     batch = make_batch(make_row(pair(2, 3, 2), [(0, [0]), (1, [1, 1]), (2, [0])]))
     student, teacher = make_views(batch)
     assert float(ours(preference("hinge"), batch, student, teacher)[1]["preference"][1]) == 1
-    chosen, rejected, valid = objectives.pair_ratios(batch, student, teacher)
+    chosen, rejected, valid = pair_ratios(batch, student, teacher)
     assert valid.tolist() == [[True, False, False]] and not np.any(chosen[0, 1:]) and not np.any(rejected[0, 1:])
 
 
@@ -253,18 +264,14 @@ def test_uneven_micro_batches_add_up_to_the_global_batch(name):
     totals, aux = objectives.totals(config, batch), make_aux()
     pair_means = None
     if config.kind == "preference":
-        chosen, rejected, _ = objectives.pair_ratios(batch, student, teacher)
+        chosen, rejected, _ = pair_ratios(batch, student, teacher)
         pair_means = jnp.sum(chosen) / totals.pairs, jnp.sum(rejected) / totals.pairs
-
-    @jax.jit
-    def run(batch, student, teacher, pair_means):
-        return objectives.loss(config, batch, student, teacher, aux, totals, pair_means)
 
     def part(rows):
         views = [view and View(view.hidden[rows], view.head_w_vd) for view in (student, teacher)]
-        return run(jax.tree.map(lambda x: x[rows], batch), *views, pair_means)
+        return loss(config, jax.tree.map(lambda x: x[rows], batch), *views, aux, totals, pair_means)
 
-    parts = [part(rows) for rows in (slice(0, 1), slice(1, 4))]
+    parts = [part(rows) for rows in (slice(0, 2), slice(2, 4))]
     for actual, desired in zip(jax.tree.leaves(jax.tree.map(lambda a, b: a + b, *parts)), jax.tree.leaves(part(slice(0, 4))), strict=True):
         np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6)
 
@@ -287,8 +294,8 @@ def test_router_losses_are_added_once_with_their_weights():
     student, _ = make_views(CHATS)
     aux, config = make_aux(), ObjectiveConfig(balance_weight=0.02, z_weight=0.3)
     totals = objectives.totals(config, CHATS)
-    with_experts, metrics = objectives.loss(config, CHATS, student, None, aux, totals)
-    without, _ = objectives.loss(config, CHATS, student, None, DENSE, totals)
+    with_experts, metrics = loss(config, CHATS, student, None, aux, totals)
+    without, _ = loss(config, CHATS, student, None, DENSE, totals)
     np.testing.assert_allclose(with_experts - without, 0.02 * np.sum(aux.balance) + 0.3 * np.sum(aux.z), rtol=1e-5)
     assert float(metrics["balance"][1]) == 20  # routed positions
     load = np.asarray(aux.load)
@@ -310,16 +317,16 @@ def test_compat_masks_the_divergence_by_unshifted_labels_and_reports_a_cross_ent
 def test_compat_adds_the_balance_loss_twice_beside_next_token(config, times):
     student, teacher = make_views(CHATS)
     aux, totals = make_aux(), objectives.totals(config, CHATS)
-    values = [objectives.loss(config, CHATS, student, teacher, a, totals)[0] for a in (aux, DENSE)]
+    values = [loss(config, CHATS, student, teacher, a, totals)[0] for a in (aux, DENSE)]
     np.testing.assert_allclose(values[0] - values[1], times * 0.01 * np.sum(aux.balance), rtol=1e-3)
 
 
-@pytest.mark.parametrize("seed", [1, 5])
+@pytest.mark.parametrize("seed", [1, 2])  # mean rejected ratio: below 0, above 0
 def test_compat_differentiates_ktos_kl_over_the_batch_at_hand(seed):
     student, teacher = make_views(PAIRS, seed)
     reference = Reference(student, teacher)
     config = dataclasses.replace(preference("kto_pair"), compat=True)
-    run = lambda student: objectives.loss(config, PAIRS, student, teacher, DENSE, objectives.totals(config, PAIRS), (7.0, 8.0))[0]
+    run = lambda student: loss(config, PAIRS, student, teacher, DENSE, objectives.totals(config, PAIRS), (7.0, 8.0))[0]
     value, gradient = jax.jit(jax.value_and_grad(run))(student)
     chosen, rejected = ([sum(answer[i]) for answer in reference.ratios(PAIRS)] for i in (0, 1))
     chosen_terms = [1 - torch.sigmoid(BETA * (c - mean(rejected).clamp(min=0))) for c in chosen]
@@ -330,7 +337,7 @@ def test_compat_differentiates_ktos_kl_over_the_batch_at_hand(seed):
 def test_global_pair_means_replace_those_of_the_batch():
     student, teacher = make_views(PAIRS)
     config = preference("kto_pair")
-    value, _ = objectives.loss(config, PAIRS, student, teacher, DENSE, objectives.totals(config, PAIRS), (jnp.float32(0.5), jnp.float32(-3.0)))
+    value, _ = loss(config, PAIRS, student, teacher, DENSE, objectives.totals(config, PAIRS), (jnp.float32(0.5), jnp.float32(-3.0)))
     pairs = [[sum(answer).item() for answer in answers] for answers in Reference(student, teacher).ratios(PAIRS)]
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     desired = np.mean([1 - sigmoid(BETA * (c - 0)) for c, _ in pairs] + [1 - sigmoid(BETA * (0.5 - r)) for _, r in pairs])
@@ -342,4 +349,4 @@ def test_a_teacher_too_many_or_too_few_is_refused(kind, given):
     config = ObjectiveConfig(kind)
     student, teacher = make_views(CHATS)
     with pytest.raises(ValueError, match=f"teacher: .*{kind}"):
-        objectives.loss(config, CHATS, student, teacher if given else None, DENSE, objectives.totals(config, CHATS))
+        loss(config, CHATS, student, teacher if given else None, DENSE, objectives.totals(config, CHATS))

@@ -129,7 +129,7 @@ def test_text_only_streams_have_no_pictures(scenes):
     assert (batch.picture_index == -1).all() and not (batch.tokens == MODEL.image_token_id).any()
 
 
-def test_bad_samples_are_skipped_named_and_counted_once(tmp_path):
+def test_bad_samples_are_skipped_named_and_counted_once(tmp_path, caplog):
     answers = ["one"] * 40
     answers[7] = answers[31] = ""
     config = DataConfig((texts(tmp_path, answers),), sequence_length=16, images_per_row=0, samples_per_row=1, template="brief", max_bad_share=0.5)
@@ -138,6 +138,7 @@ def test_bad_samples_are_skipped_named_and_counted_once(tmp_path):
     assert sorted(set(seen.tolist())) == [i for i in range(40) if i not in (7, 31)]
     assert skips.bad == {7: "r7: question without an answer text", 31: "r31: question without an answer text"}
     assert skips.seen == 40, "records, through three epochs"
+    assert len(caplog.records) == 2 and "skipped record 7 (r7)" in caplog.text
     again = Skips(0.5)
     again.set_state(json.loads(json.dumps(skips.get_state())))
     assert (again.seen, again.bad, again.truncated) == (40, skips.bad, 0)

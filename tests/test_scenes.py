@@ -176,10 +176,13 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 
 
 def test_the_command_prepares_a_set(tmp_path):
-    command = [sys.executable, "-m", "mod_jax.data.scenes", "--data_dir", str(tmp_path), "--train", "3", "--crowd", "0", "--preference", "2", "--test", "1"]
+    options = ["--train", "3", "--crowd", "0", "--preference", "2", "--test", "1"]
+    command = [sys.executable, "-m", "mod_jax.data.scenes", "--data_dir", str(tmp_path), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(load_scenes(done.stdout.split()[-1], "train")) == 3
+    with pytest.raises(ConfigError, match="crowd"):
+        load_scenes(tmp_path, "crowd")
 
 
 SIZES = {"train": 12, "crowd": 6, "preference": 6, "test": 4}

@@ -84,9 +84,10 @@ def test_everything_else_stays_and_the_dense_parameters_are_not_touched(dense):
     before = {name: np.asarray(a) for name, a in dense.items()}
     params, _ = upcycle(dense, DENSE, MoEConfig(), jax.random.key(2))
     assert dense.keys() == before.keys()
-    for name in before:
-        if ".mlp." not in name or name.startswith("vision_tower"):
-            np.testing.assert_array_equal(params[name], before[name])
+    for name, value in before.items():
+        np.testing.assert_array_equal(dense[name], value)
+        if not name.startswith(LAYERS + "mlp."):
+            np.testing.assert_array_equal(params[name], value)
 
 
 def test_routers_are_uniform_and_differ_between_layers(dense):

@@ -197,6 +197,6 @@ def test_no_array_has_positions_and_vocabulary():
 
 
 def test_a_frozen_head_costs_no_gradient():
-    # The three products of a pass with logits [C,V]: logits of both sides twice and d hidden; d head only if it trains.
+    # Logits of both sides in either pass, d hidden; one product more, d head, only if the head trains.
     products = [len(re.findall(r" dot\(|__onednn|custom-call\(", compiled(differentiate)[1])) for differentiate in ((0,), (0, 1))]
     assert products[1] == products[0] + 1

@@ -29,10 +29,12 @@ def load_image(picture: bytes | pathlib.Path, size: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(f"picture of {image.width} x {image.height} px, more than {MAX_PIXELS}")
             return np.asarray(square(ImageOps.exif_transpose(image).convert("RGB"), size))
+    except BadSample:
+        raise
     except FileNotFoundError:
         raise BadSample(f"no such picture file: {picture}") from None
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise error if isinstance(error, BadSample) else BadSample(f"unreadable picture: {error}") from None
+        raise BadSample(f"unreadable picture: {error}") from None
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

@@ -31,7 +31,7 @@ MARKER = "<image>\n"
 
 @dataclasses.dataclass(kw_only=True)
 class ScenesConfig(tfds.core.BuilderConfig):
-    """Sizes of the splits, and how records are made. The name tells two configurations apart."""
+    """Sizes of the splits (0: none), and how records are made. The name tells two configurations apart."""
 
     name: str = ""  # derived
     seed: int = 0
@@ -107,7 +107,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split, getattr(self.builder_config, split)) for split in SPLITS}
+        return {split: self._generate_examples(split, size) for split in SPLITS if (size := getattr(self.builder_config, split))}
 
     def _generate_examples(self, split: str, size: int) -> Iterator[tuple[int, dict]]:
         config = self.builder_config

@@ -26,7 +26,9 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, keep: int):
         self.folder = epath.Path(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # named, so that a checkpoint's metadata can be read before anything is restored
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
