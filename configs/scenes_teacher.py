@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     }
     return ConfigDict({
         "name": "scenes teacher",
-        "tokenizer": "assets/scenes/language_model",
+        "tokenizer": "runs/pretraining/tokenizer",
         "student": {"random": {"vision": vision, "decoder": decoder, "image_token_id": 1, "end_token_id": 0}},
         "stages": {"teacher": stage},
         "order": ("teacher",),

@@ -154,7 +154,7 @@ class Recipe:
             teacher=teacher.config if teacher else None,
             trained={n: before.params[n] for n in trained},
             frozen=Frozen({n: before.params[n] for n in frozen}, {n: p for n, p in teacher.params.items() if not n.startswith(TOWER)} if teacher else {}),
-            data=make_dataset(stage.data, self.tokenizer, before.config, stage.rows, skips=skips),
+            data=make_dataset(stage.data, self.tokenizer, before.config, stage.rows // jax.process_count(), skips=skips, shard=(jax.process_index(), jax.process_count())),
             skips=skips,
             folder=self.workdir / "stages" / name,
             about=self._about(name, before),

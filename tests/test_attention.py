@@ -48,7 +48,8 @@ def test_attention_equals_its_oracle_with_gradients(heads):
         return jax.value_and_grad(lambda arrays: (function(*arrays, mask) ** 3).sum())(arrays)
 
     np.testing.assert_allclose(attention(*arrays, mask), attention_oracle(*arrays, mask), rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), value_and_gradients(attention), value_and_gradients(attention_oracle))
+    found, expected = value_and_gradients(attention), value_and_gradients(attention_oracle)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_attention_equals_pytorch_where_something_is_visible():

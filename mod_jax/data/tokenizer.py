@@ -1,4 +1,4 @@
-"""The scenes' word-level tokenizer, and loading of any Hugging Face tokenizer folder."""
+"""The scenes' word-level tokenizer, a byte-level one for smoke runs, and loading of any Hugging Face tokenizer folder."""
 
 import copy
 import pathlib
@@ -27,6 +27,16 @@ def scenes_tokenizer() -> PreTrainedTokenizerFast:
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (END, IMAGE, UNKNOWN)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END, unk_token=UNKNOWN,
                                    extra_special_tokens={"image_token": IMAGE})
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte (ids 0 to 255), with Qwen's special ids: for runs with random weights and a vocabulary of Qwen's size."""
+    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(alphabet | {END: 151643, IMAGE: 151646}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (END, IMAGE)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END, extra_special_tokens={"image_token": IMAGE})
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> PreTrainedTokenizerFast:

@@ -173,9 +173,9 @@ class Decoder(nnx.Module):
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache of `capacity` positions a row."""
         config = self.config
-        keys = jnp.zeros((config.num_layers, rows, capacity, config.num_kv_heads, config.head_dim), self.dtype)
-        ids = jnp.zeros((rows, capacity), jnp.int32)
-        return Cache(keys, keys, ids, ids, jnp.zeros((), jnp.int32))
+        stack, ids = (config.num_layers, rows, capacity, config.num_kv_heads, config.head_dim), (rows, capacity)
+        keys, values = jnp.zeros(stack, self.dtype), jnp.zeros(stack, self.dtype)  # two buffers, so that a cache can be donated
+        return Cache(keys, values, jnp.zeros(ids, jnp.int32), jnp.zeros(ids, jnp.int32), jnp.zeros((), jnp.int32))
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, branch_ids: jax.Array, cache: Cache | None = None):
         """Runs the layers.

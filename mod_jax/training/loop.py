@@ -81,15 +81,15 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
         saved.close()
         return state.params
     frozen = jax.device_put(stage.frozen, frozen_shardings)
-    writer, sums = metrics.Writer(stage.folder, done), None
+    writer, pending = metrics.Writer(stage.folder, done), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[seen]}"))
     with Progress(*columns, refresh_per_second=2) as progress:
         bar, since = progress.add_task(stage.name, total=steps, completed=done, seen=""), time.perf_counter()
         for step in range(done + 1, steps + 1):
             state, pairs = step_function(state, frozen, to_devices(next(data), mesh))
-            sums = pairs if sums is None else jax.tree.map(lambda a, b: a + b, sums, pairs)
+            pending.append(pairs)  # read when logged: until then steps are dispatched without waiting for each other
             if step % log_every == 0 or step == steps:
-                values, sums = metrics.mean(sums), None
+                values, pending = metrics.mean(pending), []
                 now = time.perf_counter()
                 values |= {"steps_per_second": (step - progress.tasks[bar].completed) / (now - since), "skipped": len(stage.skips.bad)}
                 since = now

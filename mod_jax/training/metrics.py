@@ -7,10 +7,11 @@ import jax
 from tensorboardX import SummaryWriter
 
 
-def mean(pairs: dict) -> dict[str, float]:
-    """(sum, count) -> sum / count; a metric without a single count is left out."""
-    read = jax.device_get(pairs)
-    return {name: float(total) / float(count) for name, (total, count) in read.items() if count > 0}
+def mean(steps: list[dict]) -> dict[str, float]:
+    """Metrics of several steps, name -> (sum, count) each -> sum / count; one without a single count is left out."""
+    read = jax.device_get(steps)
+    totals = {name: (sum(float(step[name][0]) for step in read), sum(float(step[name][1]) for step in read)) for name in read[0]}
+    return {name: total / count for name, (total, count) in totals.items() if count > 0}
 
 
 class Writer:

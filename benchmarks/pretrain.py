@@ -1,0 +1,52 @@
+"""Makes what assets/ ships, from nothing: python -m benchmarks.pretrain
+
+What a real user starts from (a pretrained tower, a small pretrained language model, a trained teacher) cannot be downloaded
+by a quickstart that needs no network, so it is trained here on scenes with the project's own train step.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import time
+
+from configs import scenes_language_model, scenes_teacher
+from mod_jax import train
+from mod_jax.config import RecipeConfig, from_dict
+from mod_jax.data.scenes import prepare
+from mod_jax.data.tokenizer import byte_tokenizer, scenes_tokenizer
+from mod_jax.interop import huggingface
+from mod_jax.recipe import Recipe
+from mod_jax.sharding import make_mesh
+
+WORK = pathlib.Path("runs/pretraining")
+
+
+def trained(module, name: str):
+    """Runs a one-stage recipe (or finds it done); returns its model and results."""
+    config = from_dict(RecipeConfig, module.get_config().to_dict())
+    results = train.run(config, WORK / name)
+    return Recipe(config, WORK / name, make_mesh(config.mesh)).student_after(name), results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("assets"))
+    output, start = parser.parse_args().output, time.perf_counter()
+    prepare("data/scenes_pretraining", train=60000, crowd=0, preference=0)
+    prepare("data/scenes", train=0)
+    tokenizer = WORK / "tokenizer"
+    scenes_tokenizer().save_pretrained(tokenizer)
+    language_model, _ = trained(scenes_language_model, "language_model")
+    teacher, results = trained(scenes_teacher, "teacher")
+    shutil.rmtree(output, ignore_errors=True)
+    byte_tokenizer().save_pretrained(output / "byte_tokenizer")
+    huggingface.save_vision_tower(output / "scenes" / "vision_tower", teacher.config.vision, teacher.params)
+    huggingface.save_language_model(output / "scenes" / "language_model", language_model.config.decoder, language_model.params, tokenizer_folder=tokenizer)
+    huggingface.save_llava(output / "scenes" / "teacher", teacher.config, teacher.params, tokenizer_folder=tokenizer)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(json.dumps({"minutes": (time.perf_counter() - start) / 60, "megabytes": size / 1e6, "teacher": results["rows"][0]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Greedy answers: the cache, the padding and the batch change nothing.
+
+Axes: B prompts, S positions, N pictures a prompt, T new tokens.
+"""
+
+import dataclasses
+import functools
+
+import hf_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from small import DENSE, FEATURES, IDS, IMAGE_SIZE, SPARSE, params_of
+
+from mod_jax.batch import Batch
+from mod_jax.data.conversation import ChatFormat, tokenize_prompt
+from mod_jax.data.tokenizer import scenes_tokenizer, text_encoder
+from mod_jax.generation import Prompts, Question, answer, generate
+from mod_jax.interop import huggingface
+from mod_jax.models import llava
+
+IMAGE, NEW, LONGEST = IDS["image_token_id"], 8, 40
+RNG = np.random.default_rng(0)
+
+
+def prompt(*content: int | str) -> np.ndarray:
+    """i32[S]: lengths of text and "picture"s."""
+    return np.concatenate([np.full(FEATURES, IMAGE) if part == "picture" else RNG.integers(2, 80, part) for part in content]).astype(np.int32)
+
+
+def pictures(count: int) -> np.ndarray:
+    return RNG.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+
+
+ASKED = [(prompt(3, "picture", 5), pictures(1)), (prompt(4), pictures(0)), (prompt("picture", 2, "picture", 9), pictures(2)), (prompt("picture", 1), pictures(1))]
+
+
+def left_padded(asked, image_id: int, size: int) -> Prompts:
+    """Prompts of one length and number of pictures."""
+    length, most = max(len(ids) for ids, _ in asked), max(len(images) for _, images in asked)
+    tokens, segments, index = np.zeros((3, len(asked), length), np.int32)
+    index -= 1
+    images = np.zeros((len(asked), most, size, size, 3), np.uint8)
+    for row, (ids, shown) in enumerate(asked):
+        tokens[row, length - len(ids) :], segments[row, length - len(ids) :] = ids, 1
+        index[row, length - len(ids) :] = np.where(ids == image_id, np.cumsum(ids == image_id) - 1, -1)
+        images[row, : len(shown)] = shown
+    return Prompts(tokens, segments, index, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def next_token(config, params, batch: Batch, last):
+    """The most probable token after position `last` of a row, from a forward pass over all of it."""
+    hidden, _ = llava.bind(config, params)(batch)
+    return jnp.argmax(llava.head(config, params) @ hidden[0, last])
+
+
+def naive(config, params, ids: np.ndarray, shown: np.ndarray, new: int = NEW) -> list[int]:
+    """One prompt alone, everything anew for every token: no cache, no padding on the left, and no stop. Two places for pictures."""
+    ids, images = list(ids), np.zeros((1, 2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    images[0, : len(shown)] = shown
+    for _ in range(new):
+        tokens, segments, zeros = np.zeros((1, LONGEST), np.int32), np.zeros((1, LONGEST), np.int32), np.zeros((1, LONGEST), np.int32)
+        tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
+        index = np.where(tokens == IMAGE, np.cumsum(tokens == IMAGE, 1) - 1, -1).astype(np.int32)
+        positions = np.arange(LONGEST, dtype=np.int32)[None]
+        batch = Batch(tokens, tokens, zeros.astype(np.float32), positions, segments, zeros, index, images, zeros[:, :1])
+        ids.append(int(next_token(config, params, batch, len(ids) - 1)))
+    return ids[-new:]
+
+
+@functools.cache
+def naive_answers(config) -> list[list[int]]:
+    return [naive(config, params_of(config), *item) for item in ASKED]
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_prompts_of_any_length_and_number_of_pictures_are_answered_as_each_alone(config):
+    found = generate(dataclasses.replace(config, end_token_id=79), params_of(config), left_padded(ASKED, IMAGE, IMAGE_SIZE), NEW)
+    assert not any(79 in ids for ids in naive_answers(config))  # nothing ends early
+    assert np.asarray(found).tolist() == naive_answers(config)
+    assert len({tuple(ids) for ids in naive_answers(config)}) == len(ASKED)
+
+
+def test_an_ended_row_says_nothing_more_while_the_others_go_on():
+    """The end token is one that an answer reaches half way."""
+    wanted = np.array(naive_answers(SPARSE))
+    end = int(wanted[0, 3])
+    for row in wanted:
+        row[np.cumsum(row == end) > 0] = end
+    assert (wanted[0, 3:] == end).all() and not (wanted == end).all(0).any()
+    found = generate(dataclasses.replace(SPARSE, end_token_id=end), params_of(SPARSE), left_padded(ASKED, IMAGE, IMAGE_SIZE), NEW)
+    np.testing.assert_array_equal(found, wanted)
+
+
+QUESTIONS = [
+    Question("Describe the picture.", tuple(pictures(1))),
+    Question("How many objects are there?", ()),
+    Question("<image> above <image>?", tuple(pictures(2))),
+    Question("Is the red ring left of the blue cross and above a small green circle?", ()),
+    Question("What colour?", tuple(pictures(1))),
+]
+
+
+def test_answer_is_the_text_of_the_naive_loop_in_batches_of_two():
+    """Five questions: the last batch has a row without one. A picture without a marker comes first, on a line of its own."""
+    tokenizer, params = scenes_tokenizer(), params_of(SPARSE)
+    chat = ChatFormat("brief", FEATURES, **IDS)
+    texts = ["<image>\nDescribe the picture.", QUESTIONS[1].text, QUESTIONS[2].text, QUESTIONS[3].text, "<image>\nWhat colour?"]
+    wanted = []
+    for text, question in zip(texts, QUESTIONS, strict=True):
+        ids, _ = tokenize_prompt(((text, None),), text_encoder(tokenizer), chat)
+        said = naive(SPARSE, params, ids, np.array(question.pictures).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
+        said = said[: said.index(IDS["end_token_id"])] if IDS["end_token_id"] in said else said
+        wanted.append(tokenizer.decode(said, skip_special_tokens=True))
+    assert answer(SPARSE, params, tokenizer, "brief", QUESTIONS, 2, NEW) == wanted
+    assert all(wanted) and len(set(wanted)) > 2
+
+
+def test_markers_without_their_pictures_are_refused():
+    with pytest.raises(ValueError, match=r"'<image> and <image>' has 2 picture markers, expected 1"):
+        answer(SPARSE, {}, scenes_tokenizer(), "brief", [Question("<image> and <image>", tuple(pictures(1)))])
+
+
+def test_token_for_token_what_transformers_generates(tmp_path):
+    model = hf_models.build(hf_models.llava(hf_models.clip(), hf_models.qwen2()), seed=1)
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = huggingface.load_llava(tmp_path / "theirs")
+    rng = np.random.default_rng(3)
+    text = lambda n: rng.integers(0, hf_models.END_TOKEN, n)
+    picture = np.full(config.vision.num_features, hf_models.IMAGE_TOKEN)
+    shown = rng.integers(0, 256, (3, 12, 12, 3), np.uint8)
+    asked = [(np.concatenate([text(4), picture, text(6)]), shown[:1]), (np.concatenate([picture, picture, text(3)]), shown[1:]), (text(5), shown[:0])]
+    found = np.asarray(generate(config, params, left_padded(asked, hf_models.IMAGE_TOKEN, 12), NEW))
+    for (ids, images), row in zip(asked, found, strict=True):
+        normalised = (images / 255.0 - np.array(config.vision.pixel_mean)) / np.array(config.vision.pixel_std)
+        inputs = {"pixel_values": torch.tensor(normalised.transpose(0, 3, 1, 2), dtype=torch.float32)} if len(images) else {}
+        prompt_ids = torch.tensor(ids)[None]
+        theirs = model.generate(input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=NEW, do_sample=False, **inputs)
+        said = theirs[0, len(ids) :].tolist()
+        assert row.tolist() == said + [hf_models.END_TOKEN] * (NEW - len(said))
