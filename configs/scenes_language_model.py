@@ -22,5 +22,6 @@ def get_config() -> ConfigDict:
         "student": {"random": {"vision": vision, "decoder": decoder, "image_token_id": 1, "end_token_id": 0}},
         "stages": {"language_model": stage},
         "order": ("language_model",),
+        "remat": "dots",
         "log_every": 25,
     })

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     stage = {
         "trains": ("*",), "objective": {"kind": "next_token"},
         "data": {"sources": (source,), "sequence_length": 224, "images_per_row": 4, "samples_per_row": 4, "template": "brief"},
-        "optimizer": {"lr": 3e-3, "b2": 0.98, "warmup_share": 0.05}, "steps": 3200, "rows": 16, "checkpoint_every": 500,
+        "optimizer": {"lr": 3e-3, "b2": 0.98, "warmup_share": 0.05}, "steps": 1500, "rows": 16, "checkpoint_every": 500,
     }
     return ConfigDict({
         "name": "scenes teacher",
@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
         "student": {"random": {"vision": vision, "decoder": decoder, "image_token_id": 1, "end_token_id": 0}},
         "stages": {"teacher": stage},
         "order": ("teacher",),
+        "remat": "dots",
         "log_every": 25,
         "evaluation": {"path": "data/scenes", "models": ("teacher",)},
     })

@@ -116,7 +116,7 @@ class Recipe:
             steps, latest = stage.steps, saved.latest
             require(latest == steps, f"stage {name}", f"step {latest}", f"a checkpoint of its last step {steps} under {saved.folder}", "Run it first.")
             trained, _ = split_trained(before.params, stage.trains)
-            loop.check_same(saved.about(steps), self._about(name, before), saved.folder)
+            loop.check_same(saved.about(steps), self._about(name, before), saved.folder)  # the teacher is not needed to put the student together
             params = {n: before.params[n] for n in trained}
             shapes = jax.eval_shape(lambda p: new_state(p, make_optimizer(stage.optimizer, steps)), params)
             one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -131,14 +131,27 @@ class Recipe:
     def _teacher_of(self, name: str) -> Model | None:
         return self.teacher if self.config.stages[name].objective.needs_teacher else None
 
-    def _about(self, name: str, student: Model) -> dict:
-        """What a checkpoint of the stage says of itself; JSON types only."""
-        stage, teacher = self.config.stages[name], self._teacher_of(name)
-        _, frozen = split_trained(student.params, stage.trains)
-        parts = {"student": {"origin": student.origin, "checksum": huggingface.checksum({n: student.params[n] for n in frozen})}}
-        if teacher:
-            parts["teacher"] = {"origin": teacher.origin, "checksum": huggingface.checksum(teacher.params)}
-        return json.loads(json.dumps({"stage": name, "config": dataclasses.asdict(stage), "model": dataclasses.asdict(student.config), "frozen": parts}))
+    def _about(self, name: str, student: Model, teacher: Model | None = None) -> dict:
+        """What a checkpoint of the stage says of itself."""
+        _, frozen = split_trained(student.params, self.config.stages[name].trains)
+        model = json.loads(json.dumps(dataclasses.asdict(student.config)))
+        del model["remat"]  # what is recomputed may change while a stage runs
+        about = {"config": self._resolved(name), "model": model, "student": {"origin": student.origin, "checksum": huggingface.checksum({n: student.params[n] for n in frozen})}}
+        return about | ({"teacher": {"origin": teacher.origin, "checksum": huggingface.checksum(teacher.params)}} if teacher else {})
+
+    def _resolved(self, name: str) -> dict:
+        """The stage's configuration, in JSON types, without what may change while it runs."""
+        config = json.loads(json.dumps(dataclasses.asdict(self.config.stages[name])))
+        del config["checkpoint_every"], config["data"]["max_bad_share"]
+        return config
+
+    def check(self) -> None:
+        """Raises ConfigError, naming each difference, if a stage's checkpoint was made with another configuration."""
+        for name in self.config.order:
+            saved = self._checkpoints(name)
+            if saved.latest is not None:
+                loop.check_same(saved.about(saved.latest), {"config": self._resolved(name)}, saved.folder)
+            saved.close()
 
     def run(self, name: str) -> Model:
         """Runs a stage to its end (at once, if it is there) and returns its student."""
@@ -157,7 +170,7 @@ class Recipe:
             data=make_dataset(stage.data, self.tokenizer, before.config, stage.rows // jax.process_count(), skips=skips, shard=(jax.process_index(), jax.process_count())),
             skips=skips,
             folder=self.workdir / "stages" / name,
-            about=self._about(name, before),
+            about=self._about(name, before, teacher),
         )
         params = loop.run(work, self.mesh, self.config.keep_checkpoints, self.config.log_every)
         self._students[name] = Model(before.config, {**before.params, **params}, f"stage {name}")

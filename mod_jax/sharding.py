@@ -38,7 +38,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     free = [axis for axis, n in zip(AXES, shape) if n == -1]
     known = math.prod(n for n in shape if n != -1)
     asked = dict(zip(AXES, shape))
-    require(len(free) <= 1 and known > 0, "mesh", asked, "positive sizes, at most one of them -1 (the rest)")
+    require(len(free) <= 1 and all(n > 0 or n == -1 for n in shape), "mesh", asked, "positive sizes, at most one of them -1 (the rest)")
     if free:
         require(len(devices) % known == 0, "mesh", asked, f"sizes whose product divides the {len(devices)} devices")
         shape[AXES.index(free[0])] = len(devices) // known

@@ -32,11 +32,12 @@ def run(config: RecipeConfig, workdir: pathlib.Path, stage: str | None = None) -
       What results.json holds; None if nothing was to be measured.
     """
     require(stage is None or stage in config.stages, "--stage", stage, f"one of {config.order}")
+    mesh = make_mesh(config.mesh)
+    recipe = Recipe(config, workdir, mesh)
+    recipe.check()
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", dataclasses.asdict(config))
-    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        recipe = Recipe(config, workdir, mesh)
         for name in [stage] if stage else config.order:
             recipe.run(name)
         if stage or not config.evaluation.models:
@@ -55,17 +56,28 @@ def measure(recipe: Recipe, name: str) -> dict:
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    require(pathlib.Path(path).is_file(), "--config", path, "an existing file, as those in configs/")
     config = from_dict(RecipeConfig, CONFIG.value.to_dict())
     results = run(config, pathlib.Path(WORKDIR.value), STAGE.value)
     if results:
         report.print_table(results)
 
 
+def parse(arguments: list[str]) -> list[str]:
+    """absl's parser, where a --config.KEY that the file does not have, and a file that is not there, are expected errors too."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, OSError) as error:
+        told = str(error).replace("\\n", " ")
+        raise ConfigError(f"--config: expected a file that can be read and keys that it has ({' '.join(told.split())}).") from None
+
+
 def cli() -> None:
-    """The command; an expected error is one line and exit code 2."""
+    """The command; an expected error is one line and exit code 1."""
     flags.mark_flags_as_required(["config", "workdir"])
     try:
-        app.run(main)
+        app.run(main, flags_parser=parse)
     except (ConfigError, TooManyBadSamples) as error:
         sys.exit(f"error: {error}")
 

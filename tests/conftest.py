@@ -8,6 +8,15 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402 - the environment comes first
+import pytest  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that compile many programs and run each once: half of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -5,7 +5,6 @@ Axes: B rows, S positions, N pictures a row, H W picture height and width, G sam
 
 import functools
 
-import jax
 import numpy as np
 
 from mod_jax.batch import Batch
@@ -25,8 +24,10 @@ TEACHER = ModelConfig(VISION, DecoderConfig(**DECODER | {"vocab_size": 96, "hidd
 
 @functools.cache
 def params_of(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights."""
-    return jax.tree.map(np.asarray, jax.jit(functools.partial(llava.init, config))(jax.random.key(seed)))
+    """Random weights; biases and norms too, so that none can be missed unnoticed."""
+    rng = np.random.default_rng(seed)
+    centre = lambda name: 1.0 if name.endswith(("scale_d", "scale_h")) else 0.0
+    return {name: (centre(name) + 0.2 * rng.normal(size=x.shape)).astype(x.dtype) for name, x in llava.abstract(config).items()}
 
 
 def sample(rng: np.random.Generator, number: int, pictures: int, question: int, *answers: int) -> dict:

@@ -21,6 +21,8 @@ from mod_jax.generation import Prompts, Question, answer, generate
 from mod_jax.interop import huggingface
 from mod_jax.models import llava
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 IMAGE, NEW, LONGEST = IDS["image_token_id"], 8, 40
 RNG = np.random.default_rng(0)
 

@@ -18,10 +18,11 @@ from mod_jax.training import step
 from mod_jax.training.loop import to_devices
 from mod_jax.training.state import Frozen, make_optimizer, make_schedule, new_state, split_trained
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LANGUAGE = ("language_model.*", "adaptor.*")
 EXPERTS = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor.*")
 CASES = {
-    "next token": (DENSE, LANGUAGE, ObjectiveConfig()),
     "dense mimic": (DENSE, LANGUAGE, ObjectiveConfig("mimic")),
     "sparse mimic": (SPARSE, EXPERTS, ObjectiveConfig("mimic", next_token_weight=1.0, balance_weight=0.1)),
     "sparse preference": (SPARSE, EXPERTS, ObjectiveConfig("preference", preference="kto_pair")),
@@ -101,9 +102,9 @@ def test_only_what_trains_changes_and_is_kept(case):
     jax.tree.map(np.testing.assert_array_equal, read, frozen)
 
 
-@pytest.mark.parametrize("case", ["next token", "sparse mimic"])
+@pytest.mark.parametrize("case", CASES)
 def test_the_tower_runs_once(case, monkeypatch):
-    """Also where a teacher reads its features too."""
+    """The teacher reads its features too."""
     runs, tower = [], VisionTower.__call__
     monkeypatch.setattr(VisionTower, "__call__", lambda self, images: runs.append(images.shape) or tower(self, images))
     stage, student, teacher, trained, frozen, batch = parts(case)
@@ -125,21 +126,21 @@ def test_the_teacher_gets_no_gradient():
 
 
 UNEVEN = {
-    "next token": ObjectiveConfig(),
-    "dense mimic": ObjectiveConfig("mimic", next_token_weight=0.5),
-    "sparse preference": ObjectiveConfig("preference", preference="kto_pair", balance_weight=0.0),
+    "next token": ObjectiveConfig(balance_weight=0.0),
+    "mimic": ObjectiveConfig("mimic", next_token_weight=0.5, balance_weight=0.0),
+    "preference": ObjectiveConfig("preference", preference="kto_pair", balance_weight=0.0),
 }
 
 
 @functools.cache
 def gradients_in(case: str, accumulation: int):
-    """(gradient, metrics) of the global batch, in so many micro-batches."""
-    _, student, teacher, trained, frozen, batch = parts(case)
+    """(gradient, metrics) of the global batch, in so many micro-batches; the student is sparse."""
+    _, student, teacher, trained, frozen, batch = parts("sparse preference" if case == "preference" else "sparse mimic")
+    teacher, frozen = (teacher, frozen) if UNEVEN[case].needs_teacher else (None, Frozen(frozen.student, {}))
     return jax.jit(lambda *args: step.gradients(UNEVEN[case], accumulation, student, teacher, *args))(trained, frozen, batch)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-@pytest.mark.parametrize("case", UNEVEN)
+@pytest.mark.parametrize("case, accumulation", [("next token", 4), ("mimic", 4), ("preference", 2), ("preference", 4)])
 def test_micro_batches_of_uneven_answers_add_up_to_the_whole(case, accumulation):
     """Without the balance loss: its means are taken over a micro-batch, by decision."""
     gradient, metrics = gradients_in(case, accumulation)
@@ -153,7 +154,7 @@ def test_the_micro_batches_of_the_test_above_are_uneven_and_feel_ktos_kl():
     """Otherwise it would hold for means of means too."""
     micros = step.micro_batches(chats(), 4)
     assert len(set(np.asarray(micros.loss_weights).sum((1, 2)))) > 1
-    _, metrics = gradients_in("sparse preference", 1)
+    _, metrics = gradients_in("preference", 1)
     assert max(float(metrics["reward_chosen"][0]), float(metrics["reward_rejected"][0])) > 0
 
 

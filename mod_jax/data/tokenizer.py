@@ -6,7 +6,7 @@ import pathlib
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mod_jax.config import ConfigError
+from mod_jax.config import ConfigError, require
 from mod_jax.data.scene_chats import WORDS
 
 END, IMAGE, UNKNOWN = "<|endoftext|>", "<image>", "<unk>"
@@ -45,10 +45,12 @@ def load_tokenizer(folder: str | pathlib.Path) -> PreTrainedTokenizerFast:
     Raises:
       ConfigError: if the folder holds none that can be read.
     """
+    expected = "a folder with tokenizer.json and tokenizer_config.json"
+    require(pathlib.Path(folder).is_dir(), "tokenizer", str(folder), expected)  # else taken for a name on a hub
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"tokenizer folder = {str(folder)!r}: expected tokenizer.json and tokenizer_config.json ({error}).") from error
+        raise ConfigError(f"tokenizer = {str(folder)!r}: expected {expected} ({' '.join(str(error).split())}).") from error
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

@@ -103,8 +103,8 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
 
 
 def check_same(saved: dict, now: dict, folder: pathlib.Path) -> None:
-    """Raises ConfigError, naming each difference, if a stage would continue under another configuration or other frozen parts."""
-    before, after = (flatten_dict({key: about[key] for key in ("config", "frozen")}, sep=".") for about in (saved, now))
+    """Raises ConfigError, naming each difference, if what a checkpoint says of itself is not what is said `now` under the same keys."""
+    before, after = (flatten_dict({key: about.get(key, {}) for key in now}, sep=".") for about in (saved, now))
     wrong = [f"{key}: was {before.get(key)!r}, is {after.get(key)!r}" for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     if wrong:
         raise ConfigError(f"{folder} was made with another configuration; use another --workdir or set back: " + "; ".join(wrong))

@@ -94,7 +94,7 @@ def train_step(
     gradient, metrics = gradients(stage.objective, stage.accumulation, student, teacher, state.params, frozen, batch)
     updates, moments = optimizer.update(gradient, state.optimizer, state.params)
     one = jnp.ones(())
-    metrics |= {"gradient_norm": (optax.global_norm(gradient), one), "lr": (make_schedule(stage.optimizer, stage.steps)(state.step), one)}
+    metrics |= {"gradient_norm": (optax.tree.norm(gradient), one), "lr": (make_schedule(stage.optimizer, stage.steps)(state.step), one)}
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
 
 

@@ -1,0 +1,118 @@
+"""Checkpoints: what is restored is what was saved, on any mesh; another model's is refused."""
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mod_jax.config import ConfigError, MeshConfig, OptimizerConfig
+from mod_jax.sharding import make_mesh, parameter_shardings, replicated
+from mod_jax.training.checkpoint import Checkpoints, abstract
+from mod_jax.training.state import TrainState, make_optimizer, new_state, state_shardings
+
+AXES = {"a.w_df": ("embed", "mlp"), "b.scale_d": ("embed",)}
+OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
+
+
+def make_state(shape=(8, 16), step=3) -> TrainState:
+    """After a step, so that no moment is zero."""
+    rng = np.random.default_rng(step)
+    params = {"a.w_df": jnp.asarray(rng.normal(size=shape), jnp.float32), "b.scale_d": jnp.asarray(rng.normal(size=shape[:1]), jnp.float32)}
+    _, moments = OPTIMIZER.update(params, OPTIMIZER.init(params), params)
+    return TrainState(jnp.int32(step), params, moments)
+
+
+def wanted_on(mesh, state: TrainState) -> TrainState:
+    """The state's shapes, laid out on a mesh."""
+    shapes = jax.eval_shape(lambda p: new_state(p, OPTIMIZER), state.params)
+    return abstract(shapes, state_shardings(OPTIMIZER, state.params, parameter_shardings(mesh, state.params, AXES), replicated(mesh)))
+
+
+def stream():
+    return iter(grain.MapDataset.range(100).shuffle(seed=1).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def mesh_of(devices: int):
+    """One device, or four times two."""
+    return make_mesh(MeshConfig(data=1, fsdp=4, tensor=2) if devices == 8 else MeshConfig(), jax.devices()[:devices])
+
+
+@pytest.mark.parametrize("first, second", [(1, 1), (1, 8), (8, 1)])
+def test_state_and_data_come_back_bit_for_bit_on_any_mesh(first, second, tmp_path):
+    state, data = make_state(), stream()
+    placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, wanted_on(mesh_of(first), state))
+    for _ in range(7):
+        next(data)
+    saved = Checkpoints(tmp_path, keep=2)
+    saved.save(3, placed, data, {"config": {"lr": 0.1}})
+    rest = [int(next(data)) for _ in range(5)]
+    saved.close()
+
+    again, wanted, fresh = Checkpoints(tmp_path, keep=2), wanted_on(mesh_of(second), state), stream()
+    assert again.latest == 3 and again.about(3) == {"config": {"lr": 0.1}}
+    found = again.restore(3, wanted, fresh)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    jax.tree.map(lambda x, w: np.testing.assert_equal(x.sharding.is_equivalent_to(w.sharding, x.ndim), True), found, wanted)
+    assert optax.tree_utils.tree_get(found.optimizer, "mu")["a.w_df"].sharding.spec == found.params["a.w_df"].sharding.spec
+    assert [int(next(fresh)) for _ in range(5)] == rest
+    again.close()
+
+
+def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
+    """The step that follows overwrites the buffers of the state it is given."""
+    saved, state = Checkpoints(tmp_path, keep=1), jax.tree.map(jnp.copy, make_state((512, 512)))
+    kept = jax.tree.map(np.array, state)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    saved.save(3, state, stream(), {})
+    jax.block_until_ready(overwrite(state))
+    saved.close()
+    found = Checkpoints(tmp_path, keep=1)
+    jax.tree.map(np.testing.assert_array_equal, found.restore(3, wanted_on(mesh_of(1), kept), None), kept)
+    found.close()
+
+
+def test_the_last_ones_stay(tmp_path):
+    saved = Checkpoints(tmp_path, keep=2)
+    assert saved.latest is None
+    for step in (2, 4, 6, 8):
+        saved.save(step, make_state(step=step), stream(), {"step": step})
+    saved.close()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["6", "8"]
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest == 8 and again.about(6) == {"step": 6}
+    again.close()
+
+
+def test_half_a_checkpoint_does_not_count(tmp_path):
+    """What a kill in mid-save leaves behind: a folder under a temporary name."""
+    saved = Checkpoints(tmp_path, keep=2)
+    saved.save(2, make_state(), stream(), {})
+    saved.close()
+    (tmp_path / "4.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest == 2
+    again.save(4, make_state(step=4), stream(), {})
+    again.close()
+    final = Checkpoints(tmp_path, keep=2)
+    assert final.latest == 4
+    final.close()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda p: {**p, "a.w_df": jnp.zeros((8, 32))}, r"a\.w_df: checkpoint \(8, 16\), configuration \(8, 32\)$"),
+        (lambda p: {"a.w_df": p["a.w_df"]}, r"b\.scale_d: checkpoint \(8,\), configuration None$"),
+        (lambda p: {**p, "b.bias_d": jnp.zeros(8)}, r"b\.bias_d: checkpoint None, configuration \(8,\)$"),
+    ],
+)
+def test_another_models_checkpoint_is_refused(change, message, tmp_path):
+    saved = Checkpoints(tmp_path, keep=2)
+    saved.save(2, make_state(), stream(), {})
+    saved.close()
+    saved, other = Checkpoints(tmp_path, keep=2), change(make_state().params)
+    with pytest.raises(ConfigError, match=r"/2 holds another model; use another --workdir .*: " + message):
+        saved.restore(2, jax.eval_shape(lambda: new_state(other, OPTIMIZER)), None)
+    saved.close()
