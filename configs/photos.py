@@ -7,6 +7,8 @@ the method learns.
 
 from ml_collections import ConfigDict
 
+from mod_jax.config import RecipeConfig, complete
+
 LANGUAGE = ("language_model.*", "adaptor.*")
 SPARSE = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor.*")
 
@@ -28,7 +30,7 @@ def get_config(folder: str = "photos") -> ConfigDict:
         return {"trains": trains, "objective": objective, "data": data(kind), "optimizer": {"lr": lr}, "steps": 2, "rows": 2, **more}
 
     sparse = {"layers": "sparse", "num_experts": 4, "experts_per_token": 2}
-    return ConfigDict({
+    return complete(RecipeConfig, {
         "name": "photos",
         "tokenizer": "assets/byte_tokenizer",
         "student": model(128, 4, seed=0),

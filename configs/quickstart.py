@@ -11,14 +11,16 @@
 
 from ml_collections import ConfigDict
 
+from mod_jax.config import RecipeConfig, complete
+
 LANGUAGE = ("language_model.*", "adaptor.*")
 SPARSE = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor.*")
 
 
 def data(split: str) -> dict:
-    """Rows of packed scenes chats (about 105 positions each) or pairs."""
+    """Rows of packed scenes chats (about 90 positions each) or pairs."""
     source = {"kind": "scenes", "path": "data/scenes", "split": split}
-    return {"sources": (source,), "sequence_length": 224, "images_per_row": 4, "samples_per_row": 4, "template": "brief"}
+    return {"sources": (source,), "sequence_length": 192, "images_per_row": 4, "samples_per_row": 4, "template": "brief"}
 
 
 def get_config() -> ConfigDict:
@@ -47,7 +49,7 @@ def get_config() -> ConfigDict:
             "data": data("preference"), "optimizer": {"lr": 3e-4}, "steps": 60, "rows": 16,
         },
     }
-    return ConfigDict({
+    return complete(RecipeConfig, {
         "name": "quickstart",
         "tokenizer": "assets/scenes/language_model",
         "student": {"vision_tower": "assets/scenes/vision_tower", "language_model": "assets/scenes/language_model"},

@@ -2,11 +2,13 @@
 
 from ml_collections import ConfigDict
 
+from mod_jax.config import RecipeConfig, complete
+
 
 def get_config() -> ConfigDict:
     """One stage of plain next-token training."""
     vision = {
-        "image_size": 48, "patch_size": 12, "hidden_size": 96, "intermediate_size": 192, "num_layers": 3, "num_heads": 4,
+        "image_size": 36, "patch_size": 12, "hidden_size": 96, "intermediate_size": 192, "num_layers": 3, "num_heads": 4,
         "pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5),
     }
     decoder = {
@@ -16,10 +18,10 @@ def get_config() -> ConfigDict:
     source = {"kind": "scenes", "path": "data/scenes_pretraining", "split": "train"}
     stage = {
         "trains": ("*",), "objective": {"kind": "next_token"},
-        "data": {"sources": (source,), "sequence_length": 224, "images_per_row": 4, "samples_per_row": 4, "template": "brief"},
-        "optimizer": {"lr": 3e-3, "b2": 0.98, "warmup_share": 0.05}, "steps": 1500, "rows": 16, "checkpoint_every": 500,
+        "data": {"sources": (source,), "sequence_length": 192, "images_per_row": 4, "samples_per_row": 4, "template": "brief"},
+        "optimizer": {"lr": 2e-3, "b2": 0.98, "warmup_share": 0.1}, "steps": 800, "rows": 16, "checkpoint_every": 500,
     }
-    return ConfigDict({
+    return complete(RecipeConfig, {
         "name": "scenes teacher",
         "tokenizer": "runs/pretraining/tokenizer",
         "student": {"random": {"vision": vision, "decoder": decoder, "image_token_id": 1, "end_token_id": 0}},

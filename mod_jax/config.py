@@ -10,6 +10,8 @@ import types
 import typing
 from collections.abc import Mapping
 
+from ml_collections import ConfigDict
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message names the key, its value, what was expected and the remedy."""
@@ -315,6 +317,11 @@ def from_dict(cls, values: Mapping, path: str = "config"):
         return cls(**made)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def complete(cls, values: Mapping) -> ConfigDict:
+    """`values` with every default of `cls` filled in, so that each key can be set on the command line; checked as in from_dict."""
+    return ConfigDict(dataclasses.asdict(from_dict(cls, values)))
 
 
 def _convert(hint, value, path: str):

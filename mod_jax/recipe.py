@@ -88,7 +88,7 @@ class Recipe:
         model = load_model(self.config.teacher, self.tokenizer, self.config.dtype, "none")
         student = self._first_student
         require(model.config.vision == student.config.vision, "teacher vision tower", model.config.vision, f"the student's, {student.config.vision}")
-        same = self.config.teacher.random is not None or _checksum(model.params, TOWER) == _checksum(student.params, TOWER)
+        same = self.config.teacher.random is not None or _tower(model) == _tower(student)
         require(same, "teacher", model.origin, f"a teacher with the same vision tower weights as {student.origin}", "Features are computed once for both.")
         return model
 
@@ -132,16 +132,14 @@ class Recipe:
         return self.teacher if self.config.stages[name].objective.needs_teacher else None
 
     def _about(self, name: str, student: Model, teacher: Model | None = None) -> dict:
-        """What a checkpoint of the stage says of itself."""
+        """What a checkpoint of the stage says of itself: its configuration, and the identity of what it trains and reads."""
         _, frozen = split_trained(student.params, self.config.stages[name].trains)
-        model = json.loads(json.dumps(dataclasses.asdict(student.config)))
-        del model["remat"]  # what is recomputed may change while a stage runs
-        about = {"config": self._resolved(name), "model": model, "student": {"origin": student.origin, "checksum": huggingface.checksum({n: student.params[n] for n in frozen})}}
-        return about | ({"teacher": {"origin": teacher.origin, "checksum": huggingface.checksum(teacher.params)}} if teacher else {})
+        about = {"config": self._resolved(name), "student": _identity(student, frozen)}
+        return about | ({"teacher": _identity(teacher, teacher.params)} if teacher else {})
 
     def _resolved(self, name: str) -> dict:
-        """The stage's configuration, in JSON types, without what may change while it runs."""
-        config = json.loads(json.dumps(dataclasses.asdict(self.config.stages[name])))
+        """The stage's configuration, without what may change while it runs."""
+        config = _json(self.config.stages[name])
         del config["checkpoint_every"], config["data"]["max_bad_share"]
         return config
 
@@ -177,5 +175,17 @@ class Recipe:
         return self._students[name]
 
 
-def _checksum(params: dict, prefix: str) -> str:
-    return huggingface.checksum({n: np.asarray(p) for n, p in params.items() if n.startswith(prefix)})
+def _json(config) -> dict:
+    """A dataclass in JSON types, as a checkpoint gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _identity(model: Model, names) -> dict:
+    """Where a model came from, its configuration, and the SHA-256 of the parameters `names`."""
+    config = _json(model.config)
+    del config["remat"]  # what is recomputed may change while a stage runs
+    return {"origin": model.origin, "config": config, "checksum": huggingface.checksum({name: np.asarray(model.params[name]) for name in names})}
+
+
+def _tower(model: Model) -> str:
+    return _identity(model, [name for name in model.params if name.startswith(TOWER)])["checksum"]

@@ -54,13 +54,13 @@ class SceneObject(NamedTuple):
 class SceneDifficulty:
     """How hard the pictures are."""
 
-    grid: int = 4  # cells a side
+    grid: int = 3  # cells a side
     cell: int = 12  # px
-    min_objects: int = 2
-    max_objects: int = 5
+    min_objects: int = 1
+    max_objects: int = 4
     jitter: int = 0  # px an object may stray from its cell's middle (objects then overlap), each way
-    shapes: int = 6
-    colours: int = 6
+    shapes: int = 4
+    colours: int = 5
     sizes: int = 2
     noise: int = 12  # half the range of the background's grey levels
 
