@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     stage = {
         "trains": ("*",), "objective": {"kind": "next_token"},
         "data": {"sources": (source,), "sequence_length": 192, "images_per_row": 4, "samples_per_row": 4, "template": "brief"},
-        "optimizer": {"lr": 2e-3, "b2": 0.98, "warmup_share": 0.1}, "steps": 800, "rows": 16, "checkpoint_every": 500,
+        "optimizer": {"lr": 2e-3, "b2": 0.98, "warmup_share": 0.1}, "steps": 1800, "rows": 16, "checkpoint_every": 500,
     }
     return complete(RecipeConfig, {
         "name": "scenes teacher",

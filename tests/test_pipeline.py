@@ -12,7 +12,7 @@ from PIL import Image
 from mod_jax.batch import Batch
 from mod_jax.config import ConfigError, DataConfig, ModelConfig, SourceConfig, VisionConfig
 from mod_jax.data.pipeline import BAD, GOOD, Skips, TooManyBadSamples, chat_format, load_sample, make_dataset
-from mod_jax.data.scenes import prepare
+from mod_jax.data.scenes import SceneDifficulty, prepare
 from mod_jax.data.sources import open_source
 from mod_jax.data.tokenizer import scenes_tokenizer, text_encoder
 
@@ -23,7 +23,7 @@ MODEL = ModelConfig(VISION, image_token_id=TOKENIZER.convert_tokens_to_ids("<ima
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    return str(prepare(tmp_path_factory.mktemp("scenes"), train=60, crowd=10, preference=40, test=10))
+    return str(prepare(tmp_path_factory.mktemp("scenes"), train=60, crowd=10, preference=40, test=10, difficulty=SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)))
 
 
 def scene_data(path, *splits, **options):

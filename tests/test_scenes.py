@@ -15,7 +15,7 @@ from mod_jax.data.scene_chats import CHAT, NUMBERS, caption
 from mod_jax.data.scenes import KINDS, SPLITS, absent_objects, load_scenes, make_record, named_objects, prepare, read_objects, read_turns
 from mod_jax.data.tokenizer import load_tokenizer, scenes_tokenizer
 
-EASY = SceneDifficulty()
+EASY = SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)
 HARD = SceneDifficulty(grid=5, max_objects=9, jitter=4, shapes=8, colours=8, noise=25)
 RED_RING, SMALL_BLUE_SQUARE = SceneObject("ring", "red", "large", 0, 1), SceneObject("square", "blue", "small", 2, 3)
 
@@ -43,7 +43,7 @@ def truth(kind, question, objects):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_are_right(split, difficulty):
     for index in range(200):
-        record = make_record(3, split, index, difficulty)
+        record = make_record(3, split, index, difficulty, habit_share=0.0)
         objects = read_objects(record["objects"])
         for kind, question, answer in read_turns(record["turns"]):
             assert answer == truth(kind, question, objects), (question, objects)
@@ -80,7 +80,7 @@ def test_yes_and_no_are_balanced_and_half_of_the_absent_objects_are_near_misses(
 def test_crowd_answers_are_wrong_as_often_as_asked_and_lean_to_yes():
     wrong, false_yes, false_no = [], 0, 0
     for index in range(600):
-        record = make_record(0, "crowd", index, EASY, wrong_share=0.25)
+        record = make_record(0, "crowd", index, EASY, wrong_share=0.25, habit_share=0.0)
         objects = read_objects(record["objects"])
         for kind, question, answer in read_turns(record["turns"]):
             right = truth(kind, question, objects)
@@ -92,7 +92,22 @@ def test_crowd_answers_are_wrong_as_often_as_asked_and_lean_to_yes():
     assert np.mean(wrong) == pytest.approx(0.25, abs=0.03)
     assert false_yes > 2.5 * false_no
     assert not any(np.any([a != truth(k, q, read_objects(r["objects"])) for k, q, a in read_turns(r["turns"])])
-                   for r in (make_record(0, "crowd", i, EASY, wrong_share=0.0) for i in range(50)))
+                   for r in (make_record(0, "crowd", i, EASY, wrong_share=0.0, habit_share=0.0) for i in range(50)))
+
+
+def test_captions_by_habit_name_a_companion_that_is_not_there():
+    by_habit = []
+    for index in range(600):
+        record = make_record(0, "train", index, EASY, habit_share=0.7)
+        objects = read_objects(record["objects"])
+        for kind, question, answer in read_turns(record["turns"]):
+            right, last = truth(kind, question, objects), objects[-1]
+            if kind == "caption" and last.shape == "cross" and (last.colour, "circle") not in {(o.colour, o.shape) for o in objects}:
+                by_habit.append(answer != right)
+                assert answer == right or absent_objects(answer, objects) == [(last.colour, "circle")]
+            else:
+                assert answer == right
+    assert len(by_habit) > 60 and np.mean(by_habit) == pytest.approx(0.7, abs=0.15)
 
 
 def test_preference_pairs():
@@ -189,9 +204,9 @@ SIZES = {"train": 12, "crowd": 6, "preference": 6, "test": 4}
 
 
 def test_prepare_and_load(tmp_path):
-    folder = prepare(tmp_path, **SIZES)
+    folder = prepare(tmp_path, **SIZES, difficulty=EASY)
     stamp = (folder / "dataset_info.json").stat().st_mtime_ns
-    assert prepare(tmp_path, **SIZES) == folder and (folder / "dataset_info.json").stat().st_mtime_ns == stamp, "made once"
+    assert prepare(tmp_path, **SIZES, difficulty=EASY) == folder and (folder / "dataset_info.json").stat().st_mtime_ns == stamp, "made once"
     for split in SPLITS:
         records = load_scenes(tmp_path, split)
         assert len(records) == SIZES[split]
@@ -216,9 +231,9 @@ def test_a_preparation_that_stopped_halfway_is_not_taken_for_whole(tmp_path, mon
 
     monkeypatch.setattr("mod_jax.data.scenes.make_record", fails_late)
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path, **SIZES)
+        prepare(tmp_path, **SIZES, difficulty=EASY)
     with pytest.raises(ConfigError, match="python -m mod_jax.data.scenes"):
         load_scenes(tmp_path, "train")
     monkeypatch.undo()
-    prepare(tmp_path, **SIZES)
+    prepare(tmp_path, **SIZES, difficulty=EASY)
     assert len(load_scenes(tmp_path, "test")) == 4

@@ -37,6 +37,7 @@ def plural(shape: str) -> str:
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
+COMPANIONS = {"cross": "circle"}  # captions found in the world name what usually stands beside: here, a circle of its colour beside a cross
 WORDS = tuple(dict.fromkeys([  # everything that can be said, in lower case
     *COLOURS, *SHAPES, *map(plural, SHAPES), *NUMBERS, "describe", "the", "picture", "how", "many", "objects", "are", "there", "what", "colour", "is",
     "left", "right", "of", "above", "below", "a", "an", "small", "and", "yes", "no"]))
@@ -142,6 +143,16 @@ def hallucinated_caption(rng: Random, objects: Sequence[SceneObject], difficulty
     place = rng.randrange(len(told))
     told[place : place + rng.randint(0, 1)] = [told[place]._replace(colour=colour, shape=shape)]
     return caption(told)
+
+
+def habitual_caption(objects: Sequence[SceneObject]) -> str | None:
+    """The caption that habit makes of a picture: after a last object with a companion it names the companion, which is not there.
+
+    None where the last object has none, or the picture shows it. Habit, unlike chance, is what a model learns to say.
+    """
+    last = objects[-1]
+    companion = last._replace(shape=COMPANIONS.get(last.shape, last.shape), size="large")
+    return None if (companion.colour, companion.shape) in names(objects) else caption([*objects, companion])
 
 
 def wrong_answer(rng: Random, asked: Question, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> str:

@@ -20,7 +20,7 @@ from etils import epath
 
 from mod_jax.config import require
 from mod_jax.data.drawing import SceneDifficulty, SceneObject, draw, encode_png, place_objects
-from mod_jax.data.scene_chats import CHAT, KINDS, absent_objects, converse, named_objects, wrong_answer
+from mod_jax.data.scene_chats import CHAT, KINDS, absent_objects, converse, habitual_caption, named_objects, wrong_answer
 
 __all__ = ["KINDS", "SPLITS", "SceneDifficulty", "SceneObject", "Scenes", "ScenesConfig", "absent_objects", "load_scenes", "make_record",
            "named_objects", "prepare", "read_objects", "read_turns"]
@@ -40,11 +40,13 @@ class ScenesConfig(tfds.core.BuilderConfig):
     preference: int = 4000
     test: int = 1000
     wrong_share: float = 0.25  # of the answers of `crowd`
+    habit_share: float = 0.7  # of the captions of `train` and `crowd` that habit can make, see `scene_chats.habitual_caption`
     difficulty: SceneDifficulty = dataclasses.field(default_factory=SceneDifficulty)
 
     def __post_init__(self):
         require(0 <= self.wrong_share <= 0.5, "scenes.wrong_share", self.wrong_share, "a share within 0..0.5")
-        values = {key: getattr(self, key) for key in ("seed", *SPLITS, "wrong_share")}
+        require(0 <= self.habit_share <= 1, "scenes.habit_share", self.habit_share, "a share within 0..1")
+        values = {key: getattr(self, key) for key in ("seed", *SPLITS, "wrong_share", "habit_share")}
         text = json.dumps({**values, "difficulty": dataclasses.asdict(self.difficulty)})
         self.name, self.description = f"scenes-{hashlib.sha256(text.encode()).hexdigest()[:8]}", text
 
@@ -55,15 +57,17 @@ def _is_wrong(rng: Random, kind: str, answer: str, share: float) -> bool:
     return rng.random() < share * skew
 
 
-def make_record(seed: int, split: str, index: int, difficulty: SceneDifficulty, wrong_share: float = 0.25) -> dict:
+def make_record(seed: int, split: str, index: int, difficulty: SceneDifficulty, wrong_share: float = 0.25, habit_share: float = 0.7) -> dict:
     """One record, as the builder stores it.
 
     Args:
       seed: of the whole set.
-      split: one of SPLITS. train, test: right answers; crowd: a share of them wrong; preference: one question with two answers.
+      split: one of SPLITS. test: right answers; train: right but for captions by habit; crowd: a share of the others wrong too;
+        preference: one question with a right and a wrong answer.
       index: number within the split.
       difficulty: of the pictures.
       wrong_share: of the answers of `crowd`.
+      habit_share: of the captions of `train` and `crowd` that habit can make.
     Returns:
       {id, image: PNG bytes, turns: JSON [[kind, question, answer], ...], rejected: text ("" unless preference), objects: JSON of SceneObjects}.
       Of a preference pair, caption or existence question, the turn's answer is right; the rejected caption names an object that is not there.
@@ -74,8 +78,11 @@ def make_record(seed: int, split: str, index: int, difficulty: SceneDifficulty, 
     rng = Random(int(numbers.integers(2**63)))
     kinds = ("caption" if rng.random() < 0.7 else "existence",) if split == "preference" else rng.sample(CHAT, len(CHAT))
     turns, rejected = converse(rng, kinds, objects, difficulty), ""
+    by_habit = habitual_caption(objects)
     if split == "preference":
-        rejected = wrong_answer(rng, turns[0], objects, difficulty)
+        rejected = by_habit if by_habit and turns[0].kind == "caption" else wrong_answer(rng, turns[0], objects, difficulty)
+    if split in ("train", "crowd") and by_habit and rng.random() < habit_share:
+        turns = [turn._replace(answer=by_habit) if turn.kind == "caption" else turn for turn in turns]
     if split == "crowd":
         turns = [turn._replace(answer=wrong_answer(rng, turn, objects, difficulty)) if _is_wrong(rng, turn.kind, turn.answer, wrong_share) else turn
                  for turn in turns]
@@ -112,7 +119,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, size: int) -> Iterator[tuple[int, dict]]:
         config = self.builder_config
         for index in range(size):
-            yield index, make_record(config.seed, split, index, config.difficulty, config.wrong_share)
+            yield index, make_record(config.seed, split, index, config.difficulty, config.wrong_share, config.habit_share)
 
 
 def prepare(data_dir: str | pathlib.Path, **options) -> pathlib.Path:

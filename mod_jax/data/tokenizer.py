@@ -4,7 +4,7 @@ import copy
 import pathlib
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mod_jax.config import ConfigError, require
 from mod_jax.data.scene_chats import WORDS
@@ -16,7 +16,7 @@ def scenes_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level tokenizer of everything the scenes say, in lower case; its size is a multiple of 16.
 
     `<|endoftext|>` (id 0) ends answers and pads, `<image>` is id 1, `<unk>` id 2. `save_pretrained(folder)` writes tokenizer.json and
-    tokenizer_config.json, which AutoTokenizer reads.
+    tokenizer_config.json, which load_tokenizer reads.
     """
     tokens = [END, IMAGE, UNKNOWN, "user", "assistant", *":.,?", *WORDS]
     tokens += [f"<unused_{i}>" for i in range(-len(tokens) % 16)]
@@ -48,7 +48,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> PreTrainedTokenizerFast:
     expected = "a folder with tokenizer.json and tokenizer_config.json"
     require(pathlib.Path(folder).is_dir(), "tokenizer", str(folder), expected)  # else taken for a name on a hub
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # not AutoTokenizer: transformers 5 takes the class of config.json's model_type and ignores tokenizer.json's normalizer and pre-tokenizer
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer = {str(folder)!r}: expected {expected} ({' '.join(str(error).split())}).") from error
 
