@@ -52,7 +52,7 @@ def recipe(seed: int) -> RecipeConfig:
         stage["seed"], stage["data"] = seed, {**copy.deepcopy(stage["data"]), "seed": 1000 * seed}
     more = ("sparse_alone", "all_active", "dense_longer", "preference_dpo")
     config["student"]["seed"], config["order"] = seed, (*config["order"], *more)
-    config["evaluation"] = {**config["evaluation"], "models": ("teacher", *config["order"][1:]), "pictures": 1000}
+    config["evaluation"] = {**config["evaluation"], "models": ("teacher", *config["order"][1:]), "pictures": 500}
     config["name"] = f"directions, seed {seed}"
     return from_dict(RecipeConfig, config)
 

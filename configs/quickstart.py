@@ -33,20 +33,20 @@ def get_config() -> ConfigDict:
         },
         "fine_tuned": {
             "starts_from": "adaptor", "trains": LANGUAGE, "objective": {"kind": "next_token"}, "data": data("crowd", 2),
-            "optimizer": {"lr": 3e-3}, "steps": 400, "rows": 16,
+            "optimizer": {"lr": 3e-3}, "steps": 500, "rows": 16,
         },
         "dense_mimic": {
             "starts_from": "adaptor", "trains": LANGUAGE, "objective": mimic, "data": data("crowd", 2),
-            "optimizer": {"lr": 3e-3}, "steps": 400, "rows": 16,
+            "optimizer": {"lr": 3e-3}, "steps": 500, "rows": 16,
         },
         "sparse_mimic": {
             "starts_from": "dense_mimic", "upcycle": {"layers": "sparse", "num_experts": 4, "experts_per_token": 2},
             "trains": SPARSE, "objective": {**mimic, "next_token_weight": 1.0}, "data": data("crowd", 2),
-            "optimizer": {"lr": 2e-3}, "steps": 300, "rows": 16,
+            "optimizer": {"lr": 2e-3}, "steps": 400, "rows": 16,
         },
         "preference": {
             "starts_from": "sparse_mimic", "trains": SPARSE, "objective": {"kind": "preference", "preference": "kto_pair"},
-            "data": data("preference", 4), "optimizer": {"lr": 3e-4}, "steps": 60, "rows": 16,
+            "data": data("preference", 4), "optimizer": {"lr": 2e-5}, "steps": 60, "rows": 16,
         },
     }
     return complete(RecipeConfig, {

@@ -194,8 +194,8 @@ def test_stages_alone_one_by_one_are_the_whole_recipe(folder, finished, tmp_path
         ("mimic", "stages.mimic.objective.next_token_weight", 0.5, r"config\.objective\.next_token_weight: was 1\.0, is 0\.5$"),
         ("mimic", "stages.mimic.data.seed", 1, r"config\.data\.seed: was 0, is 1$"),
         ("mimic", "teacher.folder", "another_teacher", r"teacher\.checksum: was '\w+', is '\w+'; teacher\.origin"),
-        ("adaptor", "dtype", "bfloat16", r"model\.dtype: was 'float32', is 'bfloat16'"),
-        ("adaptor", "student.folder", "teacher", r"model\.decoder\.hidden_size: was 32, is 48"),
+        ("adaptor", "dtype", "bfloat16", r"student\.config\.dtype: was 'float32', is 'bfloat16'"),
+        ("adaptor", "student.folder", "teacher", r"student\.config\.decoder\.hidden_size: was 32, is 48"),
     ],
 )
 def test_going_on_with_another_configuration_or_model_is_refused(folder, finished, nothing_compiled, name, path, value, message):
