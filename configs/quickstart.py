@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         },
         "preference": {
             "starts_from": "sparse_mimic", "trains": SPARSE, "objective": {"kind": "preference", "preference": "kto_pair"},
-            "data": data("preference", 4), "optimizer": {"lr": 2e-5}, "steps": 60, "rows": 16,
+            "data": data("preference", 4), "optimizer": {"lr": 3e-5}, "steps": 60, "rows": 16,
         },
     }
     return complete(RecipeConfig, {

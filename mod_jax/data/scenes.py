@@ -63,24 +63,24 @@ def make_record(seed: int, split: str, index: int, difficulty: SceneDifficulty, 
     Args:
       seed: of the whole set.
       split: one of SPLITS. test: right answers; train: right but for captions by habit; crowd: a share of the others wrong too;
-        preference: one question with a right and a wrong answer.
+        preference: a right and a wrong caption.
       index: number within the split.
       difficulty: of the pictures.
       wrong_share: of the answers of `crowd`.
       habit_share: of the captions of `train` and `crowd` that habit can make.
     Returns:
       {id, image: PNG bytes, turns: JSON [[kind, question, answer], ...], rejected: text ("" unless preference), objects: JSON of SceneObjects}.
-      Of a preference pair, caption or existence question, the turn's answer is right; the rejected caption names an object that is not there.
+      Of a preference pair, a caption, the turn's answer is right; the rejected one names an object that is not there.
     """
     numbers = np.random.default_rng((seed, SPLITS.index(split), index))
     objects = place_objects(numbers, difficulty)
     image = encode_png(draw(objects, numbers, difficulty))
     rng = Random(int(numbers.integers(2**63)))
-    kinds = ("caption" if rng.random() < 0.7 else "existence",) if split == "preference" else rng.sample(CHAT, len(CHAT))
+    kinds = ("caption",) if split == "preference" else rng.sample(CHAT, len(CHAT))
     turns, rejected = converse(rng, kinds, objects, difficulty), ""
     by_habit = habitual_caption(objects)
     if split == "preference":
-        rejected = by_habit if by_habit and turns[0].kind == "caption" else wrong_answer(rng, turns[0], objects, difficulty)
+        rejected = by_habit or wrong_answer(rng, turns[0], objects, difficulty)
     if split in ("train", "crowd") and by_habit and rng.random() < habit_share:
         turns = [turn._replace(answer=by_habit) if turn.kind == "caption" else turn for turn in turns]
     if split == "crowd":
