@@ -25,6 +25,7 @@ EXPERTS = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adapto
 CASES = {
     "dense mimic": (DENSE, LANGUAGE, ObjectiveConfig("mimic")),
     "sparse mimic": (SPARSE, EXPERTS, ObjectiveConfig("mimic", next_token_weight=1.0, balance_weight=0.1)),
+    "dense preference": (DENSE, LANGUAGE, ObjectiveConfig("preference", preference="sigmoid")),
     "sparse preference": (SPARSE, EXPERTS, ObjectiveConfig("preference", preference="kto_pair")),
 }
 MESHES = {"8 fsdp": MeshConfig(1, 8, 1, 1), "2 fsdp x 4 expert": MeshConfig(1, 2, 4, 1), "2 data x 2 expert x 2 tensor": MeshConfig(2, 1, 2, 2)}
