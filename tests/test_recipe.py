@@ -21,6 +21,7 @@ from small import DENSE, IMAGE_SIZE, TEACHER, VISION, params_of
 from mod_jax import train
 from mod_jax.config import ConfigError, MeshConfig, ModelConfig, RecipeConfig, from_dict
 from mod_jax.data.tokenizer import scenes_tokenizer
+from mod_jax.files import write_json
 from mod_jax.interop import huggingface
 from mod_jax.recipe import Recipe
 from mod_jax.sharding import make_mesh
@@ -357,3 +358,21 @@ def test_too_many_bad_samples_are_one_line_and_a_failure(folder, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: 12 of 12 records are bad, more than data.max_bad_share = 0.01") and "no such picture file" in last
+
+
+def test_the_generate_command_answers_and_refuses(folder, finished):
+    """From the run's folder alone; what cannot be is one line."""
+    workdir, _ = finished
+    write_json(workdir / "config.json", dataclasses.asdict(make_recipe(recipe(folder), workdir).config))
+
+    def generate(*options):
+        arguments = [sys.executable, "-m", "mod_jax.generate", f"--run={workdir}", "--max_new_tokens=4", *options]
+        return subprocess.run(arguments, check=False, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+    done = generate(f"--image={folder}/0.png", f"--image={folder}/1.png", "--question=what <image> is <image> there?")
+    assert done.returncode == 0, done.stderr
+    assert "question: what <image> is <image> there?" in done.stdout and "answer:" in done.stdout
+    for options, message in [((f"--image={folder}/none.png",), "no such picture file"), (("--stage=nothing",), "--stage = 'nothing': expected one of")]:
+        refused = generate(*options)
+        assert refused.returncode == 1 and "Traceback" not in refused.stderr
+        assert message in refused.stderr.splitlines()[-1]
