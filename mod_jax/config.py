@@ -194,6 +194,7 @@ class ObjectiveConfig:
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the objective reads a teacher's hidden states."""
         return self.kind in ("mimic", "preference")
 
 

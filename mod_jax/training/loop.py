@@ -69,8 +69,9 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
     data = iter(stage.data)
     done = saved.latest or 0
     if done:
-        check_same(saved.about(done), stage.about, stage.folder)
-        stage.skips.set_state(saved.about(done)["skips"])
+        about = saved.about(done)
+        check_same(about, stage.about, stage.folder)
+        stage.skips.set_state(about["skips"])
         shapes = jax.eval_shape(lambda params: new_state(params, optimizer), stage.trained)
         state = saved.restore(done, checkpoint.abstract(shapes, state_shardings), data)
     else:
