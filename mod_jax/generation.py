@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mod_jax.config import ModelConfig
-from mod_jax.data.conversation import ChatFormat, tokenize_prompt
+from mod_jax.data.conversation import tokenize_prompt
+from mod_jax.data.pipeline import chat_format
 from mod_jax.data.sources import MARKER
 from mod_jax.data.tokenizer import text_encoder
 from mod_jax.models import llava
@@ -95,9 +96,10 @@ def answer(
       tokenizer: of its folder.
       template: name of the chat template it was trained with.
     Raises:
+      ConfigError: for an unknown template.
       ValueError: if a text has another number of picture markers than there are pictures.
     """
-    chat, encoder = ChatFormat(template, config.vision.num_features, config.image_token_id, config.end_token_id), text_encoder(tokenizer)
+    chat, encoder = chat_format(template, config), text_encoder(tokenizer)
     prompts = [tokenize_prompt(((_marked(question), None),), encoder, chat) for question in questions]
     length, pictures = max(len(ids) for ids, _ in prompts), max(len(question.pictures) for question in questions)
     texts = []

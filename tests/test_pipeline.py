@@ -69,7 +69,7 @@ def test_batches_have_the_promised_form(scenes):
 
 def test_rows_hold_the_samples_as_they_were_tokenised(scenes):
     config = scene_data(scenes, "preference")
-    source, encoder, chat = open_source(config.sources[0]), text_encoder(TOKENIZER), chat_format(config, MODEL)
+    source, encoder, chat = open_source(config.sources[0]), text_encoder(TOKENIZER), chat_format(config.template, MODEL)
     batch = batches(make_dataset(config, TOKENIZER, MODEL, rows=2), 1)[0]
     for row, segment in itertools.product(range(2), range(4)):
         if batch.samples[row, segment] >= 0:

@@ -87,10 +87,10 @@ class Skips:
             self._bad = {int(number): text for number, text in state["bad"].items()}
 
 
-def chat_format(config: DataConfig, model: ModelConfig) -> ChatFormat:
-    """The text format of a stage's data for a model."""
-    require(config.template in TEMPLATES, "data.template", config.template, f"one of {tuple(TEMPLATES)}")
-    return ChatFormat(config.template, model.vision.num_features, model.image_token_id, model.end_token_id)
+def chat_format(template: str, model: ModelConfig) -> ChatFormat:
+    """The text format of a template (name in TEMPLATES) for a model."""
+    require(template in TEMPLATES, "data.template", template, f"one of {tuple(TEMPLATES)}")
+    return ChatFormat(template, model.vision.num_features, model.image_token_id, model.end_token_id)
 
 
 def load_sample(source: Source, number: int, encoder, chat: ChatFormat, config: DataConfig, image_size: int) -> tuple[dict, bool]:
@@ -127,7 +127,7 @@ def make_dataset(config: DataConfig, tokenizer, model: ModelConfig, rows: int, *
     Raises:
       ConfigError: for sources that cannot be opened; TooManyBadSamples comes from `next`.
     """
-    chat, encoder, image_size = chat_format(config, model), text_encoder(tokenizer), model.vision.image_size
+    chat, encoder, image_size = chat_format(config.template, model), text_encoder(tokenizer), model.vision.image_size
     require(config.images_per_row * chat.features_per_picture <= config.sequence_length, "data.images_per_row", config.images_per_row,
             f"pictures of {chat.features_per_picture} positions that fit sequence_length {config.sequence_length}")
     skips = skips or Skips(config.max_bad_share)
