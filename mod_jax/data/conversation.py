@@ -2,35 +2,58 @@
 
 Axes: S positions of one sample.
 
-Text is tokenised between pictures and end tokens, where a tokenizer splits anyway, so ids equal those of the whole string; pictures, end
-tokens and the answers' mask come from construction, never from searching the ids.
+Text is tokenised between pictures and special tokens, where a tokenizer splits anyway, so ids equal those of the whole string (and begin as the
+tokenizer begins a text: Llama's with its bos token). Special tokens are the template's alone: written in a record they are text. Pictures, end tokens
+and the answers' mask come from construction, never from searching the ids.
 """
 
 import bisect
 import dataclasses
+import re
+from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from mod_jax.data.sources import MARKER, BadSample, Record
+from mod_jax.config import ModelConfig, require
+from mod_jax.data.records import MARKER, BadSample, Record
+from mod_jax.data.tokenizer import TextEncoder
+
+SPECIAL = re.compile(r"(<\|\w+\|>)")  # in a template's own text
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The text around questions and answers. An answer is followed by the end token, which nothing follows but the next turn."""
+    """The text around a system message, questions and answers. An answer is followed by the end token."""
 
-    system: str
+    system: str = ""  # the message where a conversation brings none of its own; an empty one is not written
+    before_system: str = ""
+    after_system: str = " "
     user: str = "USER: "
     assistant: str = " ASSISTANT:"
     gap: str = " "  # before an answer, and learnt with it: tokenizers join it to the answer's first word, so a prompt ends before it
+    after_answer: str = ""  # between the end token and the next question
+    end: str = ""  # the end token, where it has to be this one and not whichever ends the model's answers
     questions: bool = True  # else only a question's pictures are kept
 
 
+LLAVA = Template("A chat between a curious user and an artificial intelligence assistant. "
+                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 TEMPLATES = {
-    "qwen": Template("A chat between a curious user and an artificial intelligence assistant. "
-                     "The assistant gives helpful, detailed, and polite answers to the user's questions. "),
-    "brief": Template(""),
-    "plain": Template("", "", "", "", questions=False),  # picture, then caption
+    "qwen": LLAVA,  # LLaVA-MoD's name for it: Qwen's end token
+    "vicuna": LLAVA,  # LLaVA-1.5's: Llama's
+    "brief": Template(),
+    "plain": Template(user="", assistant="", gap="", questions=False),  # picture, then caption
+    "chatml": Template(  # an instructed Qwen's own
+        system="You are a helpful assistant.",
+        before_system="<|im_start|>system\n",
+        after_system="<|im_end|>\n",
+        user="<|im_start|>user\n",
+        assistant="<|im_end|>\n<|im_start|>assistant\n",
+        gap="",
+        after_answer="\n",
+        end="<|im_end|>",
+    ),
 }
 
 
@@ -42,6 +65,22 @@ class ChatFormat:
     features_per_picture: int
     image_token_id: int
     end_token_id: int
+
+
+def chat_format(template: str, model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> ChatFormat:
+    """The text format of a template (name in TEMPLATES) for a model.
+
+    Raises:
+      ConfigError: if there is no such template, or the tokenizer lacks its special tokens, or the model ends its answers with another one.
+    """
+    require(template in TEMPLATES, "data.template", template, f"one of {tuple(TEMPLATES)}")
+    fields, known = dataclasses.asdict(TEMPLATES[template]), tokenizer.get_added_vocab()
+    missing = {token for text in fields.values() if isinstance(text, str) for token in SPECIAL.findall(text)} - set(known)
+    require(not missing, "data.template", template, f"one for this tokenizer, which has no {', '.join(sorted(missing))}")
+    found, expected = tokenizer.convert_ids_to_tokens(model.end_token_id), fields["end"]
+    require(expected in ("", found), "data.template", template, f"one for this model, whose answers end with {found}, not {expected}",
+            f"Or a tokenizer and a model with {expected} as their end token.")
+    return ChatFormat(template, model.vision.num_features, model.image_token_id, model.end_token_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,55 +101,89 @@ PLAIN, ANSWER, PICTURE = 0, 1, 2  # what a token is
 
 
 class _Writer:
-    """Collects token ids and what each is."""
+    """Collects token ids and what each is. Text waits for the special token or picture behind it, to be tokenised as a whole."""
 
-    def __init__(self, encoder: Tokenizer, chat: ChatFormat):
-        self.encoder, self.chat, self.ids, self.roles = encoder, chat, [], []
+    def __init__(self, encoder: TextEncoder, chat: ChatFormat):
+        self.encoder, self.chat, self.template = encoder, chat, TEMPLATES[chat.template]
+        self.ids, self.roles = [], []
+        self.waiting, self.answer_start = "", None
+        self.add(encoder.begin, PLAIN)
 
-    def add(self, ids: list[int], role: int) -> None:
+    def add(self, ids: Sequence[int], role: int) -> None:
         self.ids += ids
         self.roles += [role] * len(ids)
 
-    def picture(self) -> None:
-        self.add([self.chat.image_token_id] * self.chat.features_per_picture, PICTURE)
-
-    def text(self, text: str, answer_start: int | None = None) -> None:
-        """Tokens of a text; those that end after character `answer_start` are an answer."""
-        if not text:
+    def end_text(self) -> None:
+        """Tokenises what waits; tokens that end after its character `answer_start` are an answer."""
+        if not self.waiting:
             return
-        encoding = self.encoder.encode(text, add_special_tokens=False)
-        first = len(encoding.ids) if answer_start is None else bisect.bisect_right([end for _, end in encoding.offsets], answer_start)
-        self.add(encoding.ids[:first], PLAIN)
-        self.add(encoding.ids[first:], ANSWER)
+        encoder = self.encoder.first if len(self.ids) == len(self.encoder.begin) else self.encoder.later
+        encoding = encoder.encode(self.waiting, add_special_tokens=False)
+        plain = len(encoding.ids)
+        if self.answer_start is not None:
+            plain = bisect.bisect_right([end for _, end in encoding.offsets], self.answer_start)
+        self.waiting, self.answer_start = "", None
+        self.add(encoding.ids[:plain], PLAIN)
+        self.add(encoding.ids[plain:], ANSWER)
 
-    def turn(self, question: str, answer: str | None, opening: str) -> None:
-        """One turn after the text `opening`; without an answer it is a prompt."""
-        template = TEMPLATES[self.chat.template]
-        pieces = question.split(MARKER)
-        pieces = pieces if template.questions else [""] * len(pieces)
-        pieces[0] = opening + template.user + pieces[0]
-        for piece in pieces[:-1]:
-            self.text(piece)
-            self.picture()
-        prompt = pieces[-1] + template.assistant
-        if answer is None:
-            self.text(prompt)
-        else:
-            self.text(prompt + template.gap + answer, len(prompt))
-            self.add([self.chat.end_token_id], ANSWER)
+    def special(self, ids: Sequence[int], role: int) -> None:
+        self.end_text()
+        self.add(ids, role)
 
-    def turns(self, turns) -> None:
+    def own(self, text: str) -> None:
+        """Text of the template, special tokens in it."""
+        words, *others = SPECIAL.split(text)
+        self.waiting += words
+        for token, words in zip(others[::2], others[1::2]):
+            self.special([self.encoder.first.token_to_id(token)], PLAIN)
+            self.waiting += words
+
+    def question(self, text: str) -> None:
+        words, *others = text.split(MARKER) if self.template.questions else [""] * (text.count(MARKER) + 1)
+        self.waiting += words
+        for words in others:
+            self.special([self.chat.image_token_id] * self.chat.features_per_picture, PICTURE)
+            self.waiting += words
+
+    def answer(self, text: str) -> None:
+        self.answer_start = len(self.waiting)
+        self.waiting += self.template.gap + text
+        self.special([self.chat.end_token_id], ANSWER)
+
+    def conversation(self, turns) -> None:
+        """Turns, of which the last may have None for an answer: a prompt. What the template puts behind the last answer is left out: nothing follows."""
+        template = self.template
+        if template.system:
+            self.own(template.before_system + template.system + template.after_system)
         for number, (question, answer) in enumerate(turns):
-            self.turn(question, answer, "" if number else TEMPLATES[self.chat.template].system)
+            self.own(template.after_answer if number else "")
+            self.own(template.user)
+            self.question(question)
+            self.own(template.assistant)
+            if answer is not None:
+                self.answer(answer)
+        self.end_text()
 
 
-def _write(turns, encoder: Tokenizer, chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
+def marked(text: str, pictures: int) -> str:
+    """A question with a marker for each of its pictures; one without any gets them in front, a line each.
+
+    Raises:
+      ValueError: if it has markers, but another number of them.
+    """
+    markers = text.count(MARKER)
+    if markers not in (0, pictures):
+        raise ValueError(f"question {text!r} has {markers} picture markers, expected {pictures}, one a picture (or none: pictures first).")
+    return text if markers else (MARKER + "\n") * pictures + text
+
+
+def _write(turns, encoder: TextEncoder, chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
     writer = _Writer(encoder, chat)
-    writer.turns(turns)
+    writer.conversation(turns)
     return np.array(writer.ids, np.int32), np.array(writer.roles, np.int32)
 
 
-def tokenize_prompt(turns, encoder: Tokenizer, chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
+def tokenize_prompt(turns, encoder: TextEncoder, chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
     """A conversation up to the point where the model speaks.
 
     Args:
@@ -124,7 +197,7 @@ def tokenize_prompt(turns, encoder: Tokenizer, chat: ChatFormat) -> tuple[np.nda
     return ids, roles == PICTURE
 
 
-def tokenize(record: Record, encoder: Tokenizer, chat: ChatFormat, max_length: int) -> Tokens:
+def tokenize(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: int) -> Tokens:
     """A record as tokens with targets; a pair as a shared prefix (branch 0), the chosen (1) and the rejected answer (2).
 
     What does not fit is cut at the end of the text, never inside a picture. The last token of a sample is only ever a target.
@@ -143,7 +216,7 @@ def tokenize(record: Record, encoder: Tokenizer, chat: ChatFormat, max_length: i
     return tokens
 
 
-def _chat(record: Record, encoder: Tokenizer, chat: ChatFormat, max_length: int) -> Tokens:
+def _chat(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: int) -> Tokens:
     ids, roles = _write(record.turns, encoder, chat)
     length = min(len(ids) - 1, max_length)
     length -= np.count_nonzero(roles[:length] == PICTURE) % chat.features_per_picture  # what a cut leaves of a picture goes too
@@ -160,7 +233,7 @@ def _chat(record: Record, encoder: Tokenizer, chat: ChatFormat, max_length: int)
     )
 
 
-def _pair(record: Record, encoder: Tokenizer, chat: ChatFormat, max_length: int) -> Tokens:
+def _pair(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: int) -> Tokens:
     """One position has one target, so each branch starts with its own copy of the prompt's last token, which predicts its first answer token."""
     (ids, roles), (other, _) = (_write((*record.turns[:-1], (record.turns[-1][0], a)), encoder, chat) for a in (record.turns[-1][1], record.rejected))
     asked = np.flatnonzero(roles != ANSWER)

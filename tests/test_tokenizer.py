@@ -1,0 +1,101 @@
+"""Tokenizers out of the folders that people have: tokenizer.json, vocab.json with merges.txt, tokenizer.model."""
+
+import json
+
+import pytest
+import sentencepiece
+import small_tokenizers
+from small_tokenizers import QWEN_SPECIALS, QWEN_VOCABULARY
+
+from mod_jax.config import ConfigError
+from mod_jax.data.tokenizer import load_tokenizer, scenes_tokenizer, text_encoder
+
+TEXTS = ["What is it? Two cats.", " a naïve\n\n  café 猫 🐈", "USER: 12 'tis ASSISTANT:"]
+
+
+def write(folder, **files):
+    """Files by name, an underscore for the dot."""
+    for name, content in files.items():
+        stem, _, ending = name.rpartition("_")
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        (folder / f"{stem}.{ending}").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def qwen_files(**config) -> dict:
+    """A Qwen folder without tokenizer.json: the special tokens are in tokenizer_config.json alone."""
+    model = json.loads(small_tokenizers.qwen().backend_tokenizer.to_str())["model"]
+    merges = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"])
+    added = {str(number): {"content": token, "special": True, "normalized": False} for number, token in enumerate(QWEN_SPECIALS, len(model["vocab"]))}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "added_tokens_decoder": added} | config
+    return {"vocab_json": model["vocab"], "merges_txt": merges, "tokenizer_config_json": config}
+
+
+def test_the_picture_token_of_qwen2_is_151646(tmp_path):
+    small_tokenizers.qwen(QWEN_VOCABULARY).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.get_added_vocab() == dict(zip((*QWEN_SPECIALS, "<image>"), range(151643, 151647)))
+    assert tokenizer("a<image>b").input_ids.count(151646) == 1
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (151643, 151643)
+
+
+def test_a_picture_token_that_is_there_stays_where_it_is(tmp_path):
+    scenes_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).get_added_vocab() == scenes_tokenizer().get_added_vocab()
+
+
+def test_without_a_token_to_pad_with_the_end_token_pads(tmp_path):
+    small_tokenizers.llama().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("</s>", "</s>")
+    assert tokenizer.convert_tokens_to_ids("<image>") == len(small_tokenizers.llama())
+
+
+def test_vocabulary_and_merges_are_qwen_s(tmp_path):
+    tokenizer, whole = load_tokenizer(write(tmp_path, **qwen_files())), small_tokenizers.qwen()
+    assert [tokenizer(text).input_ids for text in TEXTS] == [whole(text).input_ids for text in TEXTS]
+    assert tokenizer.get_added_vocab() == whole.get_added_vocab() | {"<image>": len(whole)}
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>"), "an instructed Qwen ends its turns so"
+
+
+@pytest.mark.parametrize("config", [None, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}])
+def test_a_sentencepiece_model_is_llama_s(tmp_path, config):
+    files = {} if config is None else {"tokenizer_config_json": config}
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer_model=small_tokenizers.sentencepiece_model(), **files))
+    stock = sentencepiece.SentencePieceProcessor(model_proto=small_tokenizers.sentencepiece_model())
+    texts = [text.strip() for text in TEXTS]  # legacy=False marks no second beginning before a space
+    assert [tokenizer(text).input_ids for text in texts] == [[stock.bos_id(), *stock.encode(text)] for text in texts]
+    assert (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<image>")) == (stock.eos_id(), stock.vocab_size())
+
+
+@pytest.mark.parametrize("make, begin", [
+    (small_tokenizers.qwen, ()), (small_tokenizers.llama, (1,)), (small_tokenizers.llama_first, (1,)), (scenes_tokenizer, ()),
+])
+def test_texts_begin_as_the_tokenizer_begins_them(make, begin):
+    assert text_encoder(make()).begin == begin
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused():
+    tokenizer = small_tokenizers.llama.__wrapped__()
+    tokenizer.add_bos_token = tokenizer.add_eos_token = True
+    with pytest.raises(ConfigError, match="without a token behind it.*add_eos_token"):
+        text_encoder(tokenizer)
+
+
+@pytest.mark.parametrize("files, message", [
+    ({}, "tokenizer = .*: expected a folder with tokenizer.json, with merges.txt and vocab.json, or with tokenizer.model"),
+    ({"tokenizer_json": "{"}, "tokenizer = .*: expected a folder with tokenizer.json"),
+    ({"tokenizer_model": b"\xff\xff\xff"}, "tokenizer = .*: expected a folder with tokenizer.json"),
+    ({"merges_txt": "#version: 0.2\n"}, "tokenizer = .*: expected a folder with tokenizer.json"),
+    (qwen_files(tokenizer_class="GPT2Tokenizer"), "tokenizer_class = 'GPT2Tokenizer': expected Qwen2TokenizerFast, which reads merges.txt"),
+    (qwen_files(added_tokens_decoder={"900": {"content": "<|im_end|>"}}), "added_tokens_decoder = {'<|im_end|>': 900}: expected the ids that follow"),
+    ({"tokenizer_json": small_tokenizers.qwen().backend_tokenizer.to_str()}, "eos_token = None: expected the token that ends an answer"),
+])
+def test_folders_that_cannot_be_read_say_why(tmp_path, files, message):
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(write(tmp_path, **files))
+
+
+def test_a_folder_that_is_not_there_is_no_name_on_a_hub():
+    with pytest.raises(ConfigError, match="tokenizer = 'gpt2': expected a folder"):
+        load_tokenizer("gpt2")
