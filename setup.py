@@ -1,22 +1,27 @@
 """Package metadata; pinned versions for running are in requirements.txt."""
 
+import pathlib
+import re
+
 import setuptools
 
 setuptools.setup(
     name="mod-jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', pathlib.Path("mod_jax/__init__.py").read_text())[1],
     description="LLaVA-MoD in JAX/Flax: small multimodal mixture-of-experts models distilled from large ones",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["mod_jax", "mod_jax.*"]),
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10,<0.12", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "grain>=0.2.18", "tensorflow-datasets>=4.9.10",
-        "array_record>=0.8", "transformers>=4.57", "tokenizers", "safetensors", "ml-collections", "clu", "absl-py", "etils[epath]",
-        "pillow", "rich", "tensorboardX", "gcsfs", "importlib_resources",
+        "array_record>=0.8", "transformers>=4.57", "tokenizers", "sentencepiece", "jinja2>=3.1.6", "safetensors",
+        "ml-collections", "clu", "absl-py", "etils[epath]", "pillow", "pyarrow", "msgpack", "rich", "tensorboardX", "gcsfs", "importlib_resources",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "beam": ["apache-beam>=2.77"],  # prepares data beyond one machine; needs older Pillow, protobuf and pyarrow than requirements.txt pins
+        "bin": ["torch>=2.6"],  # reads pytorch_model.bin; before 2.6 `weights_only` could be made to run code (CVE-2025-32434)
         "test": ["pytest", "pytest-cov", "hypothesis", "ruff", "torch==2.13.0"],
     },
 )

@@ -15,6 +15,7 @@ from mod_jax import train
 from mod_jax.config import RecipeConfig, from_dict
 from mod_jax.data.scenes import prepare
 from mod_jax.data.tokenizer import byte_tokenizer, scenes_tokenizer
+from mod_jax.export import export
 from mod_jax.interop import huggingface
 from mod_jax.recipe import Recipe
 from mod_jax.sharding import make_mesh
@@ -35,15 +36,15 @@ def main() -> None:
     output, start = parser.parse_args().output, time.perf_counter()
     prepare("data/scenes_pretraining", train=60000, crowd=0, preference=0)
     prepare("data/scenes", train=0)
-    tokenizer = WORK / "tokenizer"
-    scenes_tokenizer().save_pretrained(tokenizer)
+    tokenizer = scenes_tokenizer()
+    tokenizer.save_pretrained(WORK / "tokenizer")
     language_model, _ = trained(scenes_language_model, "language_model")
     teacher, results = trained(scenes_teacher, "teacher")
     shutil.rmtree(output, ignore_errors=True)
     byte_tokenizer().save_pretrained(output / "byte_tokenizer")
-    huggingface.save_vision_tower(output / "scenes" / "vision_tower", teacher.config.vision, teacher.params)
-    huggingface.save_language_model(output / "scenes" / "language_model", language_model.config.decoder, language_model.params, tokenizer_folder=tokenizer)
-    huggingface.save_llava(output / "scenes" / "teacher", teacher.config, teacher.params, tokenizer_folder=tokenizer)
+    huggingface.save(output / "scenes" / "vision_tower", teacher.config.vision, teacher.params)
+    huggingface.save(output / "scenes" / "language_model", language_model.config.decoder, language_model.params, others=tokenizer.save_pretrained)
+    export(WORK / "teacher", output / "scenes" / "teacher")
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(json.dumps({"minutes": (time.perf_counter() - start) / 60, "megabytes": size / 1e6, "teacher": results["rows"][0]}, indent=1))
 

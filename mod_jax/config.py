@@ -72,6 +72,11 @@ class MoEConfig:
         require(1 <= self.experts_per_token <= self.num_experts, "moe.experts_per_token", self.experts_per_token, f"1..num_experts ({self.num_experts})")
         require(self.capacity_factor is None or self.capacity_factor > 0, "moe.capacity_factor", self.capacity_factor, "None (dropless) or a positive number")
 
+    @property
+    def dropless(self) -> bool:
+        """Whether every token finds a place: there is no capacity, or so much that one expert could take all."""
+        return self.capacity_factor is None or self.experts_per_token * self.capacity_factor >= self.num_experts
+
     def layer_numbers(self, num_layers: int) -> tuple[int, ...]:
         """The sparse layers of a decoder of `num_layers`, ascending."""
         half = num_layers // 2
@@ -83,7 +88,7 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """One decoder for Qwen1.5/2/2.5 (the defaults are Qwen2-0.5B), Llama (no QKV bias) and Qwen3 (q/k norms)."""
+    """One decoder for Qwen1.5/2/2.5 (the defaults are Qwen2-0.5B), Llama and Mistral (no QKV bias) and Qwen3 (q/k norms)."""
 
     vocab_size: int = 151936
     hidden_size: int = 896
@@ -97,6 +102,7 @@ class DecoderConfig:
     qkv_bias: bool = True
     qk_norm: bool = False
     tie_embeddings: bool = True
+    max_positions: int = 32768  # of the longest sequence it was made for; a sliding window is not computed, so no longer than the window
     moe: MoEConfig | None = None
 
     def __post_init__(self):
@@ -141,35 +147,46 @@ class MeshConfig:
 class SourceConfig:
     """One source of records."""
 
-    kind: str = "chat"  # chat (LLaVA JSON) | preference (JSON pairs) | scenes (the built-in TFDS set)
-    path: str = ""  # the JSON file; for scenes the TFDS data folder
-    images: str = ""  # picture folder of a JSON source
-    split: str = ""  # scenes: train | crowd | preference | test
+    kind: str = "chat"  # chat, preference (LLaVA's JSON) | rlaif (RLAIF-V's parquet) | tfds | prepared (by mod_jax.prepare) | scenes (the built-in set)
+    path: str = ""  # chat, preference: a JSON list, or JSON Lines (.jsonl); rlaif: a file, a folder or a pattern; tfds: a folder or a name; else a folder
+    images: str = ""  # of a JSON source's pictures: a folder, gs://..., a .zip or a .tar
+    split: str = ""  # tfds: one of its own; scenes: train | crowd | preference | test
     weight: float = 1.0  # share in the mixture
     text_only: bool = False  # drop the pictures (to train a language model on the texts)
 
     def __post_init__(self):
-        kinds = ("chat", "preference", "scenes")
+        kinds = ("chat", "preference", "rlaif", "tfds", "prepared", "scenes")
         require(self.kind in kinds, "data.sources.kind", self.kind, f"one of {kinds}")
         require(self.weight > 0, "data.sources.weight", self.weight, "a positive share")
+
+    @property
+    def holds_pairs(self) -> bool | None:
+        """Whether its records are preference pairs; None where only the data say: tfds, prepared."""
+        known = {"chat": False, "preference": True, "rlaif": True, "scenes": self.split == "preference"}
+        return known.get(self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a stage reads and how rows are packed."""
+    """What a stage reads and how rows are packed. All but `workers` and `max_bad_share` decides what the batches are."""
 
     sources: tuple[SourceConfig, ...] = ()
     sequence_length: int = 2048  # positions a row, pictures included
-    images_per_row: int = 4
-    samples_per_row: int = 8
+    images_per_row: int = 3
+    samples_per_row: int = 16
     template: str = "qwen"
+    fit: str = "pad"  # how a picture becomes a square: pad | crop | stretch
     seed: int = 0
     max_bad_share: float = 0.01  # share of skipped samples above which the run stops
+    streams: int = 0  # independent streams that make the rows, on any number of hosts that divides it; 0: one a row, 64 at most
+    look_ahead: int = 32  # samples of a stream that a row is chosen from: more of them, less padding, more memory
+    workers: int = 0  # processes that read and decode, on each host; 0: threads of the process that trains
 
     def __post_init__(self):
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one source")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share within 0..1")
-        require(self.samples_per_row > 0, "data.samples_per_row", self.samples_per_row, "a positive count")
+        for key, least in (("samples_per_row", 1), ("look_ahead", 1), ("streams", 0), ("workers", 0)):
+            require(getattr(self, key) >= least, f"data.{key}", getattr(self, key), f"a count of at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,18 +255,21 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: a whole folder, parts with a new adaptor, or sizes with random weights."""
+    """Where a model comes from: a whole folder, parts (with a new adaptor if none is named), or sizes with random weights."""
 
-    folder: str = ""  # a LLaVA folder in Hugging Face form
-    vision_tower: str = ""  # or: a CLIP or SigLIP folder ...
-    language_model: str = ""  # ... and a language model's folder
+    folder: str = ""  # a whole model: a LLaVA folder, or an imported one
+    language_model: str = ""  # or: a language model's folder, with vision_tower
+    vision_tower: str = ""  # a CLIP or SigLIP folder; beside `folder` where that lacks its tower, as original LLaVA's do
+    adaptor: str = ""  # with language_model: a folder or file that holds an adaptor
     random: ModelConfig | None = None  # or: sizes
     seed: int = 0  # of what is initialised: the adaptor, or everything
 
     def __post_init__(self):
-        ways = [bool(self.folder), bool(self.vision_tower or self.language_model), self.random is not None]
-        require(sum(ways) == 1, "folder, vision_tower + language_model, random", ways, "exactly one of the three ways to name a model")
-        require(bool(self.vision_tower) == bool(self.language_model), "vision_tower, language_model", (self.vision_tower, self.language_model), "both parts")
+        ways = [bool(self.folder), bool(self.language_model), self.random is not None]
+        require(sum(ways) == 1, "folder, language_model, random", ways, "exactly one of the three ways to name a model")
+        parts = (self.language_model, self.vision_tower)
+        require(not self.language_model or all(parts), "language_model, vision_tower", parts, "both parts")
+        require(not self.adaptor or all(parts), "adaptor", self.adaptor, "it beside language_model and vision_tower", "A whole folder has its own.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +309,9 @@ class RecipeConfig:
             stage = self.stages[name]
             require(not stage.starts_from or stage.starts_from in done, f"stages.{name}.starts_from", stage.starts_from, f"an earlier stage {done}, or empty")
             require(not stage.objective.needs_teacher or self.teacher is not None, f"stages.{name}.objective.kind", stage.objective.kind, "a teacher", "Set config.teacher.")
-            pairs = {source.kind == "preference" or source.split == "preference" for source in stage.data.sources}
+            pairs = {source.holds_pairs for source in stage.data.sources} - {None}
             wanted = {stage.objective.kind == "preference"}
-            require(pairs == wanted, f"stages.{name}.data.sources", [s.kind for s in stage.data.sources], "pairs for a preference objective and chats for the others")
+            require(pairs <= wanted, f"stages.{name}.data.sources", [s.kind for s in stage.data.sources], "pairs for a preference objective and chats for the others")
             done.append(name)
         for model in self.evaluation.models:
             require(model in (*done, "teacher"), "evaluation.models", model, f"a stage {done} or teacher")

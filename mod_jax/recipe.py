@@ -4,21 +4,26 @@ A stage's checkpoint keeps only what it trains. The rest of its student is where
 folders the recipe names. `Recipe.student_after` follows that chain.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mod_jax.config import ConfigError, ModelConfig, ModelSource, RecipeConfig, require
-from mod_jax.data.pipeline import Skips, make_dataset
+from mod_jax.config import ConfigError, MeshConfig, ModelConfig, ModelSource, RecipeConfig, StageConfig, from_dict, require
+from mod_jax.data.pipeline import Batches
+from mod_jax.data.sources import Source
 from mod_jax.data.tokenizer import load_tokenizer
-from mod_jax.interop import huggingface
+from mod_jax.interop import huggingface, loading
+from mod_jax.interop.pretrained import read
 from mod_jax.models import llava
 from mod_jax.models.upcycle import upcycle
+from mod_jax.sharding import make_mesh
 from mod_jax.training import checkpoint, loop
 from mod_jax.training.state import Frozen, make_optimizer, new_state, split_trained
 
@@ -40,26 +45,26 @@ class Model:
     origin: str
 
 
-def load_model(source: ModelSource, tokenizer, dtype: str, remat: str) -> Model:
-    """Makes the model that a configuration names (folder, parts with a new adaptor, or random weights).
-
-    Raises:
-      ConfigError: if it does not fit the tokenizer.
-    """
-    key, ids = jax.random.key(source.seed), {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "end_token_id": tokenizer.eos_token_id}
-    if source.folder:
-        config, params = huggingface.load_llava(source.folder)
-        origin = source.folder
-    elif source.random:
-        config, params = source.random, jax.jit(functools.partial(llava.init, source.random))(key)
-        origin = f"random weights, seed {source.seed}"
-    else:
-        config, params = huggingface.assemble(source.vision_tower, source.language_model, key, **ids)
-        origin = f"{source.vision_tower} + {source.language_model} + new adaptor, seed {source.seed}"
-    for name, value in ids.items():
+def check_tokenizer(config: ModelConfig, origin: str, tokenizer) -> None:
+    """Raises ConfigError if a model does not know the tokenizer's ids."""
+    for name, value in {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "end_token_id": tokenizer.eos_token_id}.items():
         require(getattr(config, name) == value, f"{name} of {origin}", getattr(config, name), f"the tokenizer's, {value}", "Name the tokenizer it was trained with.")
     rows, largest = config.decoder.vocab_size, max(tokenizer.get_vocab().values())
     require(largest < rows, f"vocabulary of {origin}", rows, f"more embedding rows than the tokenizer's largest id, {largest}")
+
+
+def load_model(source: ModelSource, tokenizer, dtype: str, remat: str) -> Model:
+    """Makes the model that a configuration names (folder, parts, or random weights).
+
+    Raises:
+      ConfigError: if it does not fit the tokenizer, or as `open_pretrained`.
+    """
+    if source.random:
+        config, params, origin = source.random, jax.jit(functools.partial(llava.init, source.random))(jax.random.key(source.seed)), f"random weights, seed {source.seed}"
+    else:
+        with loading.open_source(source, tokenizer) as pretrained:
+            config, params, origin = pretrained.config, read(pretrained), pretrained.origin
+    check_tokenizer(config, origin, tokenizer)
     return Model(dataclasses.replace(config, dtype=dtype, remat=remat), params, origin)
 
 
@@ -85,7 +90,7 @@ class Recipe:
           ConfigError: if it cannot teach this student: another tower.
         """
         require(self.config.teacher is not None, "teacher", None, "a model source", "Set config.teacher.")
-        model = load_model(self.config.teacher, self.tokenizer, self.config.dtype, "none")
+        model = self._load(self.config.teacher, "none")
         student = self._first_student
         require(model.config.vision == student.config.vision, "teacher vision tower", model.config.vision, f"the student's, {student.config.vision}")
         same = self.config.teacher.random is not None or _tower(model) == _tower(student)
@@ -94,7 +99,13 @@ class Recipe:
 
     @functools.cached_property
     def _first_student(self) -> Model:
-        return load_model(self.config.student, self.tokenizer, self.config.dtype, self.config.remat)
+        return self._load(self.config.student, self.config.remat)
+
+    def _load(self, source: ModelSource, remat: str) -> Model:
+        model = load_model(source, self.tokenizer, self.config.dtype, remat)
+        positions, lengths = model.config.decoder.max_positions, {name: self.config.stages[name].data.sequence_length for name in self.config.order}
+        require(max(lengths.values()) <= positions, "data.sequence_length", lengths, f"at most {positions}, the longest sequence that {model.origin} was made for")
+        return model
 
     def student_before(self, name: str) -> Model:
         """The student as stage `name` finds it: after the stage it starts from, upcycled if the stage says so."""
@@ -140,7 +151,7 @@ class Recipe:
     def _resolved(self, name: str) -> dict:
         """The stage's configuration, without what may change while it runs."""
         config = _json(self.config.stages[name])
-        del config["checkpoint_every"], config["data"]["max_bad_share"]
+        del config["checkpoint_every"], config["data"]["max_bad_share"], config["data"]["workers"]
         return config
 
     def check(self) -> None:
@@ -157,7 +168,6 @@ class Recipe:
         trained, frozen = split_trained(before.params, stage.trains)
         if teacher and any(n.startswith(TOWER) for n in trained):
             raise ConfigError(f"stages.{name}.trains = {stage.trains!r}: expected the vision tower frozen, as the teacher reads its features too.")
-        skips = Skips(stage.data.max_bad_share)
         work = loop.Stage(
             name=name,
             config=stage,
@@ -165,14 +175,41 @@ class Recipe:
             teacher=teacher.config if teacher else None,
             trained={n: before.params[n] for n in trained},
             frozen=Frozen({n: before.params[n] for n in frozen}, {n: p for n, p in teacher.params.items() if not n.startswith(TOWER)} if teacher else {}),
-            data=make_dataset(stage.data, self.tokenizer, before.config, stage.rows // jax.process_count(), skips=skips, shard=(jax.process_index(), jax.process_count())),
-            skips=skips,
+            data=Batches(stage.data, self.tokenizer, before.config, stage.rows, (jax.process_index(), jax.process_count())),
             folder=self.workdir / "stages" / name,
             about=self._about(name, before, teacher),
         )
-        params = loop.run(work, self.mesh, self.config.keep_checkpoints, self.config.log_every)
+        with contextlib.closing(work.data):
+            check_pairs(name, stage, work.data.sources)
+            params = loop.run(work, self.mesh, self.config.keep_checkpoints, self.config.log_every)
         self._students[name] = Model(before.config, {**before.params, **params}, f"stage {name}")
         return self._students[name]
+
+
+def check_pairs(name: str, stage: StageConfig, sources: Sequence[Source]) -> None:
+    """Raises ConfigError if open sources hold chats where the objective wants pairs, or the reverse; some kinds say it only when they are open."""
+    wanted = stage.objective.kind == "preference"
+    wrong = [source.path for source, opened in zip(stage.data.sources, sources) if opened.holds_pairs != wanted]
+    require(not wrong, f"stages.{name}.data.sources", wrong, "pairs for a preference objective and chats for the others")
+
+
+def is_run(path) -> bool:
+    """Whether a folder is one that `mod_jax.train` made."""
+    path = pathlib.Path(path) / "config.json"
+    return path.is_file() and "stages" in json.loads(path.read_text())
+
+
+def open_run(folder, stage: str | None = None) -> tuple[Recipe, str]:
+    """The recipe of a run, to read its students on one device, whatever it was trained on; and the name of the stage: its last one if None.
+
+    Raises:
+      ConfigError: if the folder is no run, or has no such stage.
+    """
+    require(is_run(folder), "run", str(folder), "a folder that mod_jax.train made, with its config.json")
+    config = from_dict(RecipeConfig, json.loads((pathlib.Path(folder) / "config.json").read_text()))
+    stage = stage or config.order[-1]
+    require(stage in config.stages, "stage", stage, f"one of {config.order}")
+    return Recipe(config, pathlib.Path(folder), make_mesh(MeshConfig(), jax.local_devices()[:1])), stage
 
 
 def _json(config) -> dict:

@@ -4,19 +4,33 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_table(results: dict) -> None:
-    """Prints the rows of results.json.
+def scores(rows: list[dict]) -> list[dict[str, str]]:
+    """Heading -> what stands below it, of each model measured.
 
     Args:
-      results: {"recipe": str, "rows": [{"model", "accuracy", "by_type", "hallucination", "existence", "parameters"}]}.
+      rows: of results.json: {"model", "accuracy", "by_type", "hallucination", "existence", "parameters"} each.
     """
-    types = list(results["rows"][0]["by_type"])
-    table = Table(title=f"{results['recipe']}: held-out answers")
-    for heading in ["model", "accuracy", *types, "hallucination", "yes rate", "F1", "parameters", "activated"]:
+    percent, millions = lambda share: f"{100 * share:.1f} %", lambda count: f"{count / 1e6:,.2f} M"
+    return [
+        {
+            "model": row["model"],
+            "accuracy": percent(row["accuracy"]),
+            **{kind: percent(share) for kind, share in row["by_type"].items()},
+            "hallucination": percent(row["hallucination"]),
+            "yes rate": percent(row["existence"]["yes_rate"]),
+            "F1": percent(row["existence"]["f1"]),
+            "parameters": millions(row["parameters"]["total"]),
+            "activated": millions(row["parameters"]["activated"]),
+        }
+        for row in rows
+    ]
+
+
+def print_table(results: dict) -> None:
+    """Prints results.json: {"recipe": str, "rows": as `scores` takes them}."""
+    rows, table = scores(results["rows"]), Table(title=f"{results['recipe']}: held-out answers")
+    for heading in rows[0]:
         table.add_column(heading, justify="left" if heading == "model" else "right")
-    percent = lambda share: f"{100 * share:.1f} %"
-    for row in results["rows"]:
-        existence, parameters = row["existence"], row["parameters"]
-        shares = [row["accuracy"], *row["by_type"].values(), row["hallucination"], existence["yes_rate"], existence["f1"]]
-        table.add_row(row["model"], *map(percent, shares), f"{parameters['total'] / 1e6:.2f} M", f"{parameters['activated'] / 1e6:.2f} M")
+    for row in rows:
+        table.add_row(*row.values())
     Console(width=150).print(table)

@@ -5,7 +5,7 @@ Every parameter is random, norms and biases too, so that none can be missed unno
 
 import torch
 import transformers
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig, SiglipVisionConfig
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -24,7 +24,7 @@ TOWER |= {"attn_implementation": "eager"}
 
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 CLASSES |= {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel", "llava": "LlavaForConditionalGeneration"}
-CLASSES |= {"clip": "CLIPModel", "siglip": "SiglipModel"}
+CLASSES |= {"clip": "CLIPModel", "siglip": "SiglipModel", "mistral": "MistralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 def qwen2(**changes) -> Qwen2Config:
@@ -39,8 +39,16 @@ def llama(**changes) -> LlamaConfig:
     return LlamaConfig(**TEXT | {"tie_word_embeddings": False} | changes)
 
 
+def mistral(**changes) -> MistralConfig:
+    return MistralConfig(**TEXT | {"tie_word_embeddings": False, "sliding_window": None} | changes)
+
+
 def qwen3(**changes) -> Qwen3Config:
     return Qwen3Config(**TEXT | {"tie_word_embeddings": True, "head_dim": 16} | changes)
+
+
+def qwen3_moe(**changes) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(**TEXT | MOE | {"tie_word_embeddings": False, "head_dim": 16} | changes)
 
 
 def clip(**changes) -> CLIPVisionConfig:

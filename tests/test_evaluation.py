@@ -25,7 +25,7 @@ def measured(config, monkeypatch):
     """evaluate() of a model that answers each Asked with `reply(asked)`."""
 
     def run(reply):
-        asked = {(item.question.text, item.question.pictures[0].tobytes()): item for item in scenes.read_questions(config, VISION.image_size)}
+        asked = {(item.question.text, item.question.pictures[0].tobytes()): item for item in scenes.read_questions(config, VISION)}
 
         def fake(model, params, tokenizer, template, questions, rows, max_new_tokens):
             assert (template, rows) == ("brief", 5)
@@ -38,7 +38,7 @@ def measured(config, monkeypatch):
 
 
 def test_questions_are_those_of_the_first_pictures_each_asked_alone(config):
-    asked = scenes.read_questions(config, 8)
+    asked = scenes.read_questions(config, VISION)
     assert len(asked) == 6 * PICTURES
     assert {item.kind for item in asked} == {"caption", "count", "colour", "relation", "existence"}
     for item in asked:
@@ -66,7 +66,7 @@ def test_captions_do_not_count_as_answers_and_answers_not_as_captions(measured):
 
 def test_one_absent_object_makes_a_caption_a_hallucination(measured, config):
     """Present ones beside it change nothing; colour and shape have to meet in one object."""
-    first = scenes.read_questions(config, 8)[0].objects
+    first = scenes.read_questions(config, VISION)[0].objects
     absent = next((c, s) for c in ("red", "green", "blue") for s in ("circle", "square", "cross") if (c, s) not in {(o.colour, o.shape) for o in first})
     told = lambda item: f"{item.right} and a {absent[0]} {absent[1]}" if item.objects == first else item.right
     found = measured(lambda item: told(item) if item.kind == "caption" else item.right)
@@ -74,7 +74,7 @@ def test_one_absent_object_makes_a_caption_a_hallucination(measured, config):
 
 
 def test_yes_to_everything_has_full_recall_and_the_precision_of_the_share_of_yes(measured, config):
-    right = [item.right for item in scenes.read_questions(config, 8) if item.kind == "existence"]
+    right = [item.right for item in scenes.read_questions(config, VISION) if item.kind == "existence"]
     share = right.count("yes") / len(right)
     assert 0 < share < 1
     found = measured(lambda item: "yes")["existence"]
@@ -94,7 +94,7 @@ def test_parameters_in_all_and_for_one_token():
     tower = 16 + 48 * 16 + 5 * 16 + 4 * 16 + 2 * tower_layer
     adaptor = 16 * D + D + D * D + D
     decoder = dataclasses.replace(SPARSE.decoder, num_layers=4)
-    found = scenes.count_parameters(dataclasses.replace(SPARSE, decoder=decoder), llava.abstract(dataclasses.replace(SPARSE, decoder=decoder)))
+    found = llava.count(decoder.moe, llava.abstract(dataclasses.replace(SPARSE, decoder=decoder)))
     total = V * D + layers + D + tower + adaptor
     assert found == {"total": total, "activated": total - 2 * 2 * 3 * D * F}
 
@@ -103,5 +103,5 @@ def test_the_published_student_activates_what_the_paper_says():
     """Qwen1.5-1.8B, every second layer with four experts: 3.0 B, 2.2 B of them activated (the paper counts the language model)."""
     decoder = DecoderConfig(hidden_size=2048, intermediate_size=5504, num_heads=16, num_kv_heads=16, head_dim=128, tie_embeddings=False, moe=MoEConfig())
     model = ModelConfig(decoder=decoder)
-    found = scenes.count_parameters(model, {name: array for name, array in llava.abstract(model).items() if name.startswith("language_model.")})
+    found = llava.count(decoder.moe, {name: array for name, array in llava.abstract(model).items() if name.startswith("language_model.")})
     assert found == {"total": pytest.approx(3.0e9, rel=0.03), "activated": pytest.approx(2.2e9, rel=0.03)}

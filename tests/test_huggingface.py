@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from mod_jax.interop import folder as folders
-from mod_jax.interop import hf_config, huggingface, names
+from mod_jax.interop import hf_config, huggingface, loading, names
+from mod_jax.interop.image_processor import image_processor_to_json
 from mod_jax.models import llava
 
 LLAVA = hf_models.llava(hf_models.clip(), hf_models.qwen2_moe())
@@ -56,13 +57,13 @@ def assert_equal(found, wanted):
 
 
 def test_names_shapes_and_dtypes_are_those_of_our_model(theirs):
-    config, params = huggingface.load(theirs)
+    config, params = loading.load(theirs)
     wanted = {name: (x.shape, x.dtype) for name, x in llava.abstract(config).items()}
     assert {name: (x.shape, x.dtype) for name, x in params.items()} == wanted
 
 
 def test_stacks_hold_the_layers_of_their_kind_in_ascending_order(theirs, model):
-    _, params = huggingface.load(theirs)
+    _, params = loading.load(theirs)
     state = {name: x.numpy() for name, x in model.state_dict().items()}
     layer, first = "model.language_model.layers.{}.mlp.", "model.language_model.layers.0.mlp.experts.gate_up_proj"
     np.testing.assert_array_equal(params["language_model.layers.mlp.up.w_df"][1], state[layer.format(3) + "up_proj.weight"].T)
@@ -73,7 +74,7 @@ def test_stacks_hold_the_layers_of_their_kind_in_ascending_order(theirs, model):
 
 
 def test_heads_and_patches_are_laid_out_as_their_names_say(theirs, model):
-    _, params = huggingface.load(theirs)
+    _, params = loading.load(theirs)
     state = {name: x.numpy() for name, x in model.state_dict().items()}
     query = state["model.language_model.layers.1.self_attn.q_proj.weight"]  # [heads * size, D]
     assert params["language_model.layers.attention.query.w_dnh"][1, 5, 2, 3] == query[2 * 12 + 3, 5]
@@ -86,17 +87,17 @@ def test_heads_and_patches_are_laid_out_as_their_names_say(theirs, model):
 
 def test_a_file_in_the_layout_of_5x_reads_the_same(theirs, model):
     """Prefix `model.`, no `vision_model.`, experts fused: the names of the live model of transformers 5.x."""
-    _, params = huggingface.load(theirs)
+    _, params = loading.load(theirs)
     save_file({name: x.numpy() for name, x in model.state_dict().items() if x.numel()}, theirs / "model.safetensors")
     with safe_open(theirs / "model.safetensors", "numpy") as file:
         assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118 - a file, not a dict
-    assert_equal(huggingface.load(theirs)[1], params)
+    assert_equal(loading.load(theirs)[1], params)
 
 
 def test_a_file_in_the_layout_of_4x_is_written(theirs, tmp_path):
     """Names that every transformers from 4.46 on and vLLM read: with `vision_model.`, one tensor an expert, no shared expert."""
-    config, params = huggingface.load(theirs)
-    huggingface.save_llava(tmp_path / "ours", config, params)
+    config, params = loading.load(theirs)
+    huggingface.save(tmp_path / "ours", config, params)
     written, original = load_file(tmp_path / "ours" / "model.safetensors"), load_file(theirs / "model.safetensors")
     gates = {f"language_model.model.layers.{n}.mlp.shared_expert_gate.weight" for n in (0, 2)}
     assert all(not written[name].any() and written[name].shape == (1, 48) for name in gates)
@@ -106,14 +107,13 @@ def test_a_file_in_the_layout_of_4x_is_written(theirs, tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("plain, prefix", [("vision_tower", "vision_tower."), ("language_model", "language_model.")])
-def test_a_part_of_a_model_is_saved_and_loaded_alone(plain, prefix, theirs, tmp_path):
-    config, params = huggingface.load(theirs)
-    part = {name: x for name, x in params.items() if name.startswith(prefix)}
-    save = {"vision_tower": huggingface.save_vision_tower, "language_model": huggingface.save_language_model}[plain]
+@pytest.mark.parametrize("plain", ["vision_tower", "language_model"])
+def test_a_part_of_a_model_is_saved_and_loaded_alone(plain, theirs, tmp_path):
+    config, params = loading.load(theirs)
+    part = {name: x for name, x in params.items() if name.startswith(f"{plain}.")}
     wanted = {"vision_tower": config.vision, "language_model": config.decoder}[plain]
-    save(tmp_path / plain, wanted, params)
-    found, loaded = huggingface.load(tmp_path / plain)
+    huggingface.save(tmp_path / plain, wanted, params)
+    found, loaded = loading.load(tmp_path / plain)
     assert found == wanted
     assert_equal(loaded, part)
 
@@ -124,19 +124,19 @@ def test_the_text_side_of_a_clip_is_ignored(text, vision, tmp_path):
     both = {transformers.CLIPTextConfig: transformers.CLIPConfig, transformers.SiglipTextConfig: transformers.SiglipConfig}[text]
     vision = vision.to_dict() | {"vision_use_head": True}
     hf_models.build(both(text_config=text(**sizes).to_dict(), vision_config=vision)).save_pretrained(tmp_path / "both")
-    config, params = huggingface.load(tmp_path / "both")
+    config, params = loading.load(tmp_path / "both")
     assert params.keys() == {entry.ours for entry in names.vision_entries(config)}
     assert config.num_layers == 3 and config.hidden_size == 32
 
 
 def test_a_head_that_repeats_the_embedding_is_read_as_tied(tmp_path):
     hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "tied")
-    _, params = huggingface.load(tmp_path / "tied")
+    _, params = loading.load(tmp_path / "tied")
     rewrite(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
-    assert_equal(huggingface.load(tmp_path / "tied")[1], params)
+    assert_equal(loading.load(tmp_path / "tied")[1], params)
     rewrite(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
     with pytest.raises(ConfigError, match="tie_word_embeddings = True: expected False, as lm_head.weight in .* differs"):
-        huggingface.load(tmp_path / "tied")
+        loading.load(tmp_path / "tied")
 
 
 # Dtypes, shards, files
@@ -144,13 +144,13 @@ def test_a_head_that_repeats_the_embedding_is_read_as_tied(tmp_path):
 
 @pytest.mark.parametrize("dtype, relative", [("float32", 0), ("bfloat16", 2**-8), ("float16", 2**-11)])
 def test_dtypes_of_a_file(dtype, relative, theirs, tmp_path):
-    config, params = huggingface.load(theirs)
-    huggingface.save_llava(tmp_path / "ours", config, params, dtype=dtype)
+    config, params = loading.load(theirs)
+    huggingface.save(tmp_path / "ours", config, params, dtype=dtype)
     with safe_open(tmp_path / "ours" / "model.safetensors", "numpy") as file:
         stored = {file.get_slice(name).get_dtype() for name in file.offset_keys()}
     assert stored == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == dtype
-    for name, x in huggingface.load(tmp_path / "ours")[1].items():
+    for name, x in loading.load(tmp_path / "ours")[1].items():
         assert x.dtype == np.float32
         np.testing.assert_allclose(x, params[name], rtol=relative, atol=1e-7 if relative else 0, err_msg=name)  # atol: float16's subnormals
         np.testing.assert_array_equal(x, params[name].astype(folders.DTYPES[dtype]).astype(np.float32))
@@ -158,12 +158,12 @@ def test_dtypes_of_a_file(dtype, relative, theirs, tmp_path):
 
 def test_another_dtype_is_refused(theirs, tmp_path):
     with pytest.raises(ConfigError, match="dtype = 'int8': expected one of"):
-        huggingface.save_llava(tmp_path / "ours", *huggingface.load(theirs), dtype="int8")
+        huggingface.save(tmp_path / "ours", *loading.load(theirs), dtype="int8")
 
 
 def test_shards_and_their_index(theirs, model, tmp_path):
-    config, params = huggingface.load(theirs)
-    huggingface.save_llava(tmp_path / "ours", config, params, shard_bytes=60_000)
+    config, params = loading.load(theirs)
+    huggingface.save(tmp_path / "ours", config, params, shard_bytes=60_000)
     shards = sorted(tmp_path.glob("ours/*.safetensors"))
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
     assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
@@ -171,29 +171,21 @@ def test_shards_and_their_index(theirs, model, tmp_path):
     sizes = {shard.name: load_file(shard) for shard in shards}
     assert index["weight_map"] == {name: shard for shard, tensors in sizes.items() for name in tensors}
     assert index["metadata"]["total_size"] == sum(x.nbytes for tensors in sizes.values() for x in tensors.values())
-    assert_equal(huggingface.load(tmp_path / "ours")[1], params)
+    assert_equal(loading.load(tmp_path / "ours")[1], params)
     _, said = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert all("shared_expert." in name for name in said["missing_keys"])
     shards[1].unlink()
     with pytest.raises(ConfigError, match=shards[1].name):
-        huggingface.load(tmp_path / "ours")
+        loading.load(tmp_path / "ours")
 
 
-def test_the_tokenizer_comes_along(theirs, tmp_path):
-    config, params = huggingface.load(theirs)
-    source = tmp_path / "tokenizer"
-    source.mkdir()
-    with pytest.raises(ConfigError, match="tokenizer_folder"):
-        huggingface.save_llava(tmp_path / "ours", config, params, tokenizer_folder=source)
-    (source / "tokenizer.json").write_text("{}")
-    (source / "pytorch_model.bin").write_text("not a tokenizer")
-    huggingface.save_llava(tmp_path / "ours", config, params, tokenizer_folder=source)
-    found = {path.name for path in (tmp_path / "ours").iterdir()}
-    assert found == {"config.json", "preprocessor_config.json", "model.safetensors", "tokenizer.json"}
+def test_other_files_come_along(theirs, tmp_path):
+    huggingface.save(tmp_path / "ours", *loading.load(theirs), others=lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "ours").iterdir()}
 
 
 def test_a_folder_appears_whole_or_not_at_all(theirs, tmp_path):
-    config, params = huggingface.load(theirs)
+    config, params = loading.load(theirs)
 
     class Broken:
         shape = params["adaptor.linear_2.b_o"].shape
@@ -202,11 +194,11 @@ def test_a_folder_appears_whole_or_not_at_all(theirs, tmp_path):
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        huggingface.save_llava(tmp_path / "ours", config, params | {"adaptor.linear_2.b_o": Broken()})
+        huggingface.save(tmp_path / "ours", config, params | {"adaptor.linear_2.b_o": Broken()})
     assert not (tmp_path / "ours").exists()
-    huggingface.save_llava(tmp_path / "ours", config, params)
+    huggingface.save(tmp_path / "ours", config, params)
     with pytest.raises(ConfigError, match="folder = .*ours.*does not exist yet"):
-        huggingface.save_llava(tmp_path / "ours", config, params)
+        huggingface.save(tmp_path / "ours", config, params)
     assert {path.name for path in tmp_path.iterdir()} == {"theirs", "ours"}
 
 
@@ -227,7 +219,7 @@ def test_one_error_lists_every_tensor_that_does_not_fit(theirs):
 
     rewrite(theirs, change)
     with pytest.raises(ConfigError) as error:
-        huggingface.load(theirs)
+        loading.load(theirs)
     message = str(error.value)
     assert str(theirs) in message and "4 tensors differ" in message
     assert "missing language_model.model.layers.3.mlp.up_proj.weight" in message
@@ -237,34 +229,32 @@ def test_one_error_lists_every_tensor_that_does_not_fit(theirs):
 
 
 def test_parameters_that_do_not_fit_are_not_written(theirs, tmp_path):
-    config, params = huggingface.load(theirs)
+    config, params = loading.load(theirs)
     wrong = params | {"extra": np.zeros(1), "adaptor.linear_2.b_o": np.zeros(3)}
     del wrong["adaptor.linear_1.b_o"]
     listed = r"missing adaptor.linear_1.b_o; unexpected extra; adaptor.linear_2.b_o has the shape \(3,\), expected \(48,\)"
     with pytest.raises(ConfigError, match=listed):
-        huggingface.save_llava(tmp_path / "ours", config, wrong)
+        huggingface.save(tmp_path / "ours", config, wrong)
 
 
 def test_folders_without_a_config_or_weights(theirs, tmp_path):
     with pytest.raises(ConfigError, match="config.json"):
-        huggingface.load(tmp_path)
-    (theirs / "model.safetensors").rename(theirs / "pytorch_model.bin")
+        loading.load(tmp_path)
+    (theirs / "model.safetensors").rename(theirs / "weights")
     with pytest.raises(ConfigError, match="model.safetensors"):
-        huggingface.load(theirs)
+        loading.load(theirs)
 
 
 def test_the_kind_is_read_from_the_config_not_from_the_name(theirs):
     reconfigure(theirs, model_type="bert")
     with pytest.raises(ConfigError, match="model_type = 'bert'"):
-        huggingface.load(theirs)
-    with pytest.raises(ConfigError, match="model_type = 'bert'"):
-        huggingface.load_llava(theirs)
+        loading.load(theirs)
 
 
 REFUSED_TEXT = {
     "hidden_act": "gelu",
     "attention_bias": True,
-    "use_sliding_window": True,
+    "quantization_config": {"quant_method": "gptq"},
     "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
     "norm_topk_prob": False,
     "shared_expert_intermediate_size": 8,
@@ -275,9 +265,18 @@ REFUSED_TEXT = {
 
 @pytest.mark.parametrize("key", REFUSED_TEXT)
 def test_a_text_option_that_the_decoder_does_not_have_is_refused(key):
-    named = {"rope_parameters": "rope_type"}.get(key, key)
-    with pytest.raises(ConfigError, match=f"{named} = .*expected"):
+    named = {"rope_parameters": "rope_type = 'yarn'"}.get(key, key)
+    with pytest.raises(ConfigError, match=f"{named}.*expected"):
         hf_config.decoder_from_json(hf_models.qwen2_moe().to_dict() | {key: REFUSED_TEXT[key]})
+
+
+def test_one_error_names_every_option_that_is_refused():
+    changed = {"vision_config": LLAVA.vision_config.to_dict() | {"hidden_act": "relu"}, "projector_hidden_act": "relu"}
+    changed["text_config"] = LLAVA.text_config.to_dict() | REFUSED_TEXT | {"model_type": "qwen2_moe"}
+    with pytest.raises(ConfigError) as error:
+        hf_config.model_from_json(LLAVA.to_dict() | changed, {}, {})
+    for said in ("vision_config.hidden_act = 'relu'", "'projector_hidden_act': 'relu'", "'hidden_act': 'gelu', 'attention_bias': True", "'gptq'", "'yarn'"):
+        assert said in str(error.value)
 
 
 def test_scaled_rotary_angles_in_the_spelling_of_4x_are_refused():
@@ -290,8 +289,8 @@ REFUSED_LLAVA = {"projector_hidden_act": "relu", "multimodal_projector_bias": Fa
 
 @pytest.mark.parametrize("key", REFUSED_LLAVA)
 def test_a_llava_option_that_the_model_does_not_have_is_refused(key):
-    with pytest.raises(ConfigError, match=f"{key} = .*expected"):
-        hf_config.model_from_json(LLAVA.to_dict() | {key: REFUSED_LLAVA[key]}, {})
+    with pytest.raises(ConfigError, match=f"{key}.*expected"):
+        hf_config.model_from_json(LLAVA.to_dict() | {key: REFUSED_LLAVA[key]}, {}, {})
 
 
 MOE = MoEConfig(layers=(0, 2), num_experts=4, experts_per_token=2)
@@ -301,14 +300,20 @@ MOE = MoEConfig(layers=(0, 2), num_experts=4, experts_per_token=2)
     "changes",
     [
         {"qkv_bias": True, "qk_norm": True},
-        {"qkv_bias": False, "qk_norm": True, "moe": MOE},
+        {"qkv_bias": True, "qk_norm": True, "moe": MOE},
         {"moe": dataclasses.replace(MOE, residual=True)},
         {"moe": dataclasses.replace(MOE, capacity_factor=1.5)},
     ],
 )
 def test_a_decoder_without_an_exact_match_is_not_exported(changes):
-    with pytest.raises(ConfigError, match="decoder"):
+    with pytest.raises(ConfigError, match="decoder.qkv_bias|moe.residual|moe.capacity_factor"):
         hf_config.decoder_to_json(DecoderConfig(**changes), "float32")
+
+
+def test_a_capacity_that_drops_no_token_is_exported_as_none():
+    """2 * 2.0 >= 4: every expert has a place for every token."""
+    enough = DecoderConfig(moe=dataclasses.replace(MOE, capacity_factor=2.0))
+    assert hf_config.decoder_to_json(enough, "float32") == hf_config.decoder_to_json(DecoderConfig(moe=MOE), "float32")
 
 
 # Configurations
@@ -317,11 +322,13 @@ def test_a_decoder_without_an_exact_match_is_not_exported(changes):
 @pytest.mark.parametrize("family", hf_config.TEXT_DEFAULTS)
 def test_what_a_text_config_leaves_out_is_the_default_of_its_class(family):
     """equivalent to: the configuration class of transformers."""
-    fixed = {"norm_topk_prob": True, "shared_expert_intermediate_size": 0, "moe_intermediate_size": 5632} if family == "qwen2_moe" else {}
+    fixed = {"qwen2_moe": {"norm_topk_prob": True, "shared_expert_intermediate_size": 0}, "qwen3_moe": {"norm_topk_prob": True}}.get(family, {})
     full = transformers.CONFIG_MAPPING[family](**fixed).to_dict()
     assert hf_config.decoder_from_json({"model_type": family} | fixed) == hf_config.decoder_from_json(full)
     needed = hf_config.TEXT_DEFAULTS[family].keys() - fixed.keys() - {"num_key_value_heads"}
+    full = {"num_experts": full.get("num_local_experts")} | full  # qwen3_moe's name for it in 5.x
     assert {key: full[key] for key in needed} == {key: hf_config.TEXT_DEFAULTS[family][key] for key in needed}
+    assert hf_config.END_TOKENS.get(family) == full["eos_token_id"]
 
 
 @pytest.mark.parametrize("kind", hf_config.VISION_DEFAULTS)
@@ -337,19 +344,59 @@ def test_an_old_llava_config_reads():
     vision |= {"image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}
     text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
     values = {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": vision, "tie_word_embeddings": False}
-    config = hf_config.model_from_json(values | {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}, {})
+    config = hf_config.model_from_json(values | {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}, {}, {})
     llama = DecoderConfig(
         vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, tie_embeddings=False,
+        rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, tie_embeddings=False, max_positions=4096,
     )  # fmt: skip
-    assert config == ModelConfig(vision=VisionConfig(), decoder=llama, image_token_id=32000)
+    assert config == ModelConfig(vision=VisionConfig(), decoder=llama, image_token_id=32000, end_token_id=2)
+
+
+END_TOKENS = {
+    "the text configuration": ({"eos_token_id": 5}, {"eos_token_id": 6}, {"eos_token_id": 7}, 5),
+    "the whole configuration": ({}, {"eos_token_id": [6, 1]}, {"eos_token_id": 7}, 6),
+    "generation_config.json": ({}, {}, {"eos_token_id": [7, 8]}, 7),
+    "the class": ({}, {}, {}, 2),
+}
+
+
+@pytest.mark.parametrize("place", END_TOKENS)
+def test_the_end_token_is_the_first_of_those_that_are_named(place):
+    text, whole, generation, wanted = END_TOKENS[place]
+    values = {"text_config": {"model_type": "mistral"} | text, "vision_config": {"model_type": "clip_vision_model"}} | whole
+    assert hf_config.model_from_json(values, {}, generation).end_token_id == wanted
+
+
+WINDOWS = {
+    "mistral": ({"sliding_window": 4096}, 4096),
+    "mistral of later versions": ({"sliding_window": None}, 32768),
+    "mistral that does not say": ({}, 4096),
+    "qwen2": ({"sliding_window": 4096, "use_sliding_window": False}, 32768),
+    "qwen2 that slides": ({"sliding_window": 8192, "use_sliding_window": True, "max_window_layers": 2}, 8192),
+    "llama": ({}, 32768),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_a_sequence_is_no_longer_than_the_sliding_window(kind):
+    values, wanted = WINDOWS[kind]
+    values = {"model_type": kind.split()[0], "max_position_embeddings": 32768} | values
+    assert hf_config.decoder_from_json(values).max_positions == wanted
+
+
+def test_experts_of_another_size_need_a_model_without_dense_layers():
+    values = {"model_type": "qwen3_moe", "norm_topk_prob": True, "intermediate_size": 6144, "moe_intermediate_size": 768}
+    assert hf_config.decoder_from_json(values).intermediate_size == 768
+    with pytest.raises(ConfigError, match="'moe_intermediate_size': 768.*expected {'moe_intermediate_size': 6144}"):
+        hf_config.decoder_from_json(values | {"mlp_only_layers": [0]})
 
 
 DECODERS = {
     "qwen2": DecoderConfig(),
     "llama": DecoderConfig(qkv_bias=False, rope_theta=5e5, tie_embeddings=False),
     "qwen3": DecoderConfig(qkv_bias=False, qk_norm=True, head_dim=128),
-    "qwen2_moe": DecoderConfig(moe=MoEConfig(layers=(1, 2, 5), num_experts=8, experts_per_token=1), num_layers=6),
+    "qwen2_moe": DecoderConfig(moe=MoEConfig(layers=(1, 2, 5), num_experts=8, experts_per_token=1), num_layers=6, max_positions=4096),
+    "qwen3_moe": DecoderConfig(moe=MoEConfig(layers=(0, 2, 4), num_experts=8), num_layers=6, qkv_bias=False, qk_norm=True),
 }
 SIGLIP = VisionConfig(family="siglip", image_size=384, hidden_act="gelu_tanh", norm_eps=1e-6, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3)
 
@@ -358,12 +405,14 @@ SIGLIP = VisionConfig(family="siglip", image_size=384, hidden_act="gelu_tanh", n
 @pytest.mark.parametrize("vision", [VisionConfig(pixel_mean=(0.1, 0.2, 0.3), feature_layer=-1), SIGLIP], ids=["clip", "siglip"])
 def test_a_config_survives_the_way_out_and_in(family, vision):
     config = ModelConfig(vision=vision, decoder=DECODERS[family], image_token_id=7, end_token_id=8)
-    written = json.loads(json.dumps([hf_config.model_to_json(config, "bfloat16"), hf_config.processor_to_json(vision)]))
+    written = json.loads(json.dumps([hf_config.model_to_json(config, "bfloat16"), image_processor_to_json(vision), {}]))
     assert hf_config.model_from_json(*written) == config
     assert written[0]["text_config"]["model_type"] == family
     class_ = transformers.LlavaConfig(**written[0])  # and theirs understands it
     assert class_.text_config.rope_parameters["rope_theta"] == config.decoder.rope_theta
     assert class_.get_text_config().tie_word_embeddings == config.decoder.tie_embeddings
+    assert class_.text_config.max_position_embeddings == config.decoder.max_positions
+    assert not config.decoder.moe or class_.text_config.num_experts == config.decoder.moe.num_experts
 
 
 def test_an_export_says_what_each_version_of_transformers_reads():
@@ -376,29 +425,15 @@ def test_an_export_says_what_each_version_of_transformers_reads():
 
 
 def test_pixel_statistics_come_from_the_processors_file(theirs):
-    assert huggingface.load(theirs)[0].vision.pixel_mean == VisionConfig().pixel_mean
+    assert loading.load(theirs)[0].vision.pixel_mean == VisionConfig().pixel_mean
     statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (theirs / "processor_config.json").write_text(json.dumps({"image_processor": statistics}))  # 5.x
-    assert huggingface.load(theirs)[0].vision.pixel_std == (0.4, 0.5, 0.6)
+    assert loading.load(theirs)[0].vision.pixel_std == (0.4, 0.5, 0.6)
     (theirs / "preprocessor_config.json").write_text(json.dumps(statistics | {"image_mean": [0.9, 0.2, 0.3]}))  # 4.x
-    assert huggingface.load(theirs)[0].vision.pixel_mean == (0.9, 0.2, 0.3)
+    assert loading.load(theirs)[0].vision.pixel_mean == (0.9, 0.2, 0.3)
 
 
-# Whole models from pieces, and their identity
-
-
-def test_assemble_joins_a_tower_and_a_language_model_by_a_fresh_adaptor(tmp_path):
-    hf_models.build(hf_models.clip()).save_pretrained(tmp_path / "tower")
-    hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "text")
-    config, params = huggingface.assemble(tmp_path / "tower", tmp_path / "text", jax.random.key(0), image_token_id=99, end_token_id=98)
-    assert {name: x.shape for name, x in params.items()} == {name: x.shape for name, x in llava.abstract(config).items()}
-    parts = huggingface.load(tmp_path / "tower")[1] | huggingface.load(tmp_path / "text")[1]
-    adaptor = {name for name in params if name.startswith("adaptor.")}
-    assert_equal({name: x for name, x in params.items() if name not in adaptor}, parts)
-    assert (config.image_token_id, config.end_token_id) == (99, 98)
-    other = huggingface.assemble(tmp_path / "tower", tmp_path / "text", jax.random.key(1))[1]
-    assert params["adaptor.linear_1.w_io"].std() > 0
-    assert not np.array_equal(params["adaptor.linear_1.w_io"], other["adaptor.linear_1.w_io"])
+# Identity
 
 
 def test_the_checksum_is_of_names_shapes_and_numbers_not_of_their_order():

@@ -4,6 +4,7 @@ The oracles are small random models that transformers itself saves and we load; 
 """
 
 import functools
+import json
 
 import hf_models
 import jax
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from mod_jax.batch import Batch
 from mod_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from mod_jax.interop import huggingface, names
+from mod_jax.interop import huggingface, loading, names
 from mod_jax.models import llava
 
 TINY_TOWER = VisionConfig(image_size=4, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2)
@@ -104,12 +106,13 @@ def torch_logits(model: torch.nn.Module, tokens: np.ndarray, **inputs) -> torch.
     return logits.detach()
 
 
-def reloaded(folder, like: torch.nn.Module) -> torch.nn.Module:
+def reloaded(folder) -> torch.nn.Module:
     """The model that stock transformers loads from our folder, and finds complete.
 
     Only a shared expert of size 0 is not in the file: it has no numbers, and vLLM refuses its tensors.
     """
-    model, said = type(like).from_pretrained(folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32)
+    (named,) = json.loads((folder / "config.json").read_text())["architectures"]
+    model, said = getattr(transformers, named).from_pretrained(folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32)
     empty = {name for name, parameter in model.named_parameters() if parameter.numel() == 0}
     assert not said["missing_keys"] - empty and not said["unexpected_keys"] and not said["mismatched_keys"], said
     return model.eval()
@@ -126,7 +129,7 @@ TOWERS = {
 def test_vision_tower(kind, layer, tmp_path):
     model = hf_models.build(TOWERS[kind])
     model.save_pretrained(tmp_path / "theirs")
-    vision, tower = huggingface.load_vision_tower(tmp_path / "theirs")
+    vision, tower = loading.load(tmp_path / "theirs")
     images, cls = pictures(2), int(vision.family == "clip")
 
     def theirs(model):
@@ -153,8 +156,8 @@ def test_vision_tower(kind, layer, tmp_path):
     assert_near(features, wanted.detach(), FEATURES_RTOL)
     assert_same_gradients(gradients, model, names.vision_entries(vision), "vision_tower")
 
-    huggingface.save_vision_tower(tmp_path / "ours", vision, tower)
-    again = theirs(reloaded(tmp_path / "ours", model)).detach()
+    huggingface.save(tmp_path / "ours", vision, tower)
+    again = theirs(reloaded(tmp_path / "ours")).detach()
     assert torch.equal(again, wanted.detach())
 
 
@@ -162,8 +165,10 @@ LANGUAGE_MODELS = {
     "qwen2, tied": hf_models.qwen2(),
     "qwen2, untied": hf_models.qwen2(tie_word_embeddings=False, num_key_value_heads=4),
     "llama": hf_models.llama(),
+    "mistral, within its window": hf_models.mistral(sliding_window=14),
     "qwen3": hf_models.qwen3(),
     "qwen2_moe, second half": hf_models.qwen2_moe(mlp_only_layers=[0, 1]),
+    "qwen3_moe": hf_models.qwen3_moe(),
 }
 
 
@@ -171,7 +176,7 @@ LANGUAGE_MODELS = {
 def test_language_model(kind, tmp_path):
     model = hf_models.build(LANGUAGE_MODELS[kind])
     model.save_pretrained(tmp_path / "theirs")
-    decoder, part = huggingface.load_language_model(tmp_path / "theirs")
+    decoder, part = loading.load(tmp_path / "theirs")
     tokens = random_tokens(2, 14)
     wanted = torch_logits(model, tokens)
 
@@ -181,8 +186,8 @@ def test_language_model(kind, tmp_path):
     assert_near(logits, wanted, LOGITS_RTOL)
     assert_same_gradients(gradients, model, names.decoder_entries(decoder), "language_model")
 
-    huggingface.save_language_model(tmp_path / "ours", decoder, part)
-    assert torch.equal(torch_logits(reloaded(tmp_path / "ours", model), tokens), wanted)
+    huggingface.save(tmp_path / "ours", decoder, part)
+    assert torch.equal(torch_logits(reloaded(tmp_path / "ours"), tokens), wanted)
 
 
 LLAVAS = {
@@ -203,7 +208,7 @@ def conversation(content: list) -> tuple[np.ndarray, np.ndarray]:
 def test_llava(kind, content, tmp_path):
     model = hf_models.build(LLAVAS[kind])
     model.save_pretrained(tmp_path / "theirs")
-    config, params = huggingface.load_llava(tmp_path / "theirs")
+    config, params = loading.load(tmp_path / "theirs")
     tokens, images = conversation(CONTENTS[content])
     inputs = {"pixel_values": pixel_values(images[0], config.vision)} if images.size else {}
     wanted = torch_logits(model, tokens, **inputs)
@@ -215,18 +220,18 @@ def test_llava(kind, content, tmp_path):
     idle = ("vision_tower.", "adaptor.") if content == "text only" else ("vision_tower.post_norm.",)
     assert all(np.asarray(x).any() != name.startswith(idle) for name, x in gradients.items())
 
-    huggingface.save_llava(tmp_path / "ours", config, params)
-    assert torch.equal(torch_logits(reloaded(tmp_path / "ours", model), tokens, **inputs), wanted)
+    huggingface.save(tmp_path / "ours", config, params)
+    assert torch.equal(torch_logits(reloaded(tmp_path / "ours"), tokens, **inputs), wanted)
 
 
 def test_a_sparse_llama_is_exported_with_biases_of_zero(tmp_path):
     """transformers has no sparse llama; qwen2_moe without its biases is one."""
     model = hf_models.build(hf_models.qwen2_moe(qkv_bias=False))
     model.save_pretrained(tmp_path / "theirs")
-    decoder, part = huggingface.load_language_model(tmp_path / "theirs")
+    decoder, part = loading.load(tmp_path / "theirs")
     assert not decoder.qkv_bias
     tokens = random_tokens(2, 14)
-    huggingface.save_language_model(tmp_path / "ours", decoder, part)
-    again = reloaded(tmp_path / "ours", model)
+    huggingface.save(tmp_path / "ours", decoder, part)
+    again = reloaded(tmp_path / "ours")
     assert again.config.qkv_bias
     assert torch.equal(torch_logits(again, tokens), torch_logits(model, tokens))

@@ -9,11 +9,12 @@ import dataclasses
 
 import numpy as np
 
-from mod_jax.config import EvaluationConfig, ModelConfig
+from mod_jax.config import EvaluationConfig, ModelConfig, VisionConfig
 from mod_jax.data.images import load_image
 from mod_jax.data.scene_chats import KINDS, absent_objects, named_objects, names
 from mod_jax.data.scenes import load_scenes, read_objects, read_turns
 from mod_jax.generation import Question, answer
+from mod_jax.models import llava
 
 CAPTION_TOKENS, ANSWER_TOKENS = 40, 4
 
@@ -28,12 +29,12 @@ class Asked:
     objects: tuple
 
 
-def read_questions(config: EvaluationConfig, image_size: int) -> list[Asked]:
+def read_questions(config: EvaluationConfig, vision: VisionConfig) -> list[Asked]:
     """The questions of the first `config.pictures` records of the split."""
     records, asked = load_scenes(config.path, config.split), []
     for number in range(min(config.pictures, len(records))):
         record = records[number]
-        picture, objects = load_image(record["image"], image_size), tuple(read_objects(record["objects"]))
+        picture, objects = load_image(record["image"], vision), tuple(read_objects(record["objects"]))
         asked += [Asked(kind, Question(text, (picture,)), right, objects) for kind, text, right in read_turns(record["turns"])]
     # a marker stands in the first question of a record only
     return [dataclasses.replace(item, question=dataclasses.replace(item.question, text=item.question.text.removeprefix("<image>\n"))) for item in asked]
@@ -47,7 +48,7 @@ def evaluate(config: EvaluationConfig, model: ModelConfig, params: dict, tokeniz
       object, "named": share of the pictures' objects that captions name, "existence": {"yes_rate", "f1"}, "parameters": {"total", "activated"},
       "questions": how many}.
     """
-    asked = read_questions(config, model.vision.image_size)
+    asked = read_questions(config, model.vision)
     captions, others = ([item for item in asked if (item.kind == "caption") == wanted] for wanted in (True, False))
 
     def said(items, new_tokens):
@@ -64,14 +65,6 @@ def evaluate(config: EvaluationConfig, model: ModelConfig, params: dict, tokeniz
         "hallucination": float(np.mean([bool(absent_objects(text, item.objects)) for text, item in told])),
         "named": float(np.mean([name in named_objects(text) for text, item in told for name in names(item.objects)])),
         "existence": {"yes_rate": said_yes / len(existence), "f1": 2 * true_yes / max(1, said_yes + are_yes)},
-        "parameters": count_parameters(model, params),
+        "parameters": llava.count(model.decoder.moe, params),
         "questions": len(asked),
     }
-
-
-def count_parameters(model: ModelConfig, params: dict) -> dict[str, int]:
-    """All parameters, and those that take part in one token: of E experts, K."""
-    sizes = {name: int(np.prod(array.shape)) for name, array in params.items()}
-    experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
-    total, moe = sum(sizes.values()), model.decoder.moe
-    return {"total": total, "activated": total - (experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts if moe else 0)}

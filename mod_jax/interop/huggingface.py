@@ -1,113 +1,161 @@
-"""Hugging Face models in and out: folders of transformers on one side, our configurations and parameters on the other.
+"""Hugging Face folders in and out. Tables of names are in `names.py`, config.json's meaning in `hf_config.py`, files in `folder.py`."""
 
-Parameters are flat dicts of float32 numpy arrays under our names (docs/architecture.md). The tables of names are in
-`names.py`, config.json's meaning in `hf_config.py`, files in `folder.py`.
-"""
-
+import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 
-import jax
 import numpy as np
 
-from mod_jax.config import DecoderConfig, ModelConfig, VisionConfig, require
-from mod_jax.interop import hf_config, names
-from mod_jax.interop.folder import SHARD_BYTES, open_tensors, read_config, read_processor, write
-from mod_jax.models import llava
+from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig, require
+from mod_jax.interop import hf_config, names, original
+from mod_jax.interop.folder import ADAPTOR, SHARD_BYTES, open_tensors, read_config, read_json, write
+from mod_jax.interop.image_processor import read_image_processor
+from mod_jax.interop.pretrained import PARTS, Config, Pretrained, with_vocabulary
 
-Params = dict[str, np.ndarray]
-
-
-def load_llava(folder) -> tuple[ModelConfig, Params]:
-    """A LlavaForConditionalGeneration with a CLIP or SigLIP tower and a llama, qwen2, qwen3 or qwen2_moe decoder.
-
-    Tensors as transformers 4.x or 5.x writes them, one file or shards, float32, bfloat16 or float16.
-    Raises:
-      ConfigError: for what our model cannot compute, a file that is not there, and a list of all tensors that do not fit.
-    """
-    values = read_config(folder)
-    require(values.get("model_type") == "llava", "model_type", values.get("model_type"), "'llava'", "load_language_model reads the other kinds.")
-    config = hf_config.model_from_json(values, read_processor(folder))
-    return config, _read_params(folder, "llava", names.llava_entries(config), config.decoder)
+ENTRIES = {ModelConfig: names.llava_entries, DecoderConfig: names.decoder_entries, VisionConfig: names.vision_entries}
+PREFIXES = {ModelConfig: "", DecoderConfig: "language_model.", VisionConfig: "vision_tower."}
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
-def load_language_model(folder) -> tuple[DecoderConfig, Params]:
-    """A plain llama, qwen2, qwen3 or qwen2_moe; the names begin with `language_model.`. Raises as `load_llava`."""
-    config = hf_config.decoder_from_json(read_config(folder))
-    return config, _read_params(folder, "language_model", names.decoder_entries(config), config)
+def _llava(values: dict, folder: pathlib.Path) -> ModelConfig:
+    return hf_config.model_from_json(values, read_image_processor(folder), read_json(folder / "generation_config.json"))
 
 
-def load_vision_tower(folder) -> tuple[VisionConfig, Params]:
-    """A plain CLIP or SigLIP tower, its text side (if any) ignored; the names begin with `vision_tower.`. Raises as `load_llava`."""
-    values = read_config(folder)
-    if values.get("model_type") in ("clip", "siglip"):
+def _language_model(values: dict, folder: pathlib.Path) -> DecoderConfig:
+    return hf_config.decoder_from_json(values)
+
+
+def _vision_tower(values: dict, folder: pathlib.Path) -> VisionConfig:
+    if values["model_type"] in ("clip", "siglip"):  # both sides: the text side is ignored
         values = values.get("vision_config", {}) | {"model_type": values["model_type"] + "_vision_model"}
-    config = hf_config.vision_from_json(values, read_processor(folder))
-    return config, _read_params(folder, "vision_tower", names.vision_entries(config))
+    return hf_config.vision_from_json(values, read_image_processor(folder))
 
 
-LOADERS = {"llava": load_llava, "clip": load_vision_tower, "siglip": load_vision_tower}
-LOADERS |= dict.fromkeys(hf_config.TEXT_DEFAULTS, load_language_model) | dict.fromkeys(hf_config.VISION_DEFAULTS, load_vision_tower)
+# model_type of config.json -> how the configuration is read
+CONFIGS = {"llava": _llava, "clip": _vision_tower, "siglip": _vision_tower}
+CONFIGS |= dict.fromkeys(hf_config.TEXT_DEFAULTS, _language_model) | dict.fromkeys(hf_config.VISION_DEFAULTS, _vision_tower)
 
 
-def load(folder) -> tuple[ModelConfig | DecoderConfig | VisionConfig, Params]:
-    """Whatever a folder holds, by the `model_type` of its config.json: one of the three above."""
-    kind = read_config(folder).get("model_type")
-    require(kind in LOADERS, "model_type", kind, f"one of {sorted(LOADERS)}")
-    return LOADERS[kind](folder)
+@contextlib.contextmanager
+def open_folder(folder, vision_tower=None, tokenizer=None) -> Iterator[Pretrained]:
+    """The model of a folder, by what its config.json says; its files are open inside the context, and nothing but their headers is read.
 
-
-def assemble(vision_folder, language_folder, key: jax.Array, **model) -> tuple[ModelConfig, Params]:
-    """A model from a pretrained tower, a pretrained language model and a fresh adaptor: what stage 1 starts from.
+    LlavaForConditionalGeneration (CLIP or SigLIP with llama, mistral, qwen2, qwen3, qwen2_moe or qwen3_moe), these language models and towers
+    alone, as transformers 4.x or 5.x writes them; original LLaVA, and the LLaVA-MoD authors' dense and sparse models. Safetensors or `.bin`,
+    one file or shards, float32, bfloat16 or float16.
 
     Args:
-      vision_folder, language_folder: folders of `load_vision_tower` and `load_language_model`.
-      key: PRNG key of the adaptor.
-      model: further fields of ModelConfig (image_token_id, end_token_id, dtype, ...).
+      folder: with config.json and weights.
+      vision_tower: folder of the tower, for original LLaVA and the authors' models: of one that has no tensors of its own, or an unknown name.
+      tokenizer: folder of their tokenizer, if it is not the same.
+    Raises:
+      ConfigError: for what our model cannot compute, files that are not there or not whole, and a list of all tensors that do not fit (named as
+        llava-hf names them).
     """
-    (vision, tower), (decoder, language_model) = load_vision_tower(vision_folder), load_language_model(language_folder)
-    config = ModelConfig(vision=vision, decoder=decoder, **model)
-    # Under jit only what is returned is made: no second language model in memory.
-    adaptor = jax.jit(lambda key: {name: x for name, x in llava.init(config, key).items() if name.startswith("adaptor.")})(key)
-    return config, tower | {name: np.asarray(x) for name, x in adaptor.items()} | language_model
+    folder = pathlib.Path(folder)
+    values = read_config(folder)
+    with contextlib.ExitStack() as files:
+        if original.is_original(values):
+            yield _open_original(values, folder, vision_tower or original.tower_folder(values), tokenizer or folder, files)
+        else:
+            yield _open_stock(values, folder, files)
 
 
-def save_llava(folder, config: ModelConfig, params: Mapping, dtype: str = "float32", tokenizer_folder=None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a folder that stock transformers and vLLM load as LlavaForConditionalGeneration (sparse: qwen2_moe inside).
+def _read_config(values: dict, folder: pathlib.Path) -> Config:
+    kind = values.get("model_type")
+    require(kind in CONFIGS, "model_type", kind, f"one of {sorted(CONFIGS.keys() | original.FAMILIES)}", f"It is what {folder}/config.json says.")
+    return CONFIGS[kind](values, folder)
+
+
+def _open_stock(values: dict, folder: pathlib.Path, files: contextlib.ExitStack) -> Pretrained:
+    config = _read_config(values, folder)
+    pieces = names.canonical(files.enter_context(open_tensors(folder)), PARTS[type(config)])
+    return Pretrained(config, _to_ours(ENTRIES[type(config)](config), pieces, folder), str(folder), folder)
+
+
+def _open_original(values: dict, folder: pathlib.Path, vision_tower, tokenizer, files: contextlib.ExitStack) -> Pretrained:
+    decoder = original.language_model_from_json(values)
+    pieces = names.canonical(files.enter_context(open_tensors(folder)), "original")
+    if own := any(name.startswith("vision_tower.") for name in pieces):
+        vision = _read_config(read_config(vision_tower), pathlib.Path(vision_tower)) if vision_tower else original.published_tower(values)
+        origin, params = str(folder), {}
+    else:
+        expected = f"a folder with the weights, as {folder} has none of its tower {original.tower_name(values)}"
+        require(vision_tower is not None, "vision tower", None, expected, "Name it: --vision-tower FOLDER.")
+        other = files.enter_context(open_folder(vision_tower))
+        vision, origin, params = other.config, f"{folder} + {vision_tower}", other.params
+    require(isinstance(vision, VisionConfig), "vision tower", str(vision_tower), "a plain vision tower", f"It holds a {PARTS[type(vision)]}.")
+    config = ModelConfig(original.with_features(vision, values), decoder)
+    entries = [entry for entry in names.llava_entries(config) if own or not entry.ours.startswith("vision_tower.")]
+    params = {**params, **_to_ours(entries, pieces, folder)}
+    return with_vocabulary(Pretrained(config, params, origin, pathlib.Path(tokenizer)), _load_tokenizer(tokenizer))
+
+
+def _load_tokenizer(folder):
+    from mod_jax.data.tokenizer import load_tokenizer  # brings transformers, which takes seconds, and no other layout needs it
+
+    try:
+        return load_tokenizer(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error} It says which token is a picture: name its folder, --tokenizer FOLDER.") from error
+
+
+def _to_ours(entries: list[names.Entry], pieces: dict[str, names.Piece], source) -> dict[str, names.Stack]:
+    """`names.to_ours`; some files repeat the tied embedding as a head, and one that differs is a head of its own, against the configuration."""
+    tied = all(entry.theirs != name for entry in entries for name in HEADS)
+    heads = {name: pieces.pop(name) for name in HEADS if tied and name in pieces}
+    params = names.to_ours(entries, pieces, source)
+    for name, head in heads.items():
+        same = np.array_equal(head.read(), pieces[name.replace("lm_head", "model.embed_tokens")].read())
+        require(same, "tie_word_embeddings", True, f"False, as {name} in {source} differs from the embedding", "Correct its config.json.")
+    return params
+
+
+@contextlib.contextmanager
+def open_adaptor(path) -> Iterator[Pretrained]:
+    """An adaptor alone, its file open inside the context.
+
+    Args:
+      path: mm_projector.bin, as the first stage of original LLaVA and of the LLaVA-MoD authors leaves it, its folder, or any folder or file
+        with the weights of a whole model.
+    Raises:
+      ConfigError: if there is no two-layer adaptor in it, or as `open_folder` for its files.
+    """
+    path = pathlib.Path(path)
+    with open_tensors(path, ADAPTOR) as tensors:
+        pieces = {name: piece for name, piece in names.canonical(tensors, "adaptor").items() if name.startswith("multi_modal_projector.")}
+        shape = getattr(pieces.get("multi_modal_projector.linear_1.weight"), "shape", ())
+        require(len(shape) == 2, "adaptor", str(path), "the tensors multi_modal_projector.linear_{1,2} or mm_projector.{0,2}")
+        yield Pretrained(None, names.to_ours(names.adaptor_entries(shape[1], shape[0]), pieces, path), str(path), None)
+
+
+def save(
+    folder,
+    config: Config,
+    params: Mapping,
+    dtype: str = "float32",
+    others: Callable[[pathlib.Path], None] = lambda folder: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder that stock transformers and vLLM load: LlavaForConditionalGeneration (sparse: qwen2_moe inside), or the part that `config` is of.
 
     Args:
       folder: must not exist; it appears whole or not at all.
-      config, params: a model of ours. Sparse without QKV biases (llama): written with biases of zero, as qwen2_moe has them.
+      config: of a model or a part. Sparse without QKV biases (llama): written with biases of zero, as qwen2_moe has them.
+      params: name -> array, or what `np.asarray` makes one; a part is picked out of a whole model's.
       dtype: float32 | bfloat16 | float16, of the tensors.
-      tokenizer_folder: where the tokenizer's files are copied from.
+      others: writes further files into the folder: the processor's, the tokenizer's, a model card.
       shard_bytes: a file grows to this size at most.
     Raises:
-      ConfigError: if transformers has no exact match, the parameters do not fit the config, or the folder exists.
+      ConfigError: if transformers has no exact match, the parameters do not fit the config, a number does not fit the dtype, or the folder exists.
     """
-    decoder, params = _with_zero_biases(config.decoder, params)
-    config = dataclasses.replace(config, decoder=decoder)
-    tensors = itertools.chain(names.to_theirs(names.llava_entries(config), params), _shared_expert_gates(decoder, "language_model."))
-    files = {"config.json": hf_config.model_to_json(config, dtype), "preprocessor_config.json": hf_config.processor_to_json(config.vision)}
-    write(folder, files, tensors, dtype, tokenizer_folder, shard_bytes)
-
-
-def save_language_model(
-    folder, config: DecoderConfig, params: Mapping, dtype: str = "float32", tokenizer_folder=None, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Writes the parameters under `language_model.` as a plain language model; arguments and errors as `save_llava`."""
-    config, params = _with_zero_biases(config, _part(params, "language_model."))
-    tensors = itertools.chain(names.to_theirs(names.decoder_entries(config), params), _shared_expert_gates(config))
-    write(folder, {"config.json": hf_config.decoder_to_json(config, dtype)}, tensors, dtype, tokenizer_folder, shard_bytes)
-
-
-def save_vision_tower(folder, config: VisionConfig, params: Mapping, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the parameters under `vision_tower.` as a plain tower; arguments and errors as `save_llava`."""
-    values = hf_config.vision_to_json(config) | {"dtype": dtype, "torch_dtype": dtype}
-    files = {"config.json": values, "preprocessor_config.json": hf_config.processor_to_json(config)}
-    tensors = names.to_theirs(names.vision_entries(config), _part(params, "vision_tower."))
-    write(folder, files, tensors, dtype, None, shard_bytes)
+    params = {name: x for name, x in params.items() if name.startswith(PREFIXES[type(config)])}
+    config, params = _with_zero_biases(config, params)
+    tensors = itertools.chain(names.to_theirs(ENTRIES[type(config)](config), params), _shared_expert_gates(config))
+    write(folder, hf_config.to_files(config, dtype), tensors, dtype, others, shard_bytes)
 
 
 def checksum(params: Mapping) -> str:
@@ -120,38 +168,21 @@ def checksum(params: Mapping) -> str:
     return digest.hexdigest()
 
 
-def _read_params(folder, kind: str, entries: list[names.Entry], decoder: DecoderConfig | None = None) -> Params:
-    with open_tensors(folder) as tensors:
-        pieces = names.canonical(tensors, kind)
-        if decoder and decoder.tie_embeddings:
-            _drop_tied_head(pieces, folder)
-        return names.to_ours(entries, pieces, folder)
-
-
-def _drop_tied_head(pieces: dict, folder) -> None:
-    """Some files repeat the embedding as the head; one that differs is a head of its own, against the configuration."""
-    for name in [name for name in pieces if name.endswith("lm_head.weight")]:
-        (head, _), (embedding, _) = pieces.pop(name), pieces.get(name.replace("lm_head", "model.embed_tokens"), (None, None))
-        same = embedding is not None and np.array_equal(head[...], embedding[...])
-        require(same, "tie_word_embeddings", True, f"False, as {name} in {folder} differs from the embedding", "Correct its config.json.")
-
-
-def _part(params: Mapping, prefix: str) -> dict:
-    return {name: array for name, array in params.items() if name.startswith(prefix)}
-
-
-def _with_zero_biases(decoder: DecoderConfig, params: Mapping) -> tuple[DecoderConfig, Mapping]:
+def _with_zero_biases(config: Config, params: Mapping) -> tuple[Config, Mapping]:
     """A sparse llama as a sparse qwen2 with QKV biases of zero; anything else as it is."""
-    if not decoder.moe or decoder.qkv_bias or decoder.qk_norm:
-        return decoder, params
+    decoder = config.decoder if isinstance(config, ModelConfig) else config
+    if not isinstance(decoder, DecoderConfig) or not decoder.moe or decoder.qkv_bias or decoder.qk_norm:
+        return config, params
     decoder = dataclasses.replace(decoder, qkv_bias=True)
     added = [entry for entry in names.decoder_entries(decoder) if entry.ours.endswith((".b_nh", ".b_kh"))]
-    return decoder, dict(params) | {entry.ours: np.zeros(entry.shape, np.float32) for entry in added}
+    config = dataclasses.replace(config, decoder=decoder) if isinstance(config, ModelConfig) else decoder
+    return config, dict(params) | {entry.ours: np.zeros(entry.shape, np.float32) for entry in added}
 
 
-def _shared_expert_gates(decoder: DecoderConfig, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def _shared_expert_gates(config: Config) -> Iterator[tuple[str, np.ndarray]]:
     """qwen2_moe has the gate of a shared expert even where that expert has no size."""
+    prefix, decoder = ("language_model.", config.decoder) if isinstance(config, ModelConfig) else ("", config)
+    if not isinstance(decoder, DecoderConfig) or decoder.qk_norm:
+        return  # a tower; qwen3_moe
     for number in decoder.sparse_layers:
         yield f"{prefix}model.layers.{number}.mlp.shared_expert_gate.weight", np.zeros((1, decoder.hidden_size), np.float32)
-
-

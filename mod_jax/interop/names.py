@@ -12,11 +12,12 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig
+from mod_jax.interop.folder import DTYPES
 
 VISION = (
     ("patches.w_pd", "embeddings.patch_embedding.weight", "d c y x"),
@@ -77,6 +78,13 @@ EXPERTS = (
     ("moe.experts.gate.w_edf", "mlp.experts.{expert}.gate_proj.weight", "f d"),
     ("moe.experts.up.w_edf", "mlp.experts.{expert}.up_proj.weight", "f d"),
     ("moe.experts.down.w_efd", "mlp.experts.{expert}.down_proj.weight", "d f"),
+)
+RESIDUAL = (  # DeepSpeed's names: no model of transformers has such a layer
+    ("moe.residual.gate.w_df", "mlp.mlp.gate_proj.weight", "f d"),
+    ("moe.residual.up.w_df", "mlp.mlp.up_proj.weight", "f d"),
+    ("moe.residual.down.w_fd", "mlp.mlp.down_proj.weight", "d f"),
+    ("moe.residual.mix.w_d2", "mlp.coefficient.weight", "2 d"),  # of (experts, shared expert)
+    ("moe.residual.mix.b_2", "mlp.coefficient.bias", "2"),
 )
 
 
@@ -169,85 +177,155 @@ def decoder_entries(config: DecoderConfig, prefix: str = "") -> list[Entry]:
     if sparse:
         entries += _entries(ROUTER, ours + "layers.", layer, sizes, sparse)
         entries += _entries(EXPERTS, ours + "layers.", layer, sizes, sparse, config.moe.num_experts)
+        entries += _entries(RESIDUAL * config.moe.residual, ours + "layers.", layer, sizes | {"2": 2}, sparse)
     return entries
+
+
+def adaptor_entries(vision_width: int, width: int) -> list[Entry]:
+    """The four parameters between a tower and a language model of these widths."""
+    first = _entries(ADAPTOR_LINEAR, "adaptor.linear_1.", "multi_modal_projector.linear_1.", {"i": vision_width, "o": width})
+    return first + _entries(ADAPTOR_LINEAR, "adaptor.linear_2.", "multi_modal_projector.linear_2.", {"i": width, "o": width})
 
 
 def llava_entries(config: ModelConfig) -> list[Entry]:
     """All parameters of a multimodal model."""
-    entries = vision_entries(config.vision, "vision_tower.") + decoder_entries(config.decoder, "language_model.")
-    for linear, size in (("linear_1.", config.vision.hidden_size), ("linear_2.", config.decoder.hidden_size)):
-        sizes = {"i": size, "o": config.decoder.hidden_size}
-        entries += _entries(ADAPTOR_LINEAR, "adaptor." + linear, "multi_modal_projector." + linear, sizes)
-    return entries
+    tower, decoder = vision_entries(config.vision, "vision_tower."), decoder_entries(config.decoder, "language_model.")
+    return tower + adaptor_entries(config.vision.hidden_size, config.decoder.hidden_size) + decoder
 
 
-# Tensors of other files that no model here has: CLIP's text side, SigLIP's pooling head, constant tables, and the shared
-# expert of qwen2_moe (which the reading of its configuration has found to be of size 0).
+# Tensors of other files that no model here has: CLIP's text side, SigLIP's pooling head, constant tables, and the gate of
+# qwen2_moe's shared expert (whose configuration says that it is of size 0; so its tensors are EMPTY).
 IGNORED = re.compile(
     r"^text_model\.|^(visual|text)_projection\.|^logit_(scale|bias)$|(^|vision_model\.|vision_tower\.)head\."
-    r"|\.rotary_emb\.inv_freq$|embeddings\.position_ids$|\.mlp\.shared_expert(_gate)?\."
+    r"|\.rotary_emb\.inv_freq$|embeddings\.position_ids$|\.mlp\.shared_expert_gate\."
 )
+EMPTY = re.compile(r"\.mlp\.shared_expert\.")
+ADAPTOR_SPELLINGS = (
+    (re.compile(r"^(model\.)?multi_modal_projector\."), "multi_modal_projector."),
+    (re.compile(r"^(model\.)?mm_projector\.(image_spatial_proj\.)?0\."), "multi_modal_projector.linear_1."),
+    (re.compile(r"^(model\.)?mm_projector\.(image_spatial_proj\.)?2\."), "multi_modal_projector.linear_2."),
+)
+# Kind of file -> what of a name is written how in the tables, one after the other.
 SPELLINGS = {
     "llava": (
+        *ADAPTOR_SPELLINGS,
         (re.compile(r"^model\.language_model\."), "language_model.model."),
         (re.compile(r"^lm_head\."), "language_model.lm_head."),
-        (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
         (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), "vision_tower.vision_model."),
     ),
+    "original": (  # original LLaVA; the LLaVA-MoD authors' (image_tower, deepspeed)
+        *ADAPTOR_SPELLINGS,
+        (re.compile(r"^model\.(vision_tower\.vision_tower|image_tower\.image_tower)\.(vision_model\.)?"), "vision_tower.vision_model."),
+        (re.compile(r"^(?=(model|lm_head)\.)"), "language_model."),
+        (re.compile(r"\.mlp\.deepspeed_moe\.gate\.wg\."), ".mlp.gate."),
+        (re.compile(r"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\."), ".mlp.experts."),
+    ),
+    "adaptor": ADAPTOR_SPELLINGS,
     "language_model": (),
     "vision_tower": ((re.compile(r"^(vision_model\.)?"), "vision_model."),),
 }
 FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)$")
 
 
-def canonical(tensors: Mapping, kind: str) -> dict[str, tuple]:
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor of theirs, or a part of a fused one; nothing is read before `read`.
+
+    Attributes:
+      tensor: anything with `.shape` and `.dtype` that slices into an array.
+      index: of the part; None for the whole.
+      shape: of the part.
+    """
+
+    tensor: object
+    index: tuple | None
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """The numbers, as they are stored."""
+        return np.asarray(self.tensor[...] if self.index is None else self.tensor[self.index])
+
+
+def canonical(tensors: Mapping, kind: str) -> dict[str, Piece]:
     """The tensors of a file under the names of the tables.
 
     Args:
-      tensors: name -> array, or anything with `.shape` that slices into one. 4.x and 5.x names; experts apart
+      tensors: name -> array, or anything with `.shape` and `.dtype` that slices into one. 4.x and 5.x names; experts apart
         or fused (`gate_up_proj` [E, 2F, D], `down_proj` [E, D, F]).
-      kind: llava | language_model | vision_tower.
-    Returns:
-      name -> (tensor, index): `tensor[index]` reads it, and nothing is read before.
+      kind: a key of SPELLINGS.
     """
     pieces = {}
     for name, tensor in tensors.items():
-        if IGNORED.search(name):
+        if IGNORED.search(name) or (EMPTY.search(name) and 0 in tensor.shape):
             continue
         for pattern, spelling in SPELLINGS[kind]:
             name = pattern.sub(spelling, name)
-        fused = FUSED.match(name)
-        pieces |= _unfused(*fused.groups(), tensor) if fused else {name: (tensor, ...)}
+        fused = FUSED.match(name) if len(tensor.shape) == 3 else None
+        pieces |= _unfused(*fused.groups(), tensor) if fused else {name: Piece(tensor, None, tuple(tensor.shape))}
     return pieces
 
 
-def _unfused(prefix: str, projection: str, tensor) -> dict[str, tuple]:
-    experts, rows, _ = tensor.shape
-    parts = {"down_proj": slice(None)} if projection == "down_proj" else {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
-    return {f"{prefix}{e}.{part}.weight": (tensor, (e, index)) for e in range(experts) for part, index in parts.items()}
+def _unfused(prefix: str, projection: str, tensor) -> dict[str, Piece]:
+    experts, rows, columns = tensor.shape
+    half = rows // 2
+    parts = {"down_proj": slice(0, rows)} if projection == "down_proj" else {"gate_proj": slice(0, half), "up_proj": slice(half, rows)}
+    shape = {part: (index.stop - index.start, columns) for part, index in parts.items()}
+    return {f"{prefix}{e}.{part}.weight": Piece(tensor, (e, index), shape[part]) for e in range(experts) for part, index in parts.items()}
 
 
-def to_ours(entries: list[Entry], pieces: Mapping[str, tuple], source="the checkpoint") -> dict[str, np.ndarray]:
-    """Our float32 parameters from their tensors (from `canonical`).
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """One of our parameters in files of theirs: its shape and dtype now, its numbers when they are asked for.
+
+    Attributes:
+      entry: what it consists of.
+      pieces: their tensors, in the order of `entry.places()`.
+      dtype: that holds what is stored in any of them.
+    """
+
+    entry: Entry
+    pieces: tuple[Piece, ...]
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    def blocks(self, indices: Iterable[tuple[slice, ...]]) -> list[np.ndarray]:
+        """The parts of our array that `indices` name (a slice a dimension); each tensor is read once for all, and one at a time is in memory."""
+        spans = [[range(*span.indices(size)) for span, size in zip(index, self.shape, strict=True)] for index in indices]
+        made = [np.empty([len(span) for span in part], self.dtype) for part in spans]
+        for (place, _), piece in zip(self.entry.places(), self.pieces):
+            wanted = [n for n, part in enumerate(spans) if all(at in span for at, span in zip(place, part))]
+            array = self.entry.to_ours(piece.read()) if wanted else None
+            for n in wanted:
+                inner = tuple(slice(span.start, span.stop) for span in spans[n][len(place) :])
+                made[n][tuple(at - span.start for at, span in zip(place, spans[n]))] = array[inner]
+        return made
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        (whole,) = self.blocks([(slice(None),) * len(self.shape)])
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+
+def to_ours(entries: list[Entry], pieces: Mapping[str, Piece], source="the checkpoint") -> dict[str, Stack]:
+    """Our parameters from their tensors (from `canonical`); only names, shapes and dtypes are looked at.
 
     Raises:
-      ConfigError: listing every missing, unexpected and mis-shaped tensor.
+      ConfigError: listing every missing, unexpected and mis-shaped tensor, and those that hold no floating-point numbers.
     """
-    expected = {name for entry in entries for _, name in entry.places()}
-    wrong = [f"missing {name}" for name in sorted(expected - pieces.keys())]
-    wrong += [f"unexpected {name}" for name in sorted(pieces.keys() - expected)]
+    shapes = {name: entry.their_shape for entry in entries for _, name in entry.places()}
+    wrong = [f"missing {name}" for name in sorted(shapes.keys() - pieces.keys())]
+    wrong += [f"unexpected {name}" for name in sorted(pieces.keys() - shapes.keys())]
+    both = [name for name in shapes if name in pieces]
+    wrong += [f"{name} has the shape {pieces[name].shape}, expected {shapes[name]}" for name in both if pieces[name].shape != shapes[name]]
+    wrong += [f"{name} has the dtype {pieces[name].tensor.dtype}, expected one of {tuple(DTYPES)}" for name in both if pieces[name].tensor.dtype not in DTYPES.values()]
+    _refuse(wrong, source)
     params = {}
     for entry in entries:
-        stacked = params[entry.ours] = np.empty(entry.shape, np.float32)
-        for index, name in entry.places():
-            if name in pieces:
-                tensor, piece = pieces[name]
-                array = np.asarray(tensor[piece])
-                if array.shape == entry.their_shape:
-                    stacked[index] = entry.to_ours(array)
-                else:
-                    wrong.append(f"{name} has the shape {array.shape}, expected {entry.their_shape}")
-    _refuse(wrong, source)
+        parts = tuple(pieces[name] for _, name in entry.places())
+        dtypes = {part.tensor.dtype for part in parts}
+        params[entry.ours] = Stack(entry, parts, dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
     return params
 
 
@@ -264,9 +342,12 @@ def to_theirs(entries: list[Entry], params: Mapping) -> Iterator[tuple[str, np.n
     wrong += [f"{name} has the shape {params[name].shape}, expected {shapes[name]}" for name in both if params[name].shape != shapes[name]]
     _refuse(wrong, "the parameters")
     for entry in entries:
-        stacked = np.asarray(params[entry.ours])
-        for index, name in entry.places():
-            yield name, entry.to_theirs(stacked[index])
+        yield from _unstacked(entry, np.asarray(params[entry.ours]))  # one stack at a time is in memory
+
+
+def _unstacked(entry: Entry, stacked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    for index, name in entry.places():
+        yield name, np.ascontiguousarray(entry.to_theirs(stacked[index]))  # a view would keep the stack
 
 
 def _refuse(wrong: list[str], source) -> None:

@@ -4,13 +4,15 @@ Axes: B rows, S positions, N pictures a row, D width of the decoder, Dv of the t
 """
 
 import functools
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mod_jax.batch import Batch
-from mod_jax.config import ModelConfig
+from mod_jax.config import ModelConfig, MoEConfig
 from mod_jax.models.decoder import Decoder
 from mod_jax.models.moe import MoEAux
 from mod_jax.models.parameters import constant, weight
@@ -122,3 +124,10 @@ def head(config: ModelConfig, params: dict[str, jax.Array]) -> jax.Array:
     """The output head f32[V,D] (the embedding table where they are tied)."""
     tied = config.decoder.tie_embeddings
     return params["language_model.embedding.w_vd" if tied else "language_model.head.w_vd"]
+
+
+def count(moe: MoEConfig | None, params: Mapping) -> dict[str, int]:
+    """All numbers in the parameters, and those that take part in one token: of E experts, K."""
+    sizes = {name: math.prod(x.shape) for name, x in params.items()}
+    experts, total = sum(size for name, size in sizes.items() if ".moe.experts." in name), sum(sizes.values())
+    return {"total": total, "activated": total - (experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts if moe else 0)}

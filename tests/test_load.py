@@ -1,0 +1,223 @@
+"""mod_jax.load: a folder's model and processor, as one asks it in a notebook. That it computes what transformers computes is held in test_families.py."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+
+import families
+import hf_models
+import numpy as np
+import pytest
+import small
+import torch
+from layouts import saved_by_transformers
+from PIL import Image
+from stock.check import TOLERANCE
+from transformers import GenerationConfig
+
+import mod_jax
+from mod_jax import chat, convert, generation
+from mod_jax.config import ConfigError, MoEConfig
+from mod_jax.data.conversation import TEMPLATES
+from mod_jax.data.records import BadSample
+from mod_jax.interop.processor import chat_template
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+STOCK = families.checkpoint_of("CLIP + Qwen1.5, 2, 2.5")
+SEEN, OTHER = families.inputs()[1][3]
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stock")
+    saved_by_transformers(STOCK, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return mod_jax.load(folder)
+
+
+def near(found, wanted) -> bool:
+    return found.shape == wanted.shape and np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+def said_by_stock(prompt: str, pictures) -> str:
+    """The greedy answer of transformers' model and processor."""
+    inputs = STOCK.processor(text=prompt, images=pictures or None, return_tensors="pt")
+    how = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=STOCK.tokenizer.eos_token_id, pad_token_id=STOCK.tokenizer.eos_token_id)
+    with torch.no_grad():
+        ids = STOCK.model.generate(**inputs, generation_config=how)
+    return STOCK.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_importing_the_package_imports_no_jax():
+    subprocess.run([sys.executable, "-c", "import mod_jax, sys; assert 'jax' not in sys.modules"], check=True)
+
+
+# Logits
+
+
+@pytest.mark.parametrize("text, pictures", [("A cat <image> and <image>", [SEEN, OTHER]), ("What is it?", [])])
+def test_logits_are_those_of_transformers_a_picture_taking_a_position_for_each_feature(text, pictures, model):
+    inputs = STOCK.processor(text=text, images=pictures or None, return_tensors="pt")
+    with torch.no_grad():
+        wanted = STOCK.model(**inputs).logits[0].numpy()
+    found = model.logits(text, pictures)
+    assert isinstance(found, np.ndarray) and found.dtype == np.float32
+    assert near(found, wanted)
+
+
+def test_a_text_of_a_batch_stands_at_the_end_of_its_row(model):
+    texts, pictures = ["<image> A cat", "Two cats, I am sure.", "No"], [[SEEN], [], []]
+    batch = model.logits(texts, pictures)
+    alone = [model.logits(text, shown) for text, shown in zip(texts, pictures)]
+    assert batch.shape == (3, max(map(len, alone)), alone[0].shape[1])
+    assert all(near(row[-len(own) :], own) for row, own in zip(batch, alone))
+    assert near(model.logits(texts[1:]), batch[1:, -len(alone[1]) :])
+
+
+def test_how_far_lengths_are_padded_changes_no_logits(model, monkeypatch):
+    padded = model.logits("<image> A cat", [SEEN])
+    for multiple in (1, 100):
+        monkeypatch.setattr(chat, "MULTIPLE", multiple)
+        assert near(model.logits("<image> A cat", [SEEN]), padded)
+
+
+def test_nothing_is_padded_where_an_expert_has_places_for_a_share_of_all_positions(model):
+    decoder = dataclasses.replace(model.config.decoder, moe=MoEConfig(capacity_factor=0.5))
+    config = dataclasses.replace(model.config, decoder=decoder)
+    tight = chat.Chat(config, small.params_of(config), model.processor)
+    wanted = generation.logits(config, tight.params, model.processor.prompts(["How many cats are there?"], [[]]))
+    np.testing.assert_array_equal(tight.logits("How many cats are there?"), wanted[0])
+
+
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_may_be_pillow_s_an_array_bytes_or_a_file(model, tmp_path):
+    SEEN.save(tmp_path / "seen.png")
+    forms = [SEEN, np.asarray(SEEN), encoded(SEEN), tmp_path / "seen.png", str(tmp_path / "seen.png")]
+    first, *others = (model.logits("<image> A cat", [form]) for form in forms)
+    assert all(np.array_equal(other, first) for other in others)
+    assert not near(model.logits("<image> A cat", [OTHER]), first)
+
+
+# Answers
+
+CONVERSATION = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": [{"type": "text", "text": "And this <image>?"}, {"type": "image", "image": OTHER}]},
+]
+ASKED = {
+    "a question": ("What is it?", []),
+    "pictures where they are marked": ("Is <image> like <image>?", [SEEN, OTHER]),
+    "a conversation": (CONVERSATION, [SEEN]),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_an_answer_is_what_stock_transformers_says_to_the_same_messages(asked, model):
+    text, images = ASKED[asked]
+    messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    prompt = STOCK.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    wanted = said_by_stock(prompt, [*images, OTHER] if messages is CONVERSATION else images)
+    assert model.generate(text, images, NEW) == wanted and wanted
+
+
+def test_pictures_without_marks_come_before_the_question(model):
+    assert model.generate("Which?", [SEEN, OTHER], NEW) == model.generate("<image>\n<image>\nWhich?", [SEEN, OTHER], NEW)
+
+
+def test_an_answer_ends_at_the_end_token(model):
+    prompts = model.processor.prompts([model.processor.render([{"role": "user", "content": "What is it?"}])], [[]], chat.MULTIPLE)
+    ids = np.asarray(generation.generate(model.config, model.params, prompts, NEW))[0].tolist()
+    end = next(token for token in ids if token != ids[0])
+    ended = dataclasses.replace(model, config=dataclasses.replace(model.config, end_token_id=end))
+    assert ended.generate("What is it?", max_new_tokens=NEW) == model.processor.tokenizer.decode(ids[: ids.index(end)]).strip()
+
+
+def test_the_next_question_compiles_nothing(model):
+    ask = lambda text: (model.generate(text, [SEEN], NEW), model.logits("<image> " + text, [SEEN]))
+    ask("Why?")
+    programs = generation.generate._cache_size(), generation.logits._cache_size()
+    ask("How many?")
+    assert (generation.generate._cache_size(), generation.logits._cache_size()) == programs
+
+
+# Folders
+
+
+def test_an_imported_folder_is_the_same_model(folder, model, tmp_path):
+    options = convert.parser().parse_args(["import", str(folder), str(tmp_path / "ours")])
+    options.run(options)
+    ours = mod_jax.load(tmp_path / "ours")
+    assert ours.config == model.config and ours.processor.chat_template == model.processor.chat_template
+    assert ours.params.keys() == model.params.keys() and all(np.array_equal(ours.params[name], x) for name, x in model.params.items())
+    assert ours.generate("Which?", [SEEN], NEW) == model.generate("Which?", [SEEN], NEW)
+
+
+def test_activations_are_float32_or_bfloat16(folder, model):
+    rough = mod_jax.load(folder, dtype="bfloat16")
+    assert rough.config == dataclasses.replace(model.config, dtype="bfloat16")
+    difference = np.abs(rough.logits("What is it?") - model.logits("What is it?")).max()
+    assert 0 < difference < 0.1 * np.abs(model.logits("What is it?")).max()
+
+
+def test_a_template_can_be_named_and_llava_s_is_taken_where_there_is_none(folder, tmp_path):
+    assert mod_jax.load(folder, template="brief").processor.chat_template == chat_template("brief")
+    saved_by_transformers(dataclasses.replace(STOCK, processor=families.FAMILIES["CLIP + Qwen1.5, 2, 2.5"].processor(template=None)), tmp_path)
+    assert not (tmp_path / "chat_template.jinja").exists()
+    assert mod_jax.load(tmp_path).processor.chat_template == chat_template("qwen")
+    with pytest.raises(ConfigError, match=f"template = 'morse'.*{next(iter(TEMPLATES))}"):
+        mod_jax.load(folder, template="morse")
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize("ask", ["logits", "generate"])
+def test_another_number_of_pictures_than_marks_is_refused(ask, model):
+    with pytest.raises(ValueError, match=r"'<image> or <image>' .*2 picture.*expected 1"):
+        getattr(model, ask)("<image> or <image>", [SEEN])
+
+
+@pytest.mark.parametrize("ask", ["logits", "generate"])
+@pytest.mark.parametrize("picture, message", [("nowhere.png", "no such picture file: nowhere.png"), (b"\x89PNG", "unreadable picture")])
+def test_a_picture_that_cannot_be_read_is_refused(ask, picture, message, model):
+    with pytest.raises(BadSample, match=message):
+        getattr(model, ask)("<image>", [picture])
+
+
+@pytest.mark.parametrize("ask", ["logits", "generate"])
+@pytest.mark.parametrize("pictures", ["seen.png", SEEN, np.asarray(SEEN)], ids=["a name", "Pillow's", "an array"])
+def test_one_picture_in_the_place_of_a_list_is_refused(ask, pictures, model):
+    with pytest.raises(ConfigError, match="images = .*expected a list of pictures"):
+        getattr(model, ask)("<image>", pictures)
+
+
+def test_more_positions_than_a_model_was_made_for_are_refused(model):
+    config = dataclasses.replace(model.config, decoder=dataclasses.replace(model.config.decoder, max_positions=50))
+    short = dataclasses.replace(model, config=config)
+    with pytest.raises(ConfigError, match=r"positions = \d+: expected at most 50"):
+        short.generate("What is it?", max_new_tokens=50)
+    with pytest.raises(ConfigError, match=r"positions = \d+: expected at most 50"):
+        short.logits("cat " * 60)
+
+
+def test_a_part_of_a_model_and_a_stage_without_a_run_are_refused(folder, tmp_path):
+    hf_models.build(hf_models.clip()).save_pretrained(tmp_path / "tower")
+    with pytest.raises(ConfigError, match="It holds a plain vision_tower"):
+        mod_jax.load(tmp_path / "tower")
+    with pytest.raises(ConfigError, match="stage = 'preference': expected None"):
+        mod_jax.load(folder, stage="preference")
+    with pytest.raises(ConfigError, match="expected a Hugging Face folder with a config.json"):
+        mod_jax.load(tmp_path)

@@ -1,0 +1,163 @@
+"""Our own folders: written whole or not at all, in the dtype the numbers came in, cut as a mesh has them, read back bitwise."""
+
+import dataclasses
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from small import DENSE, SPARSE, params_of
+
+from mod_jax.config import ConfigError, MeshConfig
+from mod_jax.interop.native import open_native, place, save_native
+from mod_jax.interop.pretrained import InMemory, Pretrained, read, with_vocabulary
+from mod_jax.models import llava
+from mod_jax.sharding import make_mesh, parameter_shardings
+
+
+def pretrained(config, dtype=np.float32, folder=None) -> Pretrained:
+    """A model that is in memory."""
+    return Pretrained(config, {name: InMemory(x.astype(dtype)) for name, x in params_of(config).items()}, "somewhere", folder)
+
+
+def assert_same(found: Pretrained, wanted: Pretrained) -> None:
+    assert found.config == wanted.config and found.params.keys() == wanted.params.keys()
+    for name, parameter in wanted.params.items():
+        assert (found.params[name].dtype, found.params[name].shape) == (parameter.dtype, parameter.shape), name
+        np.testing.assert_array_equal(np.asarray(found.params[name]), np.asarray(parameter), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_numbers_come_back_bitwise_in_the_dtype_they_came_in(dtype, tmp_path):
+    wanted = pretrained(SPARSE, dtype)
+    save_native(tmp_path / "model", wanted)
+    with open_native(tmp_path / "model") as found:
+        assert_same(found, wanted)
+        assert found.dtype == str(np.dtype(dtype)) and found.origin == "somewhere"
+        assert {x.dtype for x in read(found).values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("part, prefix", [("vision", "vision_tower."), ("decoder", "language_model.")])
+def test_a_part_of_a_model_is_written_alone(part, prefix, tmp_path):
+    whole = pretrained(SPARSE)
+    wanted = dataclasses.replace(whole, config=getattr(SPARSE, part), params={n: x for n, x in whole.params.items() if n.startswith(prefix)})
+    save_native(tmp_path / "part", wanted)
+    with open_native(tmp_path / "part") as found:
+        assert_same(found, wanted)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+
+
+def test_on_a_mesh_each_parameter_is_cut_as_it_lies_there(mesh, tmp_path):
+    wanted = pretrained(SPARSE, ml_dtypes.bfloat16)
+    save_native(tmp_path / "model", wanted, mesh)
+    with open_native(tmp_path / "model") as found:
+        assert_same(found, wanted)
+    stored = ocp.metadata(tmp_path / "model" / "params").metadata
+    shardings = parameter_shardings(mesh, wanted.params, llava.axes(SPARSE))
+    for name, array in stored.items():
+        shard = shardings[name].shard_shape(array.shape)
+        assert all(n % chunk == 0 for n, chunk in zip(shard, array.storage_metadata.chunk_shape)), name
+    gates = "language_model.layers.moe.experts.gate.w_edf"
+    assert stored[gates].storage_metadata.chunk_shape < stored[gates].shape
+    restored = ocp.load(tmp_path / "model" / "params", {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[n]) for n, x in stored.items()})
+    for name, array in restored.items():
+        assert array.sharding == shardings[name]
+        np.testing.assert_array_equal(array, np.asarray(wanted.params[name]), err_msg=name)
+
+
+def test_place_gives_every_device_its_block_and_reads_each_once(mesh):
+    class Counted(InMemory):
+        def blocks(self, indices):
+            asked.extend(indices)
+            return super().blocks(indices)
+
+    asked, array = [], np.arange(16 * 6, dtype=np.float32).reshape(16, 6)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("fsdp", "expert")))
+    placed = place(Counted(array), sharding)
+    assert placed.sharding == sharding and len(asked) == 4  # of eight devices, two and two hold the same
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, array[shard.index])
+
+
+def test_a_size_that_does_not_divide_over_the_mesh_is_refused_and_nothing_is_left(tmp_path):
+    with pytest.raises(ConfigError, match="do not divide over the mesh"):
+        save_native(tmp_path / "model", pretrained(DENSE), make_mesh(MeshConfig(data=1, fsdp=1, tensor=8)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="target = .*does not exist yet"):
+        save_native(tmp_path / "model", pretrained(DENSE))
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["notes.txt"]
+
+
+def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
+    class Broken(InMemory):
+        def blocks(self, indices):
+            raise OSError("gone")
+
+    whole = pretrained(DENSE)
+    last = list(whole.params)[-1]
+    with pytest.raises(OSError, match="gone"):
+        save_native(tmp_path / "model", dataclasses.replace(whole, params={**whole.params, last: Broken(np.asarray(whole.params[last]))}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_processors_files_come_along(tmp_path):
+    (tmp_path / "source").mkdir()
+    for name in ("tokenizer.json", "preprocessor_config.json", "pytorch_model.bin"):
+        (tmp_path / "source" / name).write_text(name)
+    save_native(tmp_path / "model", pretrained(DENSE, folder=tmp_path / "source"))
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.json", "params", "tokenizer.json", "preprocessor_config.json"}
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    save_native(tmp_path / "model", pretrained(DENSE))
+    about = tmp_path / "model" / "model.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"format": 99}))
+    with pytest.raises(ConfigError, match="format of .* = 99: expected 1"), open_native(tmp_path / "model"):
+        pass
+
+
+class Vocabulary:
+    """As much of a tokenizer as `with_vocabulary` asks for."""
+
+    eos_token_id = 2
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def get_vocab(self):
+        return {str(i): i for i in range(self.size)}
+
+    def convert_tokens_to_ids(self, token):
+        assert token == "<image>"
+        return self.size - 1
+
+
+def test_rows_that_a_tokenizer_lacks_are_added_as_means_that_never_win():
+    untied = dataclasses.replace(DENSE, decoder=dataclasses.replace(DENSE.decoder, tie_embeddings=False))
+    before, rows = pretrained(untied), DENSE.decoder.vocab_size
+    after = with_vocabulary(before, Vocabulary(rows + 1))
+    assert after.config.decoder.vocab_size == -(-(rows + 1) // 64) * 64 and (after.config.image_token_id, after.config.end_token_id) == (rows, 2)
+    for name in ("language_model.embedding.w_vd", "language_model.head.w_vd"):
+        old, new = np.asarray(before.params[name]), np.asarray(after.params[name])
+        assert new.shape == (after.config.decoder.vocab_size, old.shape[1])
+        np.testing.assert_array_equal(new[:rows], old)
+        np.testing.assert_allclose(new[rows:], np.broadcast_to(old.astype(np.float64).mean(0), new[rows:].shape), rtol=1e-5, atol=1e-6)
+    logits = np.random.default_rng(0).normal(size=(100, DENSE.decoder.hidden_size)) @ np.asarray(after.params["language_model.head.w_vd"]).T
+    assert logits.argmax(1).max() < rows
+
+
+def test_a_vocabulary_that_is_large_enough_stays():
+    before = pretrained(DENSE)
+    after = with_vocabulary(before, Vocabulary(DENSE.decoder.vocab_size))
+    assert after.config.decoder == DENSE.decoder and after.params == before.params
