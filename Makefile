@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: quickstart test test-slow assets directions photos lint clean
+.PHONY: quickstart test test-slow test-beam assets directions photos families check-4.57 lint clean
 
 quickstart: $(VENV)/.installed data/scenes
 	$(RUN) -m mod_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -q -m slow --durations=15
+
+# Preparing data as an Apache Beam pipeline: Beam needs older packages than requirements.txt pins, so it has an environment of its own.
+test-beam: $(VENV)-beam/.installed
+	$(VENV)-beam/bin/python -m pytest -q tests/test_beam.py
 
 # The pretrained tower, language model and teacher that assets/ ships, trained again from nothing.
 assets: $(VENV)/.installed
@@ -29,6 +33,15 @@ directions: $(VENV)/.installed data/scenes
 # All stages for a few steps on real pictures, full-size tower and vocabulary: make photos PHOTOS=folder
 photos: $(VENV)/.installed
 	$(RUN) -m mod_jax.train --config=configs/photos.py:$(PHOTOS) --workdir=runs/photos
+
+# How far each family and layout is from transformers; writes the table of docs/checkpoints.md.
+families: $(VENV)/.installed-test
+	$(RUN) tests/families.py
+
+# Exported students in stock transformers 4.57, in an environment of its own; what they are held to is computed here.
+check-4.57: $(VENV)/.installed-test $(VENV)-4.57/.installed
+	PYTHONPATH=tests $(RUN) -m stock.write runs/stock
+	$(VENV)-4.57/bin/python tests/stock/check.py runs/stock
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -49,5 +62,15 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
 	$(RUN) -m pip install --disable-pip-version-check --progress-bar=on -r requirements-test.txt
 	touch $@
 
+$(VENV)-beam/.installed: requirements-beam.txt setup.py
+	$(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/python -m pip install --disable-pip-version-check --progress-bar=on -r requirements-beam.txt -e .
+	touch $@
+
+$(VENV)-4.57/.installed: requirements-4.57.txt
+	$(PYTHON) -m venv $(VENV)-4.57
+	$(VENV)-4.57/bin/python -m pip install --disable-pip-version-check --progress-bar=on -r requirements-4.57.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache runs data
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-4.57 .cache runs data

@@ -97,9 +97,9 @@ def load(path, stage: str | None = None, dtype: str = "float32", template: str |
     """See `mod_jax.load`."""
     if is_run(path):
         recipe, stage = open_run(path, stage)
-        student, template = recipe.student_after(stage), template or recipe.config.stages[stage].data.template
+        student, data = recipe.student_after(stage), recipe.config.stages[stage].data
         config, params = student.config, student.params
-        processor = Processor(recipe.tokenizer, chat_template(template), config)
+        processor = Processor(recipe.tokenizer, chat_template(template or data.template), config, data.fit)
     else:
         require(stage is None, "stage", stage, f"None, as {path} is not a run")
         with open_source(ModelSource(folder=str(path))) as pretrained:

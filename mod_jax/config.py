@@ -180,7 +180,7 @@ class DataConfig:
     max_bad_share: float = 0.01  # share of skipped samples above which the run stops
     streams: int = 0  # independent streams that make the rows, on any number of hosts that divides it; 0: one a row, 64 at most
     look_ahead: int = 32  # samples of a stream that a row is chosen from: more of them, less padding, more memory
-    workers: int = 0  # processes that read and decode, on each host; 0: threads of the process that trains
+    workers: int = 0  # processes that read and decode, on each host, of about 0.5 GB each; 0: threads of the process that trains
 
     def __post_init__(self):
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one source")

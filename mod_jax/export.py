@@ -52,11 +52,11 @@ def export(checkpoint, target, options: Options = Options(), stage: str | None =
 
 def _export_run(run, target, options: Options, stage: str | None) -> None:
     recipe, stage = open_run(run, stage)
-    student, template = recipe.student_after(stage), options.template or recipe.config.stages[stage].data.template
+    student, data = recipe.student_after(stage), recipe.config.stages[stage].data
     dtype = options.dtype or "float32"
 
     def others(folder: pathlib.Path) -> None:
-        write_processor(folder, student.config, recipe.tokenizer, chat_template(template))
+        write_processor(folder, student.config, recipe.tokenizer, chat_template(options.template or data.template), data.fit)
         (folder / "README.md").write_text(card_of_run(recipe, stage, dtype))
 
     _write(target, student.config, student.params, dtype, others, options)

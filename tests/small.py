@@ -1,6 +1,6 @@
 """Small models and packed batches, for the tests of training.
 
-Axes: B rows, S positions, N pictures a row, H W picture height and width, G samples a row.
+Axes: B rows, S positions, N pictures a row, H W picture height and width.
 """
 
 import functools
@@ -9,7 +9,8 @@ import numpy as np
 
 from mod_jax.batch import Batch
 from mod_jax.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
-from mod_jax.data.packing import to_batch
+from mod_jax.data.conversation import Tokens
+from mod_jax.data.packing import Room, Sample, to_batch
 from mod_jax.models import llava
 
 IMAGE_SIZE, FEATURES, LENGTH, PICTURES = 8, 4, 32, 2
@@ -30,43 +31,39 @@ def params_of(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: (centre(name) + 0.2 * rng.normal(size=x.shape)).astype(x.dtype) for name, x in llava.abstract(config).items()}
 
 
-def sample(rng: np.random.Generator, number: int, pictures: int, question: int, *answers: int) -> dict:
-    """A chat (one answer) or a preference pair (two): pictures, then so many tokens of text, as `packing.pack` takes it."""
+def sample(rng: np.random.Generator, number: int, pictures: int, question: int, *answers: int) -> Sample:
+    """A chat (one answer) or a preference pair (two): pictures, then so many tokens of text."""
     prefix = pictures * FEATURES + question
     length = prefix + sum(answers)
     is_picture = np.arange(length) < pictures * FEATURES
     branches = [0, 1, 2] if len(answers) == 2 else [0, 0]
-    return {
-        "tokens": np.where(is_picture, IDS["image_token_id"], rng.integers(2, 80, length)).astype(np.int32),
-        "targets": rng.integers(2, 80, length).astype(np.int32),
-        "loss_weights": (np.arange(length) >= prefix).astype(np.float32),
-        "positions": np.concatenate([np.arange(prefix), *(prefix + np.arange(n) for n in answers)]).astype(np.int32),
-        "branch_ids": np.repeat(branches, [prefix, *answers]).astype(np.int32),
-        "is_picture": is_picture,
-        "images": rng.integers(0, 256, (pictures, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
-        "number": np.array([number], np.int32),
-    }
+    tokens = Tokens(
+        tokens=np.where(is_picture, IDS["image_token_id"], rng.integers(2, 80, length)).astype(np.int32),
+        targets=rng.integers(2, 80, length).astype(np.int32),
+        loss_weights=(np.arange(length) >= prefix).astype(np.float32),
+        positions=np.concatenate([np.arange(prefix), *(prefix + np.arange(n) for n in answers)]).astype(np.int32),
+        branch_ids=np.repeat(branches, [prefix, *answers]).astype(np.int32),
+        is_picture=is_picture,
+        num_pictures=pictures,
+        truncated=False,
+    )
+    return Sample(tokens, rng.integers(0, 256, (pictures, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), number)
 
 
-def _row(samples: list[dict]) -> dict:
-    """One row of two samples at most, padded."""
-    room = {name: LENGTH for name in samples[0]} | {"images": PICTURES, "number": 2}
-    together = {name: np.concatenate([s[name] for s in samples]) for name in samples[0]}
-    together["tokens_segment_ids"] = np.repeat(np.arange(len(samples), dtype=np.int32) + 1, [len(s["tokens"]) for s in samples])
-    room["tokens_segment_ids"] = LENGTH
-    missing = {name: -1 if name == "number" else 0 for name in room}
-    return {n: np.pad(a, [(0, room[n] - len(a))] + [(0, 0)] * (a.ndim - 1), constant_values=missing[n]) for n, a in together.items()}
+def batch_of(rows: list[list[Sample]]) -> Batch:
+    """Rows of two samples at most."""
+    return to_batch(rows, Room(LENGTH, PICTURES, 2), IMAGE_SIZE, IDS["end_token_id"])
 
 
 def chats(rows: int = 8, seed: int = 0) -> Batch:
     """Two chats a row, with a picture or without, their answers of uneven length; the last row is a single one that has no target."""
     rng = np.random.default_rng(seed)
-    packed = [_row([sample(rng, 2 * b + g, int(rng.integers(2)), 3, int(rng.integers(1, 9))) for g in range(2)]) for b in range(rows - 1)]
-    return to_batch([*packed, _row([sample(rng, 2 * rows, 1, 3, 0)])])
+    packed = [[sample(rng, 2 * b + g, int(rng.integers(2)), 3, int(rng.integers(1, 9))) for g in range(2)] for b in range(rows - 1)]
+    return batch_of([*packed, [sample(rng, 2 * rows, 1, 3, 0)]])
 
 
 def pairs(rows: int = 8, seed: int = 0) -> Batch:
     """Two preference pairs a row, one of them about a picture; the last row has one pair only."""
     rng = np.random.default_rng(seed)
     packed = [[sample(rng, 2 * b + g, g, 2, *map(int, rng.integers(1, 6, 2))) for g in range(2)] for b in range(rows)]
-    return to_batch([_row(samples) for samples in packed[:-1]] + [_row(packed[-1][:1])])
+    return batch_of([*packed[:-1], packed[-1][:1]])

@@ -1,15 +1,15 @@
 """Checkpoints: what is restored is what was saved, on any mesh; another model's is refused."""
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from mod_jax.config import ConfigError, MeshConfig, OptimizerConfig
 from mod_jax.sharding import make_mesh, parameter_shardings, replicated
-from mod_jax.training.checkpoint import Checkpoints, abstract
+from mod_jax.training.checkpoint import Checkpoints, RestoreStreams, SaveStreams, StreamsHandler, abstract
 from mod_jax.training.state import TrainState, make_optimizer, new_state, state_shardings
 
 AXES = {"a.w_df": ("embed", "mlp"), "b.scale_d": ("embed",)}
@@ -30,8 +30,22 @@ def wanted_on(mesh, state: TrainState) -> TrainState:
     return abstract(shapes, state_shardings(OPTIMIZER, state.params, parameter_shardings(mesh, state.params, AXES), replicated(mesh)))
 
 
-def stream():
-    return iter(grain.MapDataset.range(100).shuffle(seed=1).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+class Counting:
+    """Data of two streams: each counts, and remembers what it counted."""
+
+    def __init__(self):
+        self.streams = {3: {"counted": []}, 10: {"counted": []}}
+
+    def __next__(self):
+        for number, stream in self.streams.items():
+            stream["counted"].append(number * len(stream["counted"]))
+        return {number: stream["counted"][-1] for number, stream in self.streams.items()}
+
+    def get_state(self):
+        return self.streams
+
+    def set_state(self, states):
+        self.streams = {number: states[number] for number in self.streams}
 
 
 def mesh_of(devices: int):
@@ -41,23 +55,32 @@ def mesh_of(devices: int):
 
 @pytest.mark.parametrize("first, second", [(1, 1), (1, 8), (8, 1)])
 def test_state_and_data_come_back_bit_for_bit_on_any_mesh(first, second, tmp_path):
-    state, data = make_state(), stream()
+    state, data = make_state(), Counting()
     placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, wanted_on(mesh_of(first), state))
     for _ in range(7):
         next(data)
     saved = Checkpoints(tmp_path, keep=2)
     saved.save(3, placed, data, {"config": {"lr": 0.1}})
-    rest = [int(next(data)) for _ in range(5)]
+    rest = [next(data) for _ in range(5)]
     saved.close()
 
-    again, wanted, fresh = Checkpoints(tmp_path, keep=2), wanted_on(mesh_of(second), state), stream()
+    again, wanted, fresh = Checkpoints(tmp_path, keep=2), wanted_on(mesh_of(second), state), Counting()
     assert again.latest == 3 and again.about(3) == {"config": {"lr": 0.1}}
     found = again.restore(3, wanted, fresh)
     jax.tree.map(np.testing.assert_array_equal, found, state)
     jax.tree.map(lambda x, w: np.testing.assert_equal(x.sharding.is_equivalent_to(w.sharding, x.ndim), True), found, wanted)
     assert optax.tree_utils.tree_get(found.optimizer, "mu")["a.w_df"].sharding.spec == found.params["a.w_df"].sharding.spec
-    assert [int(next(fresh)) for _ in range(5)] == rest
+    assert [next(fresh) for _ in range(5)] == rest
     again.close()
+
+
+def test_streams_are_found_whichever_process_saved_them(tmp_path, monkeypatch):
+    """Two processes save three streams each; one alone, or any other number, reads what it needs."""
+    states = {number: {"next": 10 * number, "waiting": [number]} for number in range(6)}
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        StreamsHandler().save(epath.Path(tmp_path), SaveStreams({number: states[number] for number in range(3 * process, 3 * process + 3)}))
+    assert StreamsHandler().restore(epath.Path(tmp_path), RestoreStreams()) == states
 
 
 def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
@@ -65,7 +88,7 @@ def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
     saved, state = Checkpoints(tmp_path, keep=1), jax.tree.map(jnp.copy, make_state((512, 512)))
     kept = jax.tree.map(np.array, state)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
-    saved.save(3, state, stream(), {})
+    saved.save(3, state, Counting(), {})
     jax.block_until_ready(overwrite(state))
     saved.close()
     found = Checkpoints(tmp_path, keep=1)
@@ -77,7 +100,7 @@ def test_the_last_ones_stay(tmp_path):
     saved = Checkpoints(tmp_path, keep=2)
     assert saved.latest is None
     for step in (2, 4, 6, 8):
-        saved.save(step, make_state(step=step), stream(), {"step": step})
+        saved.save(step, make_state(step=step), Counting(), {"step": step})
     saved.close()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["6", "8"]
     again = Checkpoints(tmp_path, keep=2)
@@ -88,12 +111,12 @@ def test_the_last_ones_stay(tmp_path):
 def test_half_a_checkpoint_does_not_count(tmp_path):
     """What a kill in mid-save leaves behind: a folder under a temporary name."""
     saved = Checkpoints(tmp_path, keep=2)
-    saved.save(2, make_state(), stream(), {})
+    saved.save(2, make_state(), Counting(), {})
     saved.close()
     (tmp_path / "4.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     again = Checkpoints(tmp_path, keep=2)
     assert again.latest == 2
-    again.save(4, make_state(step=4), stream(), {})
+    again.save(4, make_state(step=4), Counting(), {})
     again.close()
     final = Checkpoints(tmp_path, keep=2)
     assert final.latest == 4
@@ -110,7 +133,7 @@ def test_half_a_checkpoint_does_not_count(tmp_path):
 )
 def test_another_models_checkpoint_is_refused(change, message, tmp_path):
     saved = Checkpoints(tmp_path, keep=2)
-    saved.save(2, make_state(), stream(), {})
+    saved.save(2, make_state(), Counting(), {})
     saved.close()
     saved, other = Checkpoints(tmp_path, keep=2), change(make_state().params)
     with pytest.raises(ConfigError, match=r"/2 holds another model; use another --workdir .*: " + message):

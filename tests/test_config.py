@@ -113,7 +113,9 @@ MIMIC, PREFERENCE = stage(objective={"kind": "mimic"}), stage(objective={"kind":
         (recipe({"a": stage()}, evaluation={"models": ("b",)}), r"evaluation\.models = 'b': expected a stage \['a'\] or teacher"),
         (recipe({"a": stage()}, student={}), r"config\.student: .*expected exactly one of the three ways"),
         (recipe({"a": stage()}, student={"folder": "f", "random": {}}), "exactly one of the three ways to name a model"),
-        (recipe({"a": stage()}, student={"vision_tower": "f"}), r"vision_tower, language_model = \('f', ''\): expected both parts"),
+        (recipe({"a": stage()}, student={"language_model": "f"}), r"language_model, vision_tower = \('f', ''\): expected both parts"),
+        (recipe({"a": stage()}, student={"vision_tower": "f"}), r"exactly one of the three ways to name a model"),
+        (recipe({"a": stage()}, student={"folder": "f", "adaptor": "a"}), r"adaptor = 'a': expected it beside language_model and vision_tower"),
         (recipe({"a": stage(step=1)}), r"config\.stages\.a\.step = 1: .*Did you mean config\.stages\.a\.steps\?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The stream of Batches: order, mixture, resumption, bad samples, and scenes end to end."""
+"""The batches of a stage: form, order, mixture, resumption on any number of hosts, and bad samples."""
 
 import dataclasses
 import io
@@ -6,29 +6,33 @@ import itertools
 import json
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from mod_jax.batch import Batch
 from mod_jax.config import ConfigError, DataConfig, ModelConfig, SourceConfig, VisionConfig
-from mod_jax.data.pipeline import BAD, GOOD, Skips, TooManyBadSamples, chat_format, load_sample, make_dataset
+from mod_jax.data.conversation import chat_format, tokenize
+from mod_jax.data.pipeline import Batches, count_streams
 from mod_jax.data.scenes import SceneDifficulty, prepare
+from mod_jax.data.skips import TooManyBadSamples
 from mod_jax.data.sources import open_source
 from mod_jax.data.tokenizer import scenes_tokenizer, text_encoder
 
 TOKENIZER = scenes_tokenizer()
 VISION = VisionConfig(image_size=48, patch_size=12, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2)
 MODEL = ModelConfig(VISION, image_token_id=TOKENIZER.convert_tokens_to_ids("<image>"), end_token_id=TOKENIZER.eos_token_id)
+HARD = SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    return str(prepare(tmp_path_factory.mktemp("scenes"), train=60, crowd=10, preference=40, test=10, difficulty=SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)))
+    return str(prepare(tmp_path_factory.mktemp("scenes"), train=60, crowd=10, preference=40, test=10, difficulty=HARD))
 
 
 def scene_data(path, *splits, **options):
     sources = tuple(SourceConfig("scenes", path, split=split) for split in splits)
-    return DataConfig(sources, **{"sequence_length": 240, "images_per_row": 4, "samples_per_row": 4, "template": "brief"} | options)
+    return DataConfig(sources, **{"sequence_length": 240, "images_per_row": 4, "samples_per_row": 4, "template": "brief", "look_ahead": 6} | options)
 
 
 def texts(tmp_path, answers, **options):
@@ -39,8 +43,23 @@ def texts(tmp_path, answers, **options):
     return SourceConfig("chat", str(path), **options)
 
 
-def batches(dataset, count):
-    return list(itertools.islice(iter(dataset), count))
+def text_data(*sources, **options):
+    """A text a row."""
+    return DataConfig(sources, **{"sequence_length": 16, "images_per_row": 0, "samples_per_row": 1, "template": "brief", "look_ahead": 2} | options)
+
+
+def make(config, rows, shard=(0, 1)):
+    return Batches(config, TOKENIZER, MODEL, rows, shard)
+
+
+def take(config, rows, count, shard=(0, 1)):
+    return list(itertools.islice(make(config, rows, shard), count))
+
+
+def numbers(batches):
+    """Of all records, in their order."""
+    found = np.concatenate([batch.samples.ravel() for batch in batches])
+    return found[found >= 0]
 
 
 def assert_equal(a: Batch, b: Batch):
@@ -48,10 +67,15 @@ def assert_equal(a: Batch, b: Batch):
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
 
 
+def put_together(hosts):
+    """The global batch of the hosts' rows."""
+    return Batch(**{field.name: np.concatenate([getattr(batch, field.name) for batch in hosts]) for field in dataclasses.fields(Batch)})
+
+
 def test_batches_have_the_promised_form(scenes):
     config = scene_data(scenes, "train", "preference")
     sources = [open_source(s) for s in config.sources]
-    for batch in batches(make_dataset(config, TOKENIZER, MODEL, rows=3), 6):
+    for batch in take(config, 3, 6):
         shapes = {f.name: (getattr(batch, f.name).shape, getattr(batch, f.name).dtype) for f in dataclasses.fields(Batch)}
         expected = {f.name: ((3, 240), np.int32) for f in dataclasses.fields(Batch)}
         assert shapes == expected | {"images": ((3, 4, 48, 48, 3), np.uint8), "samples": ((3, 4), np.int32), "loss_weights": ((3, 240), np.float32)}
@@ -69,62 +93,94 @@ def test_batches_have_the_promised_form(scenes):
 
 def test_rows_hold_the_samples_as_they_were_tokenised(scenes):
     config = scene_data(scenes, "preference")
-    source, encoder, chat = open_source(config.sources[0]), text_encoder(TOKENIZER), chat_format(config.template, MODEL)
-    batch = batches(make_dataset(config, TOKENIZER, MODEL, rows=2), 1)[0]
+    source, encoder, chat = open_source(config.sources[0]), text_encoder(TOKENIZER), chat_format(config.template, MODEL, TOKENIZER)
+    batch = take(config, 2, 1)[0]
     for row, segment in itertools.product(range(2), range(4)):
         if batch.samples[row, segment] >= 0:
-            sample, _ = load_sample(source, int(batch.samples[row, segment]), encoder, chat, config, 48)
+            sample = tokenize(source[int(batch.samples[row, segment])], encoder, chat, config.sequence_length)
             mine = batch.segment_ids[row] == segment + 1
             for name in ("tokens", "targets", "loss_weights", "positions", "branch_ids"):
-                np.testing.assert_array_equal(getattr(batch, name)[row, mine], sample[name], err_msg=name)
+                np.testing.assert_array_equal(getattr(batch, name)[row, mine], getattr(sample, name), err_msg=name)
     assert set(np.unique(batch.branch_ids)) == {0, 1, 2}
 
 
 def test_an_epoch_takes_every_record_once_and_the_next_another_order(scenes):
-    config = scene_data(scenes, "train", samples_per_row=1, images_per_row=1, sequence_length=112)
-    order = np.concatenate([b.samples.ravel() for b in batches(make_dataset(config, TOKENIZER, MODEL, rows=4), 30)])
+    order = numbers(take(scene_data(scenes, "train", samples_per_row=1, images_per_row=1, sequence_length=112), 4, 30))
     assert sorted(order[:60]) == sorted(order[60:]) == list(range(60))
     assert order[:60].tolist() != order[60:].tolist()
 
 
+def test_an_epoch_of_a_mixture_in_streams_takes_every_record_once(tmp_path):
+    """Two sources of 30 and 60 records, the larger twice as often; three streams, whose packing lets none fall."""
+    sources = texts(tmp_path, ["one " * (1 + i % 8) for i in range(30)], weight=1.0), texts(tmp_path, ["two " * (1 + i % 9) for i in range(60)], weight=2.0)
+    streams = [numbers(take(text_data(*sources, streams=3, samples_per_row=4, sequence_length=40, look_ahead=5), 3, 60, (host, 3))) for host in range(3)]
+    assert len({len(stream) for stream in streams}) == 3, "they run apart"
+    first_epochs = [stream[:25] for stream in streams]  # each stream reads 30 of the 90; the last few may wait
+    taken = np.concatenate(first_epochs)
+    assert len(set(taken.tolist())) == len(taken)
+    later = np.concatenate([stream[:36] for stream in streams])
+    assert set(later.tolist()) == set(range(90))
+
+
+def test_sources_of_equal_length_are_in_orders_of_their_own(tmp_path):
+    sources = texts(tmp_path, ["one"] * 50), dataclasses.replace(texts(tmp_path, ["one"] * 50), split="again")
+    order = numbers(take(text_data(*sources, look_ahead=1), 2, 100))
+    for epoch in (0, 1):
+        assert [n for n in order[: 100] if n < 50] != [n - 50 for n in order[100 * epoch :][:100] if n >= 50]
+
+
 def test_the_seed_alone_decides_the_order(scenes):
-    first, again = (batches(make_dataset(scene_data(scenes, "train", seed=5), TOKENIZER, MODEL, rows=2), 4) for _ in range(2))
+    first, again = (take(scene_data(scenes, "train", seed=5), 2, 4) for _ in range(2))
     for a, b in zip(first, again):
         assert_equal(a, b)
-    other = batches(make_dataset(scene_data(scenes, "train", seed=6), TOKENIZER, MODEL, rows=2, threads=1), 1)[0]
+    other = take(scene_data(scenes, "train", seed=6), 2, 1)[0]
     assert other.samples.tolist() != first[0].samples.tolist()
 
 
-@pytest.mark.parametrize("after", [0, 1, 5])
-def test_resumption_is_exact(scenes, after):
-    dataset = make_dataset(scene_data(scenes, "train", "preference"), TOKENIZER, MODEL, rows=3)
-    iterator = iter(dataset)
-    for _ in range(after):
-        next(iterator)
-    state = json.loads(json.dumps(iterator.get_state()))
-    ahead = [next(iterator) for _ in range(3)]
-    resumed = iter(make_dataset(scene_data(scenes, "train", "preference"), TOKENIZER, MODEL, rows=3))
-    resumed.set_state(state)
-    for expected in ahead:
-        assert_equal(next(resumed), expected)
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_batches_do_not_depend_on_the_number_of_hosts(scenes, hosts):
+    config = scene_data(scenes, "train", "preference")
+    together = zip(*(take(config, 8, 5, (host, hosts)) for host in range(hosts)))
+    for expected, parts in zip(take(config, 8, 5), together, strict=True):
+        assert_equal(put_together(parts), expected)
+
+
+@pytest.mark.parametrize("streams, before, after", [(8, 1, 1), (8, 2, 4), (4, 4, 2)])
+def test_resumption_is_exact_on_any_number_of_hosts(scenes, streams, before, after):
+    config = scene_data(scenes, "train", "preference", streams=streams)
+    whole = make(config, 8)
+    for _ in range(3):
+        next(whole)
+    stopped, states = [make(config, 8, (host, before)) for host in range(before)], {}
+    for host in stopped:
+        for _ in range(3):
+            next(host)
+        states |= host.get_state()
+    assert states == whole.get_state() and list(states) == list(range(streams))
+    resumed = [make(config, 8, (host, after)) for host in range(after)]
+    for host in resumed:
+        host.set_state(states)
+    for _ in range(3):
+        assert_equal(put_together([next(host) for host in resumed]), next(whole))
+
+
+def test_streams_divide_over_rows_and_hosts():
+    config = DataConfig((SourceConfig(),))
+    assert [count_streams(config, rows, 1) for rows in (1, 2, 6, 8, 96, 256)] == [1, 2, 2, 8, 32, 64]
+    with pytest.raises(ConfigError, match=r"data.streams = 3: expected a divisor of the 8 rows"):
+        count_streams(dataclasses.replace(config, streams=3), 8, 1)
+    with pytest.raises(ConfigError, match=r"data.streams = 8: expected a multiple of the 3 processes"):
+        count_streams(config, 8, 3)
 
 
 def test_sources_are_mixed_by_weight(tmp_path):
-    config = DataConfig((texts(tmp_path, ["one"] * 30, weight=3.0), texts(tmp_path, ["two"] * 31, weight=1.0)), sequence_length=16, images_per_row=0,
-                        samples_per_row=1, template="brief")
-    numbers = np.concatenate([b.samples.ravel() for b in batches(make_dataset(config, TOKENIZER, MODEL, rows=8), 10)])
-    assert (numbers < 30).mean() == pytest.approx(0.75, abs=0.03)
-
-
-def test_processes_share_the_samples(scenes):
-    config = scene_data(scenes, "train", samples_per_row=1, images_per_row=1, sequence_length=112)
-    halves = [np.concatenate([b.samples.ravel() for b in batches(make_dataset(config, TOKENIZER, MODEL, rows=2, shard=(i, 2)), 15)]) for i in (0, 1)]
-    assert sorted(np.concatenate(halves)) == list(range(60))
+    config = text_data(texts(tmp_path, ["one"] * 30, weight=3.0), texts(tmp_path, ["two"] * 31, weight=1.0))
+    assert (numbers(take(config, 8, 10)) < 30).mean() == pytest.approx(0.75, abs=0.03)
 
 
 def test_text_only_streams_have_no_pictures(scenes):
     source = SourceConfig("scenes", scenes, split="train", text_only=True)
-    batch = batches(make_dataset(DataConfig((source,), 240, images_per_row=0, samples_per_row=4, template="brief"), TOKENIZER, MODEL, rows=2), 1)[0]
+    batch = take(DataConfig((source,), 240, images_per_row=0, samples_per_row=4, template="brief"), 2, 1)[0]
     assert batch.images.shape == (2, 0, 48, 48, 3)
     assert (batch.picture_index == -1).all() and not (batch.tokens == MODEL.image_token_id).any()
 
@@ -132,53 +188,111 @@ def test_text_only_streams_have_no_pictures(scenes):
 def test_bad_samples_are_skipped_named_and_counted_once(tmp_path, caplog):
     answers = ["one"] * 40
     answers[7] = answers[31] = ""
-    config = DataConfig((texts(tmp_path, answers),), sequence_length=16, images_per_row=0, samples_per_row=1, template="brief", max_bad_share=0.5)
-    skips = Skips(0.5)
-    seen = np.concatenate([b.samples.ravel() for b in batches(make_dataset(config, TOKENIZER, MODEL, rows=4, skips=skips), 30)])
-    assert sorted(set(seen.tolist())) == [i for i in range(40) if i not in (7, 31)]
-    assert skips.bad == {7: "r7: question without an answer text", 31: "r31: question without an answer text"}
-    assert skips.seen == 40, "records, through three epochs"
-    assert len(caplog.records) == 2 and "skipped record 7 (r7)" in caplog.text
-    again = Skips(0.5)
-    again.set_state(json.loads(json.dumps(skips.get_state())))
-    assert (again.seen, again.bad, again.truncated) == (40, skips.bad, 0)
+    batches = make(text_data(texts(tmp_path, answers), max_bad_share=0.5), 4)
+    seen = numbers([next(batches) for _ in range(30)])
+    assert set(seen.tolist()) == set(range(40)) - {7, 31}
+    assert dataclasses.astuple(batches.skips.total) == (40, 0, 2), "records, through three epochs"
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "skipped record 31 (r31): question without an answer text", "skipped record 7 (r7): question without an answer text"]
+    again = make(text_data(texts(tmp_path, answers), max_bad_share=0.5), 4)
+    again.set_state(batches.get_state())
+    assert again.skips.total == batches.skips.total
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
-    config = DataConfig((texts(tmp_path, ["one"] * 80 + [""] * 20),), 16, images_per_row=0, samples_per_row=1, template="brief", max_bad_share=0.05)
-    with pytest.raises(TooManyBadSamples, match=r"max_bad_share = 0.05.*without an answer"):
-        batches(make_dataset(config, TOKENIZER, MODEL, rows=4), 30)
+    with pytest.raises(TooManyBadSamples, match=r"of 5\d records are bad, more than data.max_bad_share = 0.05.*without an answer"):
+        take(text_data(texts(tmp_path, ["one"] * 80 + [""] * 20), max_bad_share=0.05), 4, 30)
 
 
-def test_a_set_without_a_good_record_stops_at_once(tmp_path):
-    config = DataConfig((texts(tmp_path, [""] * 3),), 16, images_per_row=0, samples_per_row=1, template="brief", max_bad_share=1.0)
-    with pytest.raises(TooManyBadSamples, match="3 of 3"):
-        batches(make_dataset(config, TOKENIZER, MODEL, rows=1), 1)
+def test_a_share_that_is_allowed_never_stops(tmp_path):
+    """However many bad ones come in all."""
+    batches = make(text_data(texts(tmp_path, ["one", "", "two"] * 100), max_bad_share=0.5), 4)
+    while batches.skips.total.seen < 300:
+        next(batches)
+    assert batches.skips.total.bad == 100
 
 
-def test_the_share_is_judged_after_fifty_records():
-    skips = Skips(0.1)
-    for number in range(49):
-        skips.note(number, BAD if number < 40 else GOOD, f"r{number}", "why")
-    with pytest.raises(TooManyBadSamples, match="41 of 50"):
-        skips.note(49, BAD, "r49", "why")
+@pytest.mark.parametrize("limit, run", [(0.0, 50), (0.5, 50), (1.0, 2062)])
+def test_a_set_without_a_good_record_stops(tmp_path, limit, run):
+    with pytest.raises(TooManyBadSamples, match=f"The last {run} samples are all bad"):
+        take(text_data(texts(tmp_path, [""] * 40 if limit < 1 else [""] * 700), max_bad_share=limit), 1, 1)
+
+
+def pictured(tmp_path, records):
+    """A source of so many records, a small picture each."""
+    turns = [{"from": "human", "value": "<image> how many?"}, {"from": "gpt", "value": "one"}]
+    (tmp_path / "chats.json").write_text(json.dumps([{"id": f"r{i}", "image": f"{i}.png", "conversations": turns} for i in range(records)]))
+    (tmp_path / "images").mkdir()
+    for i in range(records):
+        Image.new("RGB", (48, 48)).save(tmp_path / "images" / f"{i}.png")
+    return SourceConfig("chat", str(tmp_path / "chats.json"), str(tmp_path / "images"))
+
+
+def test_pictures_that_vanish_in_a_later_epoch_stop_the_run(tmp_path):
+    """Their records have been counted as good."""
+    batches = make(text_data(pictured(tmp_path, 20), sequence_length=32, images_per_row=1), 2)
+    for _ in range(20):
+        next(batches)
+    assert dataclasses.astuple(batches.skips.total) == (20, 0, 0)
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    with pytest.raises(TooManyBadSamples, match=r"The last 50 samples are all bad.*\d+.png"):
+        list(itertools.islice(batches, 100))
+
+
+def test_a_folder_that_vanishes_stops_the_run_at_once(tmp_path):
+    batches = make(text_data(pictured(tmp_path, 20), sequence_length=32, images_per_row=1), 2)
+    next(batches)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=f"data.sources.images = '{tmp_path}/images'"):
+        list(itertools.islice(batches, 100))
 
 
 def test_cut_texts_are_counted(tmp_path):
-    skips = Skips(0.0)
-    config = DataConfig((texts(tmp_path, ["one", "one " * 30]),), 16, images_per_row=0, samples_per_row=1, template="brief")
-    lengths = (batches(make_dataset(config, TOKENIZER, MODEL, rows=2, skips=skips), 1)[0].segment_ids > 0).sum(1)
-    assert sorted(lengths.tolist()) == [len(TOKENIZER("USER: how many? ASSISTANT: one").input_ids), 16]
-    assert skips.truncated == 1 and not skips.bad
+    batches = make(text_data(texts(tmp_path, ["one", "one " * 30])), 2)
+    lengths = {int(length) for _ in range(4) for length in (next(batches).segment_ids > 0).sum(1)}
+    assert sorted(lengths) == [len(TOKENIZER("USER: how many? ASSISTANT: one").input_ids), 16]
+    assert dataclasses.astuple(batches.skips.total) == (2, 1, 0)
 
 
 def test_a_record_with_more_pictures_than_a_row_is_bad(scenes):
     with pytest.raises(TooManyBadSamples, match="1 pictures, a row holds 0"):
-        batches(make_dataset(scene_data(scenes, "test", images_per_row=0), TOKENIZER, MODEL, rows=1), 1)
+        take(scene_data(scenes, "test", images_per_row=0), 1, 1)
+
+
+def test_pictures_become_squares_as_configured(tmp_path):
+    picture = np.zeros((30, 60, 3), np.uint8)
+    picture[:, 15:45] = 255  # the middle square
+    source = pictured(tmp_path, 1)
+    Image.fromarray(picture).save(tmp_path / "images" / "0.png")
+    image = {fit: take(text_data(source, sequence_length=32, images_per_row=1, fit=fit), 1, 1)[0].images[0, 0] for fit in ("pad", "crop", "stretch")}
+    assert (image["crop"][:, 2:-2] == 255).all()
+    assert (image["stretch"][:, 16:32] == 255).all() and not image["stretch"][:, :8].any()
+    assert (image["pad"][:8] == image["pad"][0, 0]).all() and image["pad"][0, 0].tolist() == [122, 116, 104] and not image["pad"][24, :8].any()
 
 
 def test_impossible_configurations_are_refused_at_once(scenes):
-    with pytest.raises(ConfigError, match="data.template"):
-        make_dataset(scene_data(scenes, "train", template="quen"), TOKENIZER, MODEL, rows=1)
-    with pytest.raises(ConfigError, match="data.images_per_row"):
-        make_dataset(scene_data(scenes, "train", images_per_row=16), TOKENIZER, MODEL, rows=1)
+    for options in ({"template": "quen"}, {"images_per_row": 16}, {"fit": "bend"}, {"streams": 2}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            make(scene_data(scenes, "train", **options), 1)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_000_samples(tmp_path):
+    """Nothing is kept of a sample that has gone; the file itself is mapped, not held."""
+    Image.new("RGB", (48, 48), (10, 200, 30)).save(tmp_path / "picture.png")
+    human = [{"from": "human", "value": "how many?"}, {"from": "human", "value": "<image> how many?"}]
+    with (tmp_path / "chats.json").open("w") as file:
+        for i in range(200_000):
+            turns = [human[i % 2], {"from": "gpt", "value": "one " * (1 + i % 7)}]
+            entry = {"id": f"chat-{i}", "conversations": turns} | ({"image": "picture.png"} if i % 2 else {})
+            file.write(("," if i else "[") + json.dumps(entry))
+        file.write("]")
+    source = SourceConfig("chat", str(tmp_path / "chats.json"), str(tmp_path))
+    batches, process, used = make(text_data(source, sequence_length=120, images_per_row=4, samples_per_row=8, look_ahead=16, streams=8), 64), psutil.Process(), []
+    while batches.skips.total.seen < 200_000:
+        next(batches)
+        if len(used) <= batches.skips.total.seen // 20_000:
+            used.append(process.memory_full_info().uss)
+    batches.close()
+    assert max(used[2:]) - used[1] < 20e6, [f"{size / 1e6:.0f} MB" for size in used]

@@ -17,12 +17,16 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 from small import DENSE, IMAGE_SIZE, TEACHER, VISION, params_of
+from source_files import write_prepared
 
+import mod_jax
 from mod_jax import train
 from mod_jax.config import ConfigError, MeshConfig, ModelConfig, RecipeConfig, from_dict
+from mod_jax.data.records import Record
 from mod_jax.data.tokenizer import scenes_tokenizer
+from mod_jax.export import export
 from mod_jax.files import write_json
-from mod_jax.interop import huggingface
+from mod_jax.interop import huggingface, loading
 from mod_jax.recipe import Recipe
 from mod_jax.sharding import make_mesh
 from mod_jax.training import step
@@ -43,9 +47,9 @@ def folder(tmp_path_factory):
     scenes_tokenizer().save_pretrained(folder / "tokenizer")
     tower = {name: array for name, array in params_of(DENSE).items() if name.startswith("vision_tower.")}
     teachers = {"teacher": params_of(TEACHER, 1) | tower, "another_teacher": params_of(TEACHER, 2) | tower, "stranger": params_of(TEACHER, 2)}
-    huggingface.save_llava(folder / "student", DENSE, params_of(DENSE))
+    huggingface.save(folder / "student", DENSE, params_of(DENSE))
     for name, params in teachers.items():
-        huggingface.save_llava(folder / name, TEACHER, params)
+        huggingface.save(folder / name, TEACHER, params)
     rng = np.random.default_rng(0)
     for number in set(range(RECORDS)) - {BAD}:
         Image.fromarray(rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)).save(folder / f"{number}.png")
@@ -58,7 +62,7 @@ def folder(tmp_path_factory):
 
 def stage(folder, **changes) -> dict:
     data = {"sources": ({"path": f"{folder}/chats.json", "images": str(folder)},), "sequence_length": 32, "images_per_row": 2, "samples_per_row": 2}
-    data["template"] = "brief"
+    data |= {"template": "brief", "look_ahead": 2}
     values = {"trains": ("adaptor.*",), "objective": {}, "data": data, "steps": 6, "rows": 8, "checkpoint_every": 2, "optimizer": {"lr": 1e-2}}
     return values | changes
 
@@ -147,7 +151,7 @@ def test_metrics_are_logged_and_learning_shows(finished):
         rows = rows_of(workdir, name)
         assert [row["step"] for row in rows] == [2, 4, 6]
         assert rows[-1]["loss"] < rows[0]["loss"] and all(np.isfinite(value) for row in rows for value in row.values())
-    assert {"kl", "next_token", "balance", "gradient_norm", "lr"} <= rows[0].keys()
+    assert {"kl", "next_token", "balance", "gradient_norm", "lr", "padding"} <= rows[0].keys()
 
 
 def test_the_last_two_checkpoints_stay(finished):
@@ -159,10 +163,8 @@ def test_the_last_two_checkpoints_stay(finished):
 def test_a_bad_sample_is_skipped_counted_and_named(folder, finished, tmp_path, caplog, nothing_compiled):
     """In the checkpoint, in the metrics and in the log; the others are read."""
     workdir, _ = finished
-    saved = checkpoints_of(workdir, "adaptor")
-    skips = saved.about(6)["skips"]
-    saved.close()
-    assert skips["bad"] == {str(BAD): f"chat-{BAD}: no such picture file: {folder}/{BAD}.png"}
+    streams = json.loads((workdir / "stages" / "adaptor" / "checkpoints" / "6" / "data" / "process_0.json").read_text())
+    assert sum(stream["bad"] for stream in streams.values()) == 1 and sum(stream["seen"] for stream in streams.values()) == RECORDS
     assert rows_of(workdir, "adaptor")[-1]["skipped"] == 1
     with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="traced"):
         run_stage(recipe(folder), tmp_path, "adaptor")
@@ -213,7 +215,7 @@ def test_the_refusal_comes_first_and_leaves_the_run_as_it_is(folder, finished, t
     assert not (workdir / "config.json").exists()
 
 
-@pytest.mark.parametrize("path, value", [("remat", "full"), ("stages.adaptor.checkpoint_every", 3), ("stages.adaptor.data.max_bad_share", 0.5), ("log_every", 1)])
+@pytest.mark.parametrize("path, value", [("remat", "full"), ("stages.adaptor.checkpoint_every", 3), ("stages.adaptor.data.max_bad_share", 0.5), ("stages.adaptor.data.workers", 2), ("log_every", 1)])
 def test_what_changes_no_result_may_change(folder, finished, nothing_compiled, path, value):
     run_stage(changed(recipe(folder), path, value), finished[0], "adaptor")
 
@@ -223,7 +225,7 @@ def test_frozen_parts_that_have_changed_are_refused(folder, finished, tmp_path, 
     workdir, student = shutil.copytree(finished[0], tmp_path / "copy"), tmp_path / "student"
     params = dict(params_of(DENSE))
     params["language_model.norm.scale_d"] = params["language_model.norm.scale_d"] * 1.001
-    huggingface.save_llava(student, DENSE, params)
+    huggingface.save(student, DENSE, params)
     with pytest.raises(ConfigError, match=r"student\.checksum: was '\w{64}', is '\w{64}'"):
         run_stage(changed(recipe(folder), "student.folder", str(student)), workdir, "adaptor")
 
@@ -231,11 +233,18 @@ def test_frozen_parts_that_have_changed_are_refused(folder, finished, tmp_path, 
 def other_model(folder, name: str, config: ModelConfig) -> str:
     path = folder / name
     if not path.exists():
-        huggingface.save_llava(path, config, params_of(config))
+        huggingface.save(path, config, params_of(config))
     return str(path)
 
 
+def prepared_pairs(folder) -> str:
+    if not (folder / "pairs").exists():
+        write_prepared(folder / "pairs", [[Record("p", (), (("Q", "A"),), "B")]])
+    return str(folder / "pairs")
+
+
 WIDER_TOWER = dataclasses.replace(TEACHER, vision=dataclasses.replace(VISION, intermediate_size=48))
+SHORT = dataclasses.replace(DENSE, decoder=dataclasses.replace(DENSE.decoder, max_positions=16))
 FEW_WORDS = dataclasses.replace(DENSE, decoder=dataclasses.replace(DENSE.decoder, vocab_size=64))
 BEFORE_COMPILATION = {
     "unknown key": (lambda f: ("stages.mimic.optimizer.learning_rate", 0.1), r"config\.stages\.mimic\.optimizer\.learning_rate = 0\.1: expected a known key"),
@@ -246,9 +255,13 @@ BEFORE_COMPILATION = {
     "pictures longer than a row": (lambda f: ("stages.adaptor.data.images_per_row", 9), r"data\.images_per_row = 9: .*sequence_length 32"),
     "no tokenizer": (lambda f: ("tokenizer", "none"), r"tokenizer = 'none': expected a folder with tokenizer\.json"),
     "more words than rows": (lambda f: ("student.folder", other_model(f, "few", FEW_WORDS)), r"vocabulary of .*few = 64: .*tokenizer's largest id, 79"),
+    "rows longer than the student's sequences": (
+        lambda f: ("student.folder", other_model(f, "short", SHORT)), r"data\.sequence_length = .*'adaptor': 32.*: expected at most 16, the longest .*short"),
     "no student": (lambda f: ("student.folder", "none"), r"folder = 'none': expected a Hugging Face folder"),
     "no teacher": (lambda f: ("teacher", None), r"stages\.mimic\.objective\.kind = 'mimic': expected a teacher"),
     "pairs wanted": (lambda f: ("stages.adaptor.objective.kind", "preference"), r"stages\.adaptor\.data\.sources = \['chat'\]: expected pairs"),
+    "pairs in a folder": (
+        lambda f: ("stages.adaptor.data.sources", [{"kind": "prepared", "path": prepared_pairs(f)}]), r"stages\.adaptor\.data\.sources = \['.*pairs'\]: expected pairs"),
     "mesh": (lambda f: ("mesh", {"data": 1, "fsdp": 3}), r"mesh = .*expected sizes with the product 8"),
     "rows": (lambda f: ("stages.adaptor.rows", 6), r"rows / accumulation = 6: expected a multiple of data x fsdp x expert = 8"),
     "pattern": (lambda f: ("stages.adaptor.trains", ["adapter.*"]), r"trains = 'adapter\.\*': expected a pattern that matches a parameter name"),
@@ -357,7 +370,7 @@ def test_too_many_bad_samples_are_one_line_and_a_failure(folder, tmp_path):
     done = subprocess.run(command(folder, values, tmp_path / "run"), check=False, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: 12 of 12 records are bad, more than data.max_bad_share = 0.01") and "no such picture file" in last
+    assert last.startswith("error: The last 50 samples are all bad, more than data.max_bad_share = 0.01") and "no such picture file" in last
 
 
 def test_the_generate_command_answers_and_refuses(folder, finished):
@@ -372,7 +385,40 @@ def test_the_generate_command_answers_and_refuses(folder, finished):
     done = generate(f"--image={folder}/0.png", f"--image={folder}/1.png", "--question=what <image> is <image> there?")
     assert done.returncode == 0, done.stderr
     assert "question: what <image> is <image> there?" in done.stdout and "answer:" in done.stdout
-    for options, message in [((f"--image={folder}/none.png",), "no such picture file"), (("--stage=nothing",), "--stage = 'nothing': expected one of")]:
+    for options, message in [((f"--image={folder}/none.png",), "no such picture file"), (("--stage=nothing",), "stage = 'nothing': expected one of")]:
         refused = generate(*options)
         assert refused.returncode == 1 and "Traceback" not in refused.stderr
         assert message in refused.stderr.splitlines()[-1]
+
+
+def test_a_run_can_be_loaded_and_asked_on_other_devices_than_it_was_trained_on(folder, finished, tmp_path):
+    workdir, students = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
+    write_json(workdir / "config.json", dataclasses.asdict(make_recipe(changed(recipe(folder), "mesh.data", 512), workdir).config))
+    for name, stage in [("adaptor", "adaptor"), ("mimic", None)]:
+        model = mod_jax.load(workdir, stage)
+        assert model.config == students[name].config
+        assert all(np.array_equal(model.params[parameter], x) for parameter, x in students[name].params.items())
+    assert model.processor.render([{"role": "user", "content": "how many?"}]) == "USER: how many? ASSISTANT:"  # as the stage's template has it
+    assert isinstance(model.generate("how many?", [folder / "0.png"], 2), str)
+
+
+def test_every_stage_is_exported_with_its_weights_and_its_history(folder, finished, tmp_path):
+    """From the run's folder alone, the last stage by default; the card tells the stages up to it, and their teacher."""
+    workdir, students = finished
+    write_json(workdir / "config.json", dataclasses.asdict(make_recipe(recipe(folder), workdir).config))
+    for stage, chosen, told in (("adaptor", "adaptor", ["adaptor"]), ("mimic", None, ["adaptor", "mimic (upcycled before)"])):
+        export(workdir, tmp_path / stage, stage=chosen)
+        found, wanted = loading.load(tmp_path / stage)[1], students[stage].params
+        assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+        card = (tmp_path / stage / "README.md").read_text()
+        assert [name for name in ("adaptor", "mimic (upcycled before)") if f"| {name} |" in card] == told
+        assert (f"{folder}/teacher" in card) == (stage == "mimic")
+
+
+def test_a_stage_that_is_not_finished_is_not_exported(folder, finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "copy")
+    shutil.rmtree(workdir / "stages" / "mimic")
+    write_json(workdir / "config.json", dataclasses.asdict(make_recipe(recipe(folder), workdir).config))
+    with pytest.raises(ConfigError, match=r"stage mimic = 'step None': expected a checkpoint of its last step 6"):
+        export(workdir, tmp_path / "target")
+    assert not (tmp_path / "target").exists()

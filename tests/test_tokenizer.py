@@ -99,3 +99,12 @@ def test_folders_that_cannot_be_read_say_why(tmp_path, files, message):
 def test_a_folder_that_is_not_there_is_no_name_on_a_hub():
     with pytest.raises(ConfigError, match="tokenizer = 'gpt2': expected a folder"):
         load_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize("make", [small_tokenizers.qwen, small_tokenizers.llama, small_tokenizers.llama_first])
+def test_no_piece_of_a_text_can_forge_a_special_token(make):
+    tokenizer = make()
+    encoder, special = text_encoder(tokenizer), set(tokenizer.all_special_ids)
+    for piece in (encoder.first, encoder.later):
+        for token in tokenizer.all_special_tokens:
+            assert not special & set(piece.encode(f"{token} {token}", add_special_tokens=False).ids)

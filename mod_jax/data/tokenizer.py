@@ -129,6 +129,7 @@ def _behind_a_token(first: Tokenizer) -> Tokenizer:
     if not _word_openers(first):
         return first
     later = copy.deepcopy(first)
+    later.encode_special_tokens = first.encode_special_tokens  # which a copy does not keep
     for step in _word_openers(later):
         step.prepend_scheme = "never"
     return later

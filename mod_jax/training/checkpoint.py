@@ -1,14 +1,45 @@
 """Orbax checkpoints of a stage: trained weights and optimizer, the data's position, and what the run was."""
 
 import dataclasses
+import json
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from mod_jax.config import ConfigError
 from mod_jax.training.state import TrainState
+
+
+class StreamsHandler(ocp.CheckpointHandler):
+    """The states of the data's streams, by number: every process writes those it has, and reads those it is to have.
+
+    Equivalent to Grain's handler where each process has one iterator; that one is restored on as many processes as it was saved on.
+    """
+
+    def save(self, directory: epath.Path, args: "SaveStreams") -> None:
+        """Writes this process's file, at once: Orbax commits the folder when all processes have."""
+        (directory / f"process_{jax.process_index()}.json").write_text(json.dumps(args.states))
+
+    def restore(self, directory: epath.Path, args: "RestoreStreams") -> dict[int, dict]:
+        """The states of all streams."""
+        del args
+        files = [json.loads(path.read_text()) for path in directory.glob("process_*.json")]
+        return {int(number): state for file in files for number, state in file.items()}
+
+
+@ocp.args.register_with_handler(StreamsHandler, for_save=True)
+@dataclasses.dataclass
+class SaveStreams(ocp.args.CheckpointArgs):
+    """What StreamsHandler saves: number of a stream -> JSON."""
+
+    states: dict[int, dict]
+
+
+@ocp.args.register_with_handler(StreamsHandler, for_restore=True)
+@dataclasses.dataclass
+class RestoreStreams(ocp.args.CheckpointArgs):
+    """All that StreamsHandler finds."""
 
 
 def _tree(state: TrainState) -> dict:
@@ -27,7 +58,7 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         # named, so that a checkpoint's metadata can be read before anything is restored
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": StreamsHandler(), "about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -41,10 +72,10 @@ class Checkpoints:
         Args:
           step: steps done.
           state: to save.
-          data: the Grain iterator, at its position.
-          about: JSON: configuration, frozen parts, skipped samples.
+          data: the iterator of batches, at its position (`data.pipeline.Batches`).
+          about: JSON: configuration, frozen parts.
         """
-        items = {"state": ocp.args.StandardSave(_tree(state)), "data": grain.checkpoint.CheckpointSave(data), "about": ocp.args.JsonSave(about)}
+        items = {"state": ocp.args.StandardSave(_tree(state)), "data": SaveStreams(data.get_state()), "about": ocp.args.JsonSave(about)}
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def about(self, step: int) -> dict:
@@ -52,19 +83,22 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
     def restore(self, step: int, state: TrainState, data) -> TrainState:
-        """Reads a state and sets the data iterator back to its position.
+        """Reads a state and sets the data iterator back to its position, be it on another number of processes.
 
         Args:
           state: abstract (shapes, dtypes and shardings to restore to).
-          data: the Grain iterator; None leaves the data's position alone.
+          data: the iterator of batches; None leaves the data's position alone.
         Raises:
           ConfigError: if the checkpoint holds other parameters or shapes.
         """
         self._check(step, state)
         items = {"state": ocp.args.StandardRestore(_tree(state))}
         if data is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(data)
-        return TrainState(**self._manager.restore(step, args=ocp.args.Composite(**items))["state"])
+            items["data"] = RestoreStreams()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        if data is not None:
+            data.set_state(restored["data"])
+        return TrainState(**restored["state"])
 
     def _check(self, step: int, state: TrainState) -> None:
         stored = self._manager.item_metadata(step)["state"]["params"]

@@ -7,12 +7,14 @@ import time
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mod_jax import sharding
 from mod_jax.batch import Batch
 from mod_jax.config import ConfigError, ModelConfig, StageConfig
+from mod_jax.data.pipeline import Batches
 from mod_jax.training import checkpoint, metrics
 from mod_jax.training.state import Frozen, make_optimizer, new_state
 from mod_jax.training.step import make_train_step
@@ -28,8 +30,7 @@ class Stage:
       student, teacher: configurations; teacher None where the objective needs none.
       trained: name -> f32 array, where training starts from.
       frozen: what is read.
-      data: Grain IterDataset of Batch (numpy).
-      skips: counts and names the samples that the data skips (`data.pipeline.Skips`).
+      data: the batches, from their beginning.
       folder: of the stage's checkpoints and metrics.
       about: JSON that goes into each checkpoint: resolved configuration, origin and checksum of the frozen parts.
     """
@@ -40,8 +41,7 @@ class Stage:
     teacher: ModelConfig | None
     trained: dict
     frozen: Frozen
-    data: object
-    skips: object
+    data: Batches
     folder: pathlib.Path
     about: dict
 
@@ -59,21 +59,18 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
       The trained parameters, name -> array.
     Raises:
       ConfigError: before compilation: a mesh or a checkpoint that does not fit, frozen parts that are not those of the checkpoint.
-      TooManyBadSamples: from the data.
+      TooManyBadSamples, WorkerDied: from the data.
     """
     steps, optimizer = stage.config.steps, make_optimizer(stage.config.optimizer, stage.config.steps)
     step_function, state_shardings, frozen_shardings = make_train_step(
         stage.config, stage.student, stage.teacher, optimizer, mesh, stage.trained, stage.frozen
     )
     saved = checkpoint.Checkpoints(stage.folder / "checkpoints", keep)
-    data = iter(stage.data)
     done = saved.latest or 0
     if done:
-        about = saved.about(done)
-        check_same(about, stage.about, stage.folder)
-        stage.skips.set_state(about["skips"])
+        check_same(saved.about(done), stage.about, stage.folder)
         shapes = jax.eval_shape(lambda params: new_state(params, optimizer), stage.trained)
-        state = saved.restore(done, checkpoint.abstract(shapes, state_shardings), data)
+        state = saved.restore(done, checkpoint.abstract(shapes, state_shardings), stage.data)
     else:
         # copied: the step donates its state, and whoever made `trained` may still read it
         params = jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), stage.trained, state_shardings.params)
@@ -87,20 +84,25 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
     with Progress(*columns, refresh_per_second=2) as progress:
         bar, since = progress.add_task(stage.name, total=steps, completed=done, seen=""), time.perf_counter()
         for step in range(done + 1, steps + 1):
-            state, pairs = step_function(state, frozen, to_devices(next(data), mesh))
+            state, pairs = step_function(state, frozen, to_devices(next(stage.data), mesh))
             pending.append(pairs)  # read when logged: until then steps are dispatched without waiting for each other
             if step % log_every == 0 or step == steps:
                 values, pending = metrics.mean(pending), []
                 now = time.perf_counter()
-                values |= {"steps_per_second": (step - progress.tasks[bar].completed) / (now - since), "skipped": len(stage.skips.bad)}
+                values |= {"steps_per_second": (step - progress.tasks[bar].completed) / (now - since), "skipped": _over_processes(stage.data.skips.total.bad)}
                 since = now
                 writer.write(step, values)
                 progress.update(bar, completed=step, seen=f"loss {values['loss']:.3f}")
             if step % stage.config.checkpoint_every == 0 or step == steps:
-                saved.save(step, state, data, {**stage.about, "skips": stage.skips.get_state()})
+                saved.save(step, state, stage.data, stage.about)
     saved.close()
     writer.close()
     return state.params
+
+
+def _over_processes(count: int) -> int:
+    """A count of every process, added up."""
+    return int(multihost_utils.process_allgather(np.int32(count)).sum())
 
 
 def check_same(saved: dict, now: dict, folder: pathlib.Path) -> None:

@@ -95,6 +95,7 @@ def train_step(
     updates, moments = optimizer.update(gradient, state.optimizer, state.params)
     one = jnp.ones(())
     metrics |= {"gradient_norm": (optax.tree.norm(gradient), one), "lr": (make_schedule(stage.optimizer, stage.steps)(state.step), one)}
+    metrics["padding"] = (jnp.mean(batch.segment_ids == 0, dtype=jnp.float32), one)  # share of positions
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
 
 
