@@ -17,11 +17,12 @@ from layouts import original as save_original
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mod_jax.config import ConfigError, DecoderConfig, MoEConfig, VisionConfig
+from mod_jax.config import ConfigError, DecoderConfig, ModelSource, MoEConfig, VisionConfig
 from mod_jax.data.tokenizer import load_tokenizer
 from mod_jax.interop import huggingface, loading, names, native, original
 from mod_jax.interop.folder import open_tensors
 from mod_jax.interop.pretrained import join, read
+from mod_jax.recipe import load_model
 
 LLAMA = hf_models.llava(hf_models.clip(), hf_models.llama())
 MISTRAL = hf_models.llava(hf_models.clip(), hf_models.mistral())
@@ -373,6 +374,26 @@ def test_a_student_from_pieces(with_adaptor, stock, tmp_path):
     same = all(np.array_equal(found[name], params[name]) for name in params if name.startswith("adaptor."))
     assert same == with_adaptor and found.keys() == params.keys()
     np.testing.assert_array_equal(found["language_model.norm.scale_d"], text.model.norm.weight.detach())
+
+
+def test_a_recipe_names_such_folders(stock, tmp_path):
+    """A whole one as a teacher or a student, imported or not; or parts, with an adaptor or a new one."""
+    model, (_, params) = stock(SPARSE)
+    (tmp_path / "authors").mkdir()
+    folder = write_original(tmp_path / "authors", model, *LAYOUTS["authors, sparse Qwen2"][1:])
+    with loading.open_pretrained(folder) as pretrained:
+        native.save_native(tmp_path / "imported", pretrained)
+    for named in (folder, tmp_path / "imported"):
+        found = load_model(ModelSource(folder=str(named)), load_tokenizer(named), "bfloat16", "dots")
+        assert_equal(found.params, params)
+        assert (found.config.dtype, found.config.remat, found.origin) == ("bfloat16", "dots", str(named))
+    hf_models.build(hf_models.llama()).save_pretrained(tmp_path / "text")
+    tokenizer().save_pretrained(tmp_path / "text")
+    parts = ModelSource(language_model=str(tmp_path / "text"), vision_tower=str(folder / "tower"), adaptor=str(folder))
+    student = load_model(parts, load_tokenizer(tmp_path / "text"), "float32", "none")
+    assert_equal({name: student.params[name] for name in params if name.startswith("adaptor.")}, {n: x for n, x in params.items() if n.startswith("adaptor.")})
+    with pytest.raises(ConfigError, match="folder = .*It holds a plain language_model: name it as `language_model`"):
+        load_model(ModelSource(folder=str(tmp_path / "text")), load_tokenizer(tmp_path / "text"), "float32", "none")
 
 
 # Every family as a part

@@ -175,5 +175,7 @@ def _shard_name(number: int) -> str:
 
 
 def _write_shard(folder: pathlib.Path, number: int, tensors: dict[str, np.ndarray]) -> list[str]:
-    save_file(tensors, folder / _shard_name(number), metadata={"format": "pt"})
+    path = folder / _shard_name(number)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors keeps its files to their owner; who serves a model may be another
     return list(tensors)

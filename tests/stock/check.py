@@ -99,7 +99,7 @@ def load(folder: pathlib.Path) -> tuple[torch.nn.Module, LlavaProcessor]:
 
 def pil() -> dict:
     """How this version is asked for the image processor that works with Pillow."""
-    return {"backend": "pil"} if transformers.__version__ >= "5" else {"use_fast": False}
+    return {"backend": "pil"} if int(transformers.__version__.partition(".")[0]) >= 5 else {"use_fast": False}
 
 
 def read(processor: LlavaProcessor, texts: list[str], pictures: list[list[Image.Image]], side: str = "left") -> dict:
