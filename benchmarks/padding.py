@@ -72,7 +72,7 @@ def least(sizes: np.ndarray, length: int) -> float:
 def main():
     """Prints the tables."""
     console, lengths = Console(width=140), (2048, 2304, 4096)
-    for name, parts in {"instructions (LLaVA-1.5)": INSTRUCTIONS, "captions": CAPTIONS}.items():
+    for name, parts in {"instructions (LLaVA-1.5)": INSTRUCTIONS, "captions": CAPTIONS, "both, as the dense mimic mixes them": INSTRUCTIONS | CAPTIONS}.items():
         sizes = draw(parts)
         ways = {
             f"no packing, to the longest of {ROWS}": lambda length, sizes=sizes: to_the_longest(sizes, ROWS),

@@ -296,3 +296,22 @@ def test_memory_stays_flat_over_200_000_samples(tmp_path):
             used.append(process.memory_full_info().uss)
     batches.close()
     assert max(used[2:]) - used[1] < 20e6, [f"{size / 1e6:.0f} MB" for size in used]
+
+
+def test_a_corrupt_picture_in_each_thousand_is_named_and_no_other_takes_its_place(tmp_path, caplog):
+    records, corrupt = 3000, {"17", "1017", "2999"}
+    whole = io.BytesIO()
+    Image.new("RGB", (12, 12), "red").save(whole, "png")
+    turns = [{"from": "human", "value": "<image> how many?"}, {"from": "gpt", "value": "one"}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(records)]))
+    for n in range(records):
+        (tmp_path / f"{n}.png").write_bytes(whole.getvalue()[: 40 if str(n) in corrupt else None])
+    source = SourceConfig("chat", str(tmp_path / "chat.json"), str(tmp_path))
+    config = DataConfig((source,), sequence_length=40, images_per_row=1, samples_per_row=1, template="brief", look_ahead=1, streams=1)
+    batches = make(config, rows=1)
+    seen = numbers(itertools.islice(batches, records - len(corrupt)))
+    batches.close()
+    assert sorted(seen) == sorted(set(range(records)) - {int(name) for name in corrupt})  # an epoch: each good one once
+    total = batches.skips.total
+    assert total.bad == len(corrupt) and total.seen >= records
+    assert {line.partition("(")[2].partition(")")[0] for line in caplog.messages if line.startswith("skipped")} == corrupt
