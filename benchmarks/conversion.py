@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from mod_jax.config import DecoderConfig, ModelConfig
-from mod_jax.data.tokenizer import load_tokenizer
+from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.interop import hf_config, names
 from mod_jax.interop.folder import SHARD_BYTES, open_tensors, write
 from mod_jax.interop.loading import open_pretrained

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from mod_jax import prepare
 from mod_jax.config import DataConfig, DecoderConfig, ModelConfig, SourceConfig
-from mod_jax.data.images import load_image
-from mod_jax.data.pipeline import Batches
-from mod_jax.data.tokenizer import IMAGE, byte_tokenizer
+from mod_jax.data.batches.pipeline import Batches
+from mod_jax.data.samples.pixels import load_image
+from mod_jax.data.samples.tokenizer import IMAGE, byte_tokenizer
 
 SAMPLES, ROUNDS, ROWS = 480, 5, 8
 SIZES = ((640, 480), (640, 427), (480, 640))  # px; COCO's, landscape more often than portrait

@@ -23,7 +23,7 @@ import numpy as np
 from configs import quickstart
 from mod_jax import train
 from mod_jax.config import RecipeConfig, from_dict
-from mod_jax.files import write_json
+from mod_jax.storage.atomic import write_json
 
 # name: (better, than, what is compared, +1 if more of it is better)
 DIRECTIONS = {

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mod_jax.config import DataConfig, SourceConfig
-from mod_jax.data.statistics import SourceStatistics, packing
+from mod_jax.data.batches.statistics import SourceStatistics, packing
 
 SAMPLES, PICTURE, LONGEST, ROWS = 20_000, 576, 2048, 32
 

@@ -13,9 +13,9 @@ import time
 from configs import scenes_language_model, scenes_teacher
 from mod_jax import train
 from mod_jax.config import RecipeConfig, from_dict
-from mod_jax.data.scenes import prepare
-from mod_jax.data.tokenizer import byte_tokenizer, scenes_tokenizer
-from mod_jax.export import export
+from mod_jax.data.samples.tokenizer import byte_tokenizer, scenes_tokenizer
+from mod_jax.data.scenes.builder import prepare
+from mod_jax.export.folder import export
 from mod_jax.interop import huggingface
 from mod_jax.recipe import Recipe
 from mod_jax.sharding import make_mesh

@@ -17,10 +17,10 @@ def load(path, stage: str | None = None, dtype: str = "float32", template: str |
       template: name of a chat template (`data.conversation.TEMPLATES`). By default that of the run's stage, or of the folder, or "qwen" (LLaVA-1.5's)
         where it has none.
     Returns:
-      `mod_jax.chat.Chat`: `.config`, `.params`, `.processor`, `.logits(text, images)`, `.generate(text, images)`.
+      `mod_jax.inference.chat.Chat`: `.config`, `.params`, `.processor`, `.logits(text, images)`, `.generate(text, images)`.
     Raises:
       ConfigError: if a stage is not finished, the folder's files are not whole, or hold what our model does not compute.
     """
-    from mod_jax import chat  # imports jax, which takes seconds
+    from mod_jax.inference import chat  # imports jax, which takes seconds
 
     return chat.load(path, stage, dtype, template)

@@ -13,8 +13,8 @@ import argparse
 import sys
 
 from mod_jax.config import ConfigError, MeshConfig, ModelSource, require
-from mod_jax.data.tokenizer import load_tokenizer
-from mod_jax.export import Options, export
+from mod_jax.data.samples.tokenizer import load_tokenizer
+from mod_jax.export.folder import Options, export
 from mod_jax.interop.folder import DTYPES, SHARD_BYTES
 from mod_jax.interop.loading import open_pretrained, open_source
 from mod_jax.interop.native import save_native

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 
 import mod_jax
 from mod_jax.config import require
-from mod_jax.data.scenes import load_scenes, read_objects
+from mod_jax.data.scenes.builder import load_scenes, read_objects
 from mod_jax.recipe import open_run
 
 RUN = flags.DEFINE_string("run", None, "Folder of a run.")

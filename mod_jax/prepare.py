@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mod_jax.config import ConfigError, DataConfig, SourceConfig, require
-from mod_jax.data import processes
-from mod_jax.data.preparing import Plan, begin, clear, finish, make_plan, sweep, tell_skipped
-from mod_jax.data.sources import Source
+from mod_jax.data.prepare import local
+from mod_jax.data.prepare.plan import Plan, begin, clear, finish, make_plan, sweep, tell_skipped
+from mod_jax.data.sources.kinds import Source
 
 
 def run(options: argparse.Namespace, beam_options: Sequence[str] = ()) -> dict:
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, beam_options: Sequence[str] = ()) -> dict:
     index = begin(plan)
     if index is None:
         if options.beam:
-            from mod_jax.data import beam  # an optional dependency
+            from mod_jax.data.prepare import beam  # an optional dependency
 
             beam.write_shards(plan, beam_options)
         else:
@@ -56,7 +56,7 @@ def with_bar(source: Source, plan: Plan, options: argparse.Namespace) -> None:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("prepare", total=plan.records)
         try:
-            processes.write_shards(source, plan, options.workers, options.max_bad_share, lambda done: bar.update(task, completed=done))
+            local.write_shards(source, plan, options.workers, options.max_bad_share, lambda done: bar.update(task, completed=done))
         finally:
             sweep(plan)
 

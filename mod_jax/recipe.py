@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mod_jax.config import ConfigError, MeshConfig, ModelConfig, ModelSource, RecipeConfig, StageConfig, from_dict, require
-from mod_jax.data.pipeline import Batches
-from mod_jax.data.sources import Source
-from mod_jax.data.tokenizer import load_tokenizer
+from mod_jax.data.batches.pipeline import Batches
+from mod_jax.data.samples.tokenizer import load_tokenizer
+from mod_jax.data.sources.kinds import Source
 from mod_jax.interop import huggingface, loading
 from mod_jax.interop.pretrained import read
 from mod_jax.models import llava

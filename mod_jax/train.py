@@ -13,14 +13,14 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mod_jax import dry_run, report
 from mod_jax.config import ConfigError, RecipeConfig, from_dict, require
-from mod_jax.data.skips import TooManyBadSamples
-from mod_jax.data.workers import WorkerDied
+from mod_jax.data.batches.skips import TooManyBadSamples
+from mod_jax.data.batches.workers import WorkerDied
 from mod_jax.evals import scenes
-from mod_jax.files import write_json
 from mod_jax.recipe import Recipe
+from mod_jax.report import dry_run, scores
 from mod_jax.sharding import make_mesh
+from mod_jax.storage.atomic import write_json
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a file in configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
@@ -74,7 +74,7 @@ def main(_):
     require(bool(WORKDIR.value), "--workdir", WORKDIR.value, "a folder for the run")
     results = run(config, pathlib.Path(WORKDIR.value), STAGE.value)
     if results:
-        report.print_table(results)
+        scores.print_table(results)
 
 
 def parse(arguments: list[str]) -> list[str]:

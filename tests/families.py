@@ -27,14 +27,15 @@ from tokenizers import AddedToken
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor, SiglipImageProcessorPil
 
 import mod_jax
-from mod_jax.chat import MULTIPLE, Chat
 from mod_jax.config import DecoderConfig, ModelConfig, ModelSource, MoEConfig, VisionConfig
-from mod_jax.export import Options, export
-from mod_jax.generation import Prompts, generate, logits
+from mod_jax.export.folder import Options, export
+from mod_jax.inference.chat import MULTIPLE, Chat
+from mod_jax.inference.generation import Prompts, generate, logits
+from mod_jax.inference.processor import Processor
 from mod_jax.interop.loading import open_source
 from mod_jax.interop.native import save_native
 from mod_jax.interop.pretrained import InMemory, Pretrained, read
-from mod_jax.interop.processor import Processor, chat_template
+from mod_jax.interop.processor import chat_template
 
 SIDE = hf_models.TOWER["image_size"]
 SQUARE = {"height": SIDE, "width": SIDE}

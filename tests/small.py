@@ -9,8 +9,9 @@ import numpy as np
 
 from mod_jax.batch import Batch
 from mod_jax.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
-from mod_jax.data.conversation import Tokens
-from mod_jax.data.packing import Room, Sample, to_batch
+from mod_jax.data.batches.packing import Room, to_batch
+from mod_jax.data.samples.sample import Sample
+from mod_jax.data.samples.tokens import Tokens
 from mod_jax.models import llava
 
 IMAGE_SIZE, FEATURES, LENGTH, PICTURES = 8, 4, 32, 2

@@ -10,8 +10,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from mod_jax.config import SourceConfig
-from mod_jax.data.preparing import Plan, begin, clear, finish
-from mod_jax.data.shards import write_shard
+from mod_jax.data.prepare.plan import Plan, begin, clear, finish
+from mod_jax.data.prepare.shard import write_shard
 
 
 def picture(number: int, form: str = "JPEG", side: int = 16) -> bytes:

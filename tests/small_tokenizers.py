@@ -10,8 +10,8 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mod_jax.data.conversation import TEMPLATES
-from mod_jax.data.tokenizer import load_tokenizer
+from mod_jax.data.samples.tokenizer import load_tokenizer
+from mod_jax.data.samples.tokens import TEMPLATES
 
 LINES = [
     TEMPLATES["qwen"].system,

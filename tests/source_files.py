@@ -13,9 +13,9 @@ from etils import epath
 from PIL import Image
 
 from mod_jax.config import SourceConfig
-from mod_jax.data.prepared import encode_record
-from mod_jax.data.records import Record
-from mod_jax.data.scenes import SceneDifficulty, prepare
+from mod_jax.data.scenes.builder import SceneDifficulty, prepare
+from mod_jax.data.sources.prepared import encode_record
+from mod_jax.data.sources.record import Record
 
 COUNTER = itertools.count()  # of TFDS builders: each needs a name of its own
 SCHEMA = pa.schema([("ds_name", pa.string()), ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),

@@ -9,9 +9,9 @@ pytest.importorskip("apache_beam")
 
 from mod_jax import prepare
 from mod_jax.config import ConfigError, SourceConfig
-from mod_jax.data import beam
-from mod_jax.data.preparing import begin, make_plan
-from mod_jax.data.shards import write_shard
+from mod_jax.data.prepare import beam
+from mod_jax.data.prepare.plan import begin, make_plan
+from mod_jax.data.prepare.shard import write_shard
 
 SHARDS = 5
 RUNNERS = {

@@ -11,7 +11,7 @@ from small import SPARSE, params_of
 
 from mod_jax import convert
 from mod_jax.config import MeshConfig, MoEConfig
-from mod_jax.data.tokenizer import scenes_tokenizer
+from mod_jax.data.samples.tokenizer import scenes_tokenizer
 from mod_jax.interop import huggingface, loading
 from mod_jax.interop.native import open_native, save_native
 from mod_jax.interop.pretrained import InMemory, Pretrained

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mod_jax import dry_run
 from mod_jax.config import ModelConfig, RecipeConfig, VisionConfig, from_dict
-from mod_jax.data.conversation import chat_format, tokenize
-from mod_jax.data.pipeline import Batches
-from mod_jax.data.samples import Skipped
-from mod_jax.data.sources import open_source
-from mod_jax.data.statistics import SourceStatistics, packing, survey
-from mod_jax.data.tokenizer import load_tokenizer, scenes_tokenizer, text_encoder
+from mod_jax.data.batches.pipeline import Batches
+from mod_jax.data.batches.statistics import SourceStatistics, packing, survey
+from mod_jax.data.samples.sample import Skipped
+from mod_jax.data.samples.tokenizer import load_tokenizer, scenes_tokenizer, text_encoder
+from mod_jax.data.samples.tokens import chat_format, tokenize
+from mod_jax.data.sources.kinds import open_source
+from mod_jax.report import dry_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 VISION = {"image_size": 24, "patch_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_layers": 2, "num_heads": 2}

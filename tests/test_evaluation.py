@@ -7,7 +7,7 @@ import pytest
 from small import DENSE, SPARSE, VISION
 
 from mod_jax.config import DecoderConfig, EvaluationConfig, ModelConfig, MoEConfig
-from mod_jax.data.scenes import prepare
+from mod_jax.data.scenes.builder import prepare
 from mod_jax.evals import scenes
 from mod_jax.models import llava
 

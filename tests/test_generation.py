@@ -15,9 +15,9 @@ import torch
 from small import DENSE, FEATURES, IDS, IMAGE_SIZE, SPARSE, params_of
 
 from mod_jax.batch import Batch
-from mod_jax.data.conversation import ChatFormat, tokenize_prompt
-from mod_jax.data.tokenizer import scenes_tokenizer, text_encoder
-from mod_jax.generation import Prompts, Question, answer, generate
+from mod_jax.data.samples.tokenizer import scenes_tokenizer, text_encoder
+from mod_jax.data.samples.tokens import ChatFormat, tokenize_prompt
+from mod_jax.inference.generation import Prompts, Question, answer, generate
 from mod_jax.interop import loading
 from mod_jax.models import llava
 

@@ -17,10 +17,11 @@ from stock.check import TOLERANCE
 from transformers import GenerationConfig
 
 import mod_jax
-from mod_jax import chat, convert, generation
+from mod_jax import convert
 from mod_jax.config import ConfigError, MoEConfig
-from mod_jax.data.conversation import TEMPLATES
-from mod_jax.data.records import BadSample
+from mod_jax.data.samples.tokens import TEMPLATES
+from mod_jax.data.sources.record import BadSample
+from mod_jax.inference import chat, generation
 from mod_jax.interop.processor import chat_template
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

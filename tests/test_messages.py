@@ -4,8 +4,8 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mod_jax.config import ConfigError
+from mod_jax.inference.messages import for_template, pictures_shown
 from mod_jax.interop.processor import chat_template
-from mod_jax.messages import for_template, pictures_shown
 
 IMAGE, TEXT = {"type": "image"}, lambda text: {"type": "text", "text": text}
 # What the folders of others have: LLaVA-1.5's shows parts only, Qwen2's strings only.

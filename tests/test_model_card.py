@@ -15,11 +15,11 @@ from small import DENSE, SPARSE, params_of
 import mod_jax
 from configs import quickstart
 from mod_jax.config import RecipeConfig, from_dict
-from mod_jax.data.tokenizer import scenes_tokenizer
-from mod_jax.export import export
+from mod_jax.data.samples.tokenizer import scenes_tokenizer
+from mod_jax.export.folder import export
+from mod_jax.export.model_card import card_of_pretrained, card_of_run
 from mod_jax.interop import huggingface
 from mod_jax.interop.pretrained import InMemory, Pretrained
-from mod_jax.model_card import card_of_pretrained, card_of_run
 
 SCORES = {"by_type": {"count": 0.97, "colour": 0.68}, "hallucination": 0.049, "named": 0.99, "existence": {"yes_rate": 0.45, "f1": 0.98}, "questions": 1280}
 SCORES |= {"parameters": {"total": 1_180_000, "activated": 890_000}}

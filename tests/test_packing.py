@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mod_jax.data.conversation import Tokens
-from mod_jax.data.packing import PER_POSITION, Room, Sample, fullest, to_batch
+from mod_jax.data.batches.packing import PER_POSITION, Room, fullest, to_batch
+from mod_jax.data.samples.sample import Sample
+from mod_jax.data.samples.tokens import Tokens
 
 END = 99
 

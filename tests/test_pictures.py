@@ -13,8 +13,8 @@ import pytest
 from etils import epath
 
 from mod_jax.config import ConfigError
-from mod_jax.data.pictures import open_pictures
-from mod_jax.data.records import BadSample
+from mod_jax.data.sources.pictures import open_pictures
+from mod_jax.data.sources.record import BadSample
 
 NAMES = ["a.jpg", "coco/train2017/000.jpg", "coco/ü b.png", *(f"many/{n}.jpg" for n in range(40))]
 PLACES = ("folder", "gs", "stored.zip", "deflated.zip", "plain.tar", "dotted.tar")
@@ -164,7 +164,7 @@ def test_a_corrupt_member_of_a_zip_is_bad_and_the_others_are_read(folder):
 
 
 def test_a_member_that_unpacks_to_too_much_is_bad(tmp_path, monkeypatch):
-    monkeypatch.setattr("mod_jax.data.pictures.LARGEST", 1 << 20)
+    monkeypatch.setattr("mod_jax.data.sources.pictures.LARGEST", 1 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jpg", bytes((1 << 20) + 1))
         archive.writestr("b.jpg", bytes(1 << 20))

@@ -12,12 +12,12 @@ from PIL import Image
 
 from mod_jax.batch import Batch
 from mod_jax.config import ConfigError, DataConfig, ModelConfig, SourceConfig, VisionConfig
-from mod_jax.data.conversation import chat_format, tokenize
-from mod_jax.data.pipeline import Batches, count_streams
-from mod_jax.data.scenes import SceneDifficulty, prepare
-from mod_jax.data.skips import TooManyBadSamples
-from mod_jax.data.sources import open_source
-from mod_jax.data.tokenizer import scenes_tokenizer, text_encoder
+from mod_jax.data.batches.pipeline import Batches, count_streams
+from mod_jax.data.batches.skips import TooManyBadSamples
+from mod_jax.data.samples.tokenizer import scenes_tokenizer, text_encoder
+from mod_jax.data.samples.tokens import chat_format, tokenize
+from mod_jax.data.scenes.builder import SceneDifficulty, prepare
+from mod_jax.data.sources.kinds import open_source
 
 TOKENIZER = scenes_tokenizer()
 VISION = VisionConfig(image_size=48, patch_size=12, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2)

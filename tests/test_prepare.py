@@ -22,9 +22,9 @@ from source_files import write_all
 
 from mod_jax import prepare
 from mod_jax.config import ConfigError, SourceConfig
-from mod_jax.data.preparing import begin, finish, make_plan
-from mod_jax.data.shards import write_shard
-from mod_jax.data.sources import open_source
+from mod_jax.data.prepare.plan import begin, finish, make_plan
+from mod_jax.data.prepare.shard import write_shard
+from mod_jax.data.sources.kinds import open_source
 
 SHARDS = 5
 

@@ -27,11 +27,12 @@ from transformers import (
 )
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig
-from mod_jax.data.conversation import TEMPLATES, chat_format, tokenize, tokenize_prompt
-from mod_jax.data.records import BadSample, Record
-from mod_jax.data.tokenizer import TextEncoder, byte_tokenizer, load_tokenizer, scenes_tokenizer, text_encoder
+from mod_jax.data.samples.tokenizer import TextEncoder, byte_tokenizer, load_tokenizer, scenes_tokenizer, text_encoder
+from mod_jax.data.samples.tokens import TEMPLATES, chat_format, tokenize, tokenize_prompt
+from mod_jax.data.sources.record import BadSample, Record
+from mod_jax.inference.processor import Processor, read_processor
 from mod_jax.interop.image_processor import image_processor_to_json
-from mod_jax.interop.processor import Processor, chat_template, read_processor, read_template, template_of, write_processor
+from mod_jax.interop.processor import chat_template, read_template, template_of, write_processor
 
 GRAY = (0.5, 0.5, 0.5)
 TOWERS = {"clip": VisionConfig("clip", 28, 14, 16, 32, 2, 2), "siglip": VisionConfig("siglip", 30, 14, 16, 32, 2, 2, pixel_mean=GRAY, pixel_std=GRAY)}

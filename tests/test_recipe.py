@@ -22,13 +22,13 @@ from source_files import write_prepared
 import mod_jax
 from mod_jax import train
 from mod_jax.config import ConfigError, MeshConfig, ModelConfig, RecipeConfig, from_dict
-from mod_jax.data.records import Record
-from mod_jax.data.tokenizer import scenes_tokenizer
-from mod_jax.export import export
-from mod_jax.files import write_json
+from mod_jax.data.samples.tokenizer import scenes_tokenizer
+from mod_jax.data.sources.record import Record
+from mod_jax.export.folder import export
 from mod_jax.interop import huggingface, loading
 from mod_jax.recipe import Recipe
 from mod_jax.sharding import make_mesh
+from mod_jax.storage.atomic import write_json
 from mod_jax.training import step
 from mod_jax.training.checkpoint import Checkpoints, abstract
 from mod_jax.training.state import make_optimizer, new_state, split_trained

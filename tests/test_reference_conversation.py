@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_conversation import IGNORED, PICTURE
 
-from mod_jax.data.conversation import ChatFormat, Tokens, tokenize
-from mod_jax.data.records import Record
-from mod_jax.data.tokenizer import text_encoder
+from mod_jax.data.samples.tokenizer import text_encoder
+from mod_jax.data.samples.tokens import ChatFormat, Tokens, tokenize
+from mod_jax.data.sources.record import Record
 
 PATCHES = 3
 # The reference's rule for a tokenizer without and with a bos token; of Llama's the kind that LLaVA-1.5 had.

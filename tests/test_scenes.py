@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from mod_jax.config import ConfigError
-from mod_jax.data.drawing import COLOURS, SHAPES, SceneDifficulty, SceneObject, coverage, draw
-from mod_jax.data.scene_chats import CHAT, NUMBERS, caption
-from mod_jax.data.scenes import KINDS, SPLITS, absent_objects, load_scenes, make_record, named_objects, prepare, read_objects, read_turns
-from mod_jax.data.tokenizer import load_tokenizer, scenes_tokenizer
+from mod_jax.data.samples.tokenizer import load_tokenizer, scenes_tokenizer
+from mod_jax.data.scenes.builder import KINDS, SPLITS, absent_objects, load_scenes, make_record, named_objects, prepare, read_objects, read_turns
+from mod_jax.data.scenes.chats import CHAT, NUMBERS, caption
+from mod_jax.data.scenes.drawing import COLOURS, SHAPES, SceneDifficulty, SceneObject, coverage, draw
 
 EASY = SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)
 HARD = SceneDifficulty(grid=5, max_objects=9, jitter=4, shapes=8, colours=8, noise=25)
@@ -225,7 +225,7 @@ def test_a_preparation_that_stopped_halfway_is_not_taken_for_whole(tmp_path, mon
             raise KeyboardInterrupt
         return make_record(seed, split, index, *rest)
 
-    monkeypatch.setattr("mod_jax.data.scenes.make_record", fails_late)
+    monkeypatch.setattr("mod_jax.data.scenes.builder.make_record", fails_late)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, **SIZES, difficulty=EASY)
     with pytest.raises(ConfigError, match="python -m mod_jax.data.scenes"):

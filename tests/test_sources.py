@@ -1,415 +1,412 @@
-"""The layouts that people have: original LLaVA, the LLaVA-MoD authors', `.bin`, adaptors alone. What is read is what a llava-hf folder of the same model gives.
+"""Every kind of source against a plain reading of the same files, and its faults, counted one by one or a clear stop."""
 
-That this computes what transformers computes is held in test_parity.py.
-"""
-
+import dataclasses
+import io
 import json
-import re
-import sys
+import pathlib
+import pickle
+import random
+import shutil
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
-import hf_models
-import ml_dtypes
+import msgpack
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
-from layouts import DEEPSPEED, TO_4X, TO_AUTHORS, TO_ORIGINAL, Checkpoint, apart, live_tensors, renamed, save_bin, save_safetensors
-from layouts import original as save_original
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+import tensorflow_datasets as tfds
+from source_files import (
+    CHATS,
+    MESSAGES,
+    chat_records,
+    gpt,
+    human,
+    pair_records,
+    png,
+    rlaif_row,
+    write_all,
+    write_json,
+    write_pictures,
+    write_prepared,
+    write_rlaif,
+    write_tfds,
+)
 
-from mod_jax.config import ConfigError, DecoderConfig, ModelSource, MoEConfig, VisionConfig
-from mod_jax.data.tokenizer import load_tokenizer
-from mod_jax.interop import huggingface, loading, names, native, original
-from mod_jax.interop.folder import open_tensors
-from mod_jax.interop.pretrained import join, read
-from mod_jax.recipe import load_model
+from mod_jax.config import ConfigError, SourceConfig
+from mod_jax.data.sources.kinds import open_source
+from mod_jax.data.sources.prepared import decode_record, encode_record
+from mod_jax.data.sources.record import BadSample, Record
 
-LLAMA = hf_models.llava(hf_models.clip(), hf_models.llama())
-MISTRAL = hf_models.llava(hf_models.clip(), hf_models.mistral())
-QWEN = hf_models.llava(hf_models.clip(), hf_models.qwen2())
-SPARSE = hf_models.llava(hf_models.clip(), hf_models.qwen2_moe())
-# name -> (stock model, what config.json says of itself, how its tensors are spelled)
-LAYOUTS = {
-    "original LLaVA": (LLAMA, {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, TO_ORIGINAL),
-    "original LLaVA, later": (LLAMA, {"model_type": "llava_llama"}, TO_ORIGINAL),
-    "LlavaMistral": (MISTRAL, {"model_type": "llava_mistral"}, TO_ORIGINAL),
-    "LlavaQwen": (QWEN, {"model_type": "llava_qwen"}, TO_ORIGINAL),
-    "authors, dense Qwen2": (QWEN, {"model_type": "llava_qwen2", "moe": {}, "lora": {}}, TO_AUTHORS),
-    "authors, dense Qwen1.5": (QWEN, {"model_type": "llava_qwen1_5"}, TO_AUTHORS),
-    "authors, sparse Qwen2": (SPARSE, {"model_type": "moe_llava_qwen2", "moe": DEEPSPEED}, TO_AUTHORS),
-    "authors, sparse Qwen1.5": (SPARSE, {"model_type": "moe_llava_qwen1_5", "moe": DEEPSPEED}, TO_AUTHORS),
-}
+KINDS = ("chat", "lines", "preference", "rlaif", "tfds", "prepared", "scenes")
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    """config -> (model of transformers, its configuration and parameters as loaded from the folder that it saves)."""
-    made = {}
-
-    def get(config):
-        if id(config) not in made:
-            folder, model = tmp_path_factory.mktemp("stock"), hf_models.build(config)
-            model.save_pretrained(folder)
-            made[id(config)] = model, loading.load(folder)
-        return made[id(config)]
-
-    return get
+def configs(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("sources"))
 
 
-def tokenizer(words: int = hf_models.IMAGE_TOKEN) -> PreTrainedTokenizerFast:
-    """Without `<image>`, as plain language models have it; so many words, the last ends a text."""
-    vocabulary = {str(number): number for number in range(words)}
-    end = str(words - 1)
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")), eos_token=end, unk_token="0")
+def read_all(source) -> list[Record]:
+    return [source[number] for number in range(len(source))]
 
 
-def write_original(folder, model, said: dict, spelling, own_tower: bool = True, save=save_bin, words: int = hf_models.IMAGE_TOKEN, **more):
-    """The model as original LLaVA or the authors save it; `more` is what config.json says else. Returns the folder."""
-    save_original(Checkpoint(model, None, tokenizer(words)), folder, save, spelling, said | more, own_tower)
-    return folder
+def faults(source) -> dict[str, str]:
+    """Name -> reason of each bad record."""
+    found = {}
+    for number in range(len(source)):
+        try:
+            source[number]
+        except BadSample as error:
+            found[source.name(number)] = str(error)
+    return found
 
 
-def assert_equal(found: dict, wanted: dict):
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-
-
-# Original LLaVA and the authors
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_reads_as_the_same_model(layout, stock, tmp_path):
-    config, said, spelling = LAYOUTS[layout]
-    model, (wanted, params) = stock(config)
-    found, loaded = loading.load(write_original(tmp_path, model, said, spelling))
-    assert found == wanted
-    assert_equal(loaded, params)
-
-
-@pytest.mark.parametrize("save", [save_bin, save_safetensors])
-def test_a_tower_that_is_not_in_the_file_comes_from_its_folder(save, stock, tmp_path):
-    model, (wanted, params) = stock(LLAMA)
-    folder = write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], own_tower=False, save=save)
-    assert_equal(loading.load(folder)[1], params)  # the folder that mm_vision_tower names
-    write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], own_tower=False, save=save, mm_image_tower=None, mm_vision_tower="openai/clip-vit-large-patch14-336")
-    found, loaded = loading.load(folder, vision_tower=folder / "tower")
-    assert found == wanted
-    assert_equal(loaded, params)
-    with pytest.raises(ConfigError, match="none of its tower openai/clip-vit-large-patch14-336.*--vision-tower FOLDER"):
-        loading.load(folder)
-    with pytest.raises(ConfigError, match="vision tower = .*It holds a language_model"):
-        hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "text")
-        loading.load(folder, vision_tower=tmp_path / "text")
-
-
-def test_a_tower_in_the_file_is_used_with_the_sizes_of_its_published_name(stock, tmp_path, monkeypatch):
-    model, (wanted, params) = stock(LLAMA)
-    folder = write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], mm_image_tower="openai/small")
-    with pytest.raises(ConfigError, match="vision tower = 'openai/small'.*--vision-tower FOLDER"):
-        loading.load(folder)
-    monkeypatch.setitem(original.TOWERS, "openai/small", hf_models.clip().to_dict())
-    found, loaded = loading.load(folder)
-    assert found == wanted
-    assert_equal(loaded, params)
-
-
-@pytest.mark.parametrize("name", original.TOWERS)
-def test_published_towers_have_the_patches_and_pixels_that_their_names_say(name):
-    tower = original.published_tower({"mm_vision_tower": name})
-    patch, size = re.match(r".*-patch(\d+)(?:-(\d+))?$", name).groups()
-    assert (tower.patch_size, tower.image_size) == (int(patch), int(size or 224))
-    assert tower.hidden_size == {"base": 768, "large": 1024, "so400m": 1152}[name.split("-patch")[0].split("-")[-1]]
-    assert tower.family == ("clip" if name.startswith("openai") else "siglip")
-
-
-def test_the_tower_of_llava_1_5_is_the_default_one():
-    assert original.published_tower({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}) == VisionConfig()
-
-
-def test_the_configuration_of_llava_1_5():
-    """As its config.json describes the 7B: what it does not say is Llama's."""
-    values = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024}
-    values |= {"mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None, "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "use_mm_proj": True}
-    values |= {"mm_vision_select_feature": "patch", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad", "tune_mm_mlp_adapter": False, "vocab_size": 32000}
-    values |= {"hidden_size": 4096, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "rope_scaling": None, "max_position_embeddings": 4096, "pretraining_tp": 1}
-    wanted = DecoderConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, tie_embeddings=False, max_positions=4096,
-    )  # fmt: skip
-    assert original.language_model_from_json(values) == wanted
-    assert original.with_features(original.published_tower(values), values) == VisionConfig()
-
-
-def test_a_tokenizer_from_elsewhere(stock, tmp_path):
-    model, (wanted, _) = stock(LLAMA)
-    folder = write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:])
-    (folder / "elsewhere").mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).rename(folder / "elsewhere" / name)
-    with pytest.raises(ConfigError, match="tokenizer = .*--tokenizer FOLDER"):
-        loading.load(folder)
-    with loading.open_pretrained(folder, tokenizer=folder / "elsewhere") as pretrained:
-        assert pretrained.config == wanted and pretrained.folder == folder / "elsewhere"
-
-
-def test_a_picture_token_beyond_the_vocabulary_gets_a_row(stock, tmp_path):
-    model, (_, params) = stock(LLAMA)
-    config, loaded = loading.load(write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], words=101))
-    assert (config.image_token_id, config.end_token_id, config.decoder.vocab_size) == (101, 100, 128)
-    for name in ("language_model.embedding.w_vd", "language_model.head.w_vd"):
-        np.testing.assert_array_equal(loaded[name][:101], params[name])
-        np.testing.assert_allclose(loaded[name][101:], np.tile(params[name].mean(0), (27, 1)), rtol=1e-5, atol=1e-7)
-
-
-def test_what_such_files_carry_beside_is_ignored_and_nothing_else_is(stock, tmp_path):
-    model, (_, params) = stock(QWEN)
-    folder = write_original(tmp_path, model, *LAYOUTS["authors, dense Qwen2"][1:])
-    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    beside = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "lm_head.weight": tensors["model.embed_tokens.weight"]}
-    beside["model.image_tower.image_tower.vision_model.embeddings.position_ids"] = torch.arange(10)[None]
-    torch.save(tensors | beside, folder / "pytorch_model.bin")
-    assert_equal(loading.load(folder)[1], params)
-    torch.save(tensors | {"model.mm_projector.video_patch_proj.weight": torch.ones(3)}, folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="1 tensors differ: unexpected .*video_patch_proj"):
-        loading.load(folder)
-
-
-REFUSED = {
-    "a single linear projection": ({"image_projector_type": None, "mm_projector_type": None}, "'mm_projector_type': None"),
-    "pictures that are cropped": ({"image_aspect_ratio": "square"}, "'image_aspect_ratio': 'square'"),
-    "pictures in pieces": ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"}, "'image_aspect_ratio': 'anyres', 'mm_patch_merge_type': 'spatial'"),
-    "tokens around a picture": ({"mm_use_im_start_end": True}, "'mm_use_im_start_end': True"),
-    "videos": ({"mm_video_tower": "LanguageBind_Video_merge"}, "'mm_video_tower': 'LanguageBind_Video_merge'"),
-    "two scales": ({"s2": True}, "'s2': True"),
-    "a LoRA": ({"lora": {"lora_enable": True}}, "lora = .*Merge it"),
-    "quantised weights": ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
-    "the CLS feature": ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature = 'cls_patch'"),
-    "no layer of features": ({"mm_vision_select_layer": None}, "mm_vision_select_layer = None"),
-    "one expert a token": ({"moe": DEEPSPEED | {"top_k_experts": 1}}, "moe.top_k_experts = 1.*by its probability"),
-    "layers of different experts": ({"moe": DEEPSPEED | {"num_experts": [4, 2]}}, r"moe.num_experts = \[4, 2\]"),
-    "a least capacity": ({"moe": DEEPSPEED | {"eval_capacity_factor": 1.0, "min_capacity": 4}}, "moe.min_capacity = 4"),
-    "an unknown family": ({"model_type": "llava", "architectures": ["LlavaMptForCausalLM"]}, "architectures = 'LlavaMptForCausalLM'"),
-}
-
-
-@pytest.mark.parametrize("option", REFUSED)
-def test_what_the_model_does_not_compute_is_refused(option, stock, tmp_path):
-    changes, message = REFUSED[option]
-    folder = write_original(tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], **changes)
+def refused(config: SourceConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        loading.load(folder)
+        open_source(config)
 
 
-def test_one_error_names_everything_that_is_refused(stock, tmp_path):
-    changes = {"hidden_act": "gelu", "s2": True, "lora": {"lora_enable": True}, "moe": DEEPSPEED | {"top_k_experts": 1}}
-    folder = write_original(tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], **changes)
-    with pytest.raises(ConfigError, match="(?s)'hidden_act': 'gelu'.*moe.top_k_experts = 1.*'s2': True.*lora = "):
-        loading.load(folder)
+# Every kind
 
 
-def test_the_first_feature_of_siglip_is_a_patch_and_may_not_be_dropped():
-    siglip = original.published_tower({"mm_vision_tower": "google/siglip-so400m-patch14-384"})
-    with pytest.raises(ConfigError, match="mm_vision_select_feature = 'patch'.*'cls_patch'"):
-        original.with_features(siglip, {"mm_vision_select_layer": -2})
-    assert original.with_features(siglip, {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}).feature_layer == -1
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_are_named_as_they_are_and_numbers_end(configs, kind):
+    source = open_source(configs[kind])
+    assert [source.name(number) for number in range(len(source))] == [record.id for record in source]  # iteration ends by IndexError
+    with pytest.raises(IndexError):
+        source[len(source)]
 
 
-@pytest.mark.parametrize("factor, wanted", [(1.0, 1.0), (1.5, 1.5), (2.0, None), (4, None)])
-def test_capacity_is_that_of_inference_and_none_where_nothing_can_be_dropped(factor, wanted, stock, tmp_path):
-    """DeepSpeed: an expert has ceil(2 * factor * N / 4) places for N tokens."""
-    folder = write_original(tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], moe=DEEPSPEED | {"eval_capacity_factor": factor})
-    assert loading.load(folder)[0].decoder.moe == MoEConfig(layers=(0, 2), num_experts=4, experts_per_token=2, capacity_factor=wanted)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_travels_after_use_and_small(configs, kind):
+    source = open_source(configs[kind])
+    records, sent = read_all(source), pickle.dumps(source)
+    assert len(sent) < 6000 and read_all(pickle.loads(sent)) == records
 
 
-def test_a_residual_layer_has_its_shared_expert_and_its_mix(stock, tmp_path):
-    """deepspeed/moe/layer.py: experts * softmax(coefficient)[0] + mlp * softmax(coefficient)[1]; ours is the same, see test_moe.py."""
-    model, (_, params) = stock(SPARSE)
-    folder = write_original(tmp_path, model, *LAYOUTS["authors, sparse Qwen2"][1:], moe=DEEPSPEED | {"use_residual": True})
-    tensors, rng = torch.load(folder / "pytorch_model.bin", weights_only=True), torch.Generator().manual_seed(0)
-    shapes = {"mlp.gate_proj.weight": (56, 48), "mlp.up_proj.weight": (56, 48), "mlp.down_proj.weight": (48, 56), "coefficient.weight": (2, 48), "coefficient.bias": (2,)}
-    added = {f"model.layers.{layer}.mlp.{name}": torch.randn(shape, generator=rng) for layer in (0, 2) for name, shape in shapes.items()}
-    torch.save(tensors | added, folder / "pytorch_model.bin")
-    config, loaded = loading.load(folder)
-    assert config.decoder.moe.residual
-    assert_equal({name: loaded[name] for name in params}, params)
-    residual = "language_model.layers.moe.residual."
-    np.testing.assert_array_equal(loaded[residual + "mix.w_d2"][1], added["model.layers.2.mlp.coefficient.weight"].T)
-    np.testing.assert_array_equal(loaded[residual + "mix.b_2"][0], added["model.layers.0.mlp.coefficient.bias"])
-    np.testing.assert_array_equal(loaded[residual + "up.w_df"][0], added["model.layers.0.mlp.mlp.up_proj.weight"].T)
-    np.testing.assert_array_equal(loaded[residual + "down.w_fd"][1], added["model.layers.2.mlp.mlp.down_proj.weight"].T)
-    np.testing.assert_array_equal(loaded[residual + "gate.w_df"][1], added["model.layers.2.mlp.mlp.gate_proj.weight"].T)
-    with pytest.raises(ConfigError, match="moe.residual = True"):
-        huggingface.save(tmp_path / "out", config, loaded)
-    assert not (tmp_path / "out").exists()
+def test_another_process_reads_the_same(configs):
+    sources = [open_source(config) for config in configs.values()]
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        assert list(process.map(read_all, sources)) == [read_all(source) for source in sources]
 
 
-# `.bin`
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_read_at_once(configs, kind):
+    source = open_source(configs[kind])
+    records, numbers = read_all(source), random.Random(0).choices(range(len(source)), k=200)
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(pickle.loads(pickle.dumps(source)).__getitem__, numbers)) == [records[number] for number in numbers]
 
 
-def as_bin(folder, model, tensors: dict) -> None:
-    """A folder of transformers with its weights as a PyTorch file."""
-    model.save_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    save_bin(tensors, folder)
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_alone_have_no_pictures_and_no_markers(configs, kind):
+    whole, source = open_source(configs[kind]), open_source(dataclasses.replace(configs[kind], text_only=True))
+    for record, text in zip(whole, source, strict=True):
+        turns = tuple((question.replace("<image>", "").strip(), answer) for question, answer in record.turns)
+        assert text == Record(record.id, (), turns, record.rejected)
 
 
-def in_shards(folder, shards: int) -> None:
-    """Cuts the PyTorch file of a folder."""
-    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    (folder / "pytorch_model.bin").unlink()
-    where = {name: f"pytorch_model-{n % shards + 1:05d}-of-{shards:05d}.bin" for n, name in enumerate(tensors)}
-    for shard in set(where.values()):
-        torch.save({name: tensors[name] for name in tensors if where[name] == shard}, folder / shard)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+def test_sources_know_whether_they_hold_pairs_and_configurations_of_most_kinds_do(configs):
+    pairs = {"chat": False, "lines": False, "preference": True, "rlaif": True, "tfds": False, "prepared": False, "scenes": True}
+    assert {kind: open_source(config).holds_pairs for kind, config in configs.items()} == pairs
+    assert {kind: config.holds_pairs for kind, config in configs.items()} == {
+        "chat": False, "lines": False, "preference": True, "rlaif": True, "tfds": None, "prepared": None, "scenes": True}  # fmt: skip
 
 
-def test_pytorch_files_of_a_llava_hf_folder(stock, tmp_path):
-    model, (wanted, params) = stock(SPARSE)
-    as_bin(tmp_path, model, renamed(apart(live_tensors(model)), TO_4X))
-    assert loading.load(tmp_path)[0] == wanted
-    assert_equal(loading.load(tmp_path)[1], params)
-    in_shards(tmp_path, 3)
-    assert_equal(loading.load(tmp_path)[1], params)
+# Chats and pairs as JSON
 
 
-@pytest.mark.parametrize("kind, wanted", [(torch.bfloat16, ml_dtypes.bfloat16), (torch.float16, np.float16), (torch.float32, np.float32)])
-def test_pytorch_dtypes_arrive_as_they_are_stored(kind, wanted, stock, tmp_path):
-    model = stock(QWEN)[0]
-    tensors = {name: tensor.to(kind) for name, tensor in model.state_dict().items() if not name.startswith("lm_head")}
-    as_bin(tmp_path, model, tensors)
-    with loading.open_pretrained(tmp_path) as pretrained:
-        assert {parameter.dtype for parameter in pretrained.params.values()} == {np.dtype(wanted)}
-        embedding = np.asarray(pretrained.params["language_model.embedding.w_vd"])
-        assert pretrained.dtype == np.dtype(wanted).name
-    assert embedding.dtype == wanted
-    np.testing.assert_array_equal(embedding.astype(np.float32), tensors["model.language_model.embed_tokens.weight"].float())
+@pytest.mark.parametrize("kind", ["chat", "lines"])
+def test_chats_have_pictures_anywhere_several_or_none(configs, kind):
+    assert read_all(open_source(configs[kind])) == chat_records(paths(configs[kind].images))
 
 
-def test_views_and_shared_tensors_of_a_pytorch_file_read_right(tmp_path):
-    whole = torch.arange(24.0).reshape(4, 6)
-    tensors = {"turned": whole.T, "column": whole[:, 2], "part": whole[1:3, 1:4], "tied": whole, "bfloat16": whole.bfloat16().T, "fused": whole.reshape(2, 3, 4).mT}
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with open_tensors(tmp_path) as opened:
-        for name, tensor in tensors.items():
-            np.testing.assert_array_equal(opened[name][...].astype(np.float32), tensor.float())
-        np.testing.assert_array_equal(opened["fused"][1, slice(1, 3)], tensors["fused"][1, 1:3])
+def test_pairs_are_conversations_or_plain_texts(configs):
+    assert read_all(open_source(configs["preference"])) == pair_records(paths(configs["preference"].images))
 
 
-def test_safetensors_are_read_where_both_are_there(stock, tmp_path):
-    model, (_, params) = stock(QWEN)
-    model.save_pretrained(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_text("not read")
-    assert_equal(loading.load(tmp_path)[1], params)
+def paths(folder: str) -> dict[str, pathlib.Path]:
+    return {name: pathlib.Path(folder, name) for name in ("a.png", "b.png")}
 
 
-def test_without_torch_a_pytorch_file_says_what_to_install(stock, tmp_path, monkeypatch):
-    model = stock(QWEN)[0]
-    as_bin(tmp_path, model, model.state_dict())
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConfigError, match=r"not installed.*pip install mod-jax\[bin\]"):
-        loading.load(tmp_path)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_record_that_is_no_utf8_is_bad_alone(tmp_path, suffix):
+    path = tmp_path / f"chats.{suffix}"
+    write_json(path, [{"id": name, "conversations": [human("Q"), gpt(f"ü{name}")]} for name in "abc"])
+    path.write_bytes(path.read_bytes().replace("üb".encode(), b"\xff\xfe["))
+    source = open_source(SourceConfig("chat", str(path)))
+    assert [source[number].turns[0][1] for number in (0, 2)] == ["üa", "üc"]
+    (name, reason), = faults(source).items()
+    assert name == "1" and "can't decode byte 0xff" in reason
 
 
-# Adaptors alone, and students from pieces
-
-ADAPTORS = {
-    "original LLaVA's file": lambda folder, model: save_adaptor(folder / "mm_projector.bin", model, TO_ORIGINAL),
-    "original LLaVA's folder": lambda folder, model: save_adaptor(folder / "mm_projector.bin", model, TO_ORIGINAL).parent,
-    "the authors' file": lambda folder, model: save_adaptor(folder / "any_name.bin", model, TO_AUTHORS),
-    "a whole original LLaVA": lambda folder, model: write_original(folder, model, *LAYOUTS["original LLaVA"][1:], own_tower=False),
-    "a whole llava-hf": lambda folder, model: model.save_pretrained(folder) or folder,
-    "an imported folder": lambda folder, model: import_stock(folder, model),
-}
+def test_a_broken_line_is_bad_alone(tmp_path):
+    good = json.dumps({"id": "good", "conversations": [human("Q"), gpt("A")]})
+    (tmp_path / "chats.jsonl").write_text("\n".join([good, good[:-9], "[" * 100_000, '"text"', good]))
+    found = faults(open_source(SourceConfig("chat", str(tmp_path / "chats.jsonl"))))
+    assert list(found) == ["1", "2", "3"]
+    assert found["1"].startswith("not JSON: ") and found["2"].startswith("not JSON: ") and found["3"] == "record is not a JSON object"
 
 
-def save_adaptor(path, model, spelling):
-    tensors = renamed(live_tensors(model), spelling)
-    torch.save({name: tensor for name, tensor in tensors.items() if "mm_projector" in name}, path)
-    return path
+@pytest.mark.parametrize("entry, reason", [
+    ({"image": 3}, "image is neither a file's name nor a list of them"),
+    ({"image": ["a.png", None]}, "image is neither"),
+    ({"image": {"bytes": "x"}}, "image is neither"),
+    ({"image": "../a.png"}, "picture outside of data.sources.images: '../a.png'"),
+    ({"image": "/etc/passwd"}, "picture outside of data.sources.images"),
+    ({"conversations": [human("Q"), {"from": [], "value": "A"}]}, "unknown speaker []"),
+    ({"conversations": [human("Q"), gpt("half a pair \ud83d")]}, r"half a surrogate pair in the text ('\ud83d')"),
+])  # fmt: skip
+def test_bad_chats_say_why(tmp_path, entry, reason):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"id": "bad \udc80", "conversations": [human("<image>"), gpt("A")]} | entry))
+    (name, why), = faults(open_source(SourceConfig("chat", str(path), str(tmp_path)))).items()
+    assert name == r"bad \udc80" and why.startswith(reason)
 
 
-def import_stock(folder, model):
-    model.save_pretrained(folder / "stock")
-    with loading.open_pretrained(folder / "stock") as pretrained:
-        native.save_native(folder / "imported", pretrained)
-    return folder / "imported"
+@pytest.mark.parametrize("entry, reason", [
+    ({"question": "Q", "chosen": "A"}, "question, chosen and rejected are not three texts"),
+    ({"question": None, "chosen": "A", "rejected": "B"}, "question, chosen and rejected are not three texts"),
+    ({"question": "Q", "chosen": "A", "rejected": " "}, "chosen or rejected without an answer text"),
+    ({"question": "<image> <image>", "chosen": "A", "rejected": "B", "image": "a.png"}, "picture token without picture: 2 tokens, 1 pictures"),
+])  # fmt: skip
+def test_bad_plain_pairs_say_why(tmp_path, entry, reason):
+    write_json(tmp_path / "pairs.json", [entry])
+    assert faults(open_source(SourceConfig("preference", str(tmp_path / "pairs.json"), str(tmp_path)))) == {"0": reason}
 
 
-@pytest.mark.parametrize("source", ADAPTORS)
-def test_an_adaptor_alone(source, stock, tmp_path):
-    model, (_, params) = stock(LLAMA)
-    with loading.open_adaptor(ADAPTORS[source](tmp_path, model)) as adaptor:
-        assert adaptor.config is None
-        assert_equal(read(adaptor), {name: x for name, x in params.items() if name.startswith("adaptor.")})
+def test_a_json_file_that_is_gone_or_changed_is_not_taken_for_the_first(tmp_path):
+    path = tmp_path / "chats.json"
+    write_json(path, CHATS)
+    sent = pickle.dumps(open_source(SourceConfig("chat", str(path), str(tmp_path))))
+    write_json(path, CHATS[1:])
+    for change in (lambda: None, path.unlink):
+        change()
+        source = pickle.loads(sent)
+        with pytest.raises(ConfigError, match=r"data\.sources\.path = '.*chats\.json': expected the file that was there at first"):
+            source[0]
+        assert source.name(0) == "0"
 
 
-def test_a_folder_without_an_adaptor(stock, tmp_path):
-    hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "text")
-    with pytest.raises(ConfigError, match="adaptor = .*text"), loading.open_adaptor(tmp_path / "text"):
-        pass
-    torch.save({"model.mm_projector.0.weight": torch.ones(48, 32), "model.mm_projector.2.weight": torch.ones(48, 3)}, tmp_path / "mm_projector.bin")
-    listed = r"missing .*linear_1.bias; missing .*linear_2.bias; .*linear_2.weight has the shape \(48, 3\), expected \(48, 48\)"
-    with pytest.raises(ConfigError, match=listed), loading.open_adaptor(tmp_path):
-        pass
+def test_a_folder_of_pictures_that_vanishes_stops_the_run_by_name(tmp_path):
+    (tmp_path / "images").mkdir()
+    write_json(tmp_path / "chats.json", CHATS)
+    source = open_source(SourceConfig("chat", str(tmp_path / "chats.json"), str(tmp_path / "images")))
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(ConfigError, match=r"data\.sources\.images = '.*/images': expected the folder that was there at first"):
+        source[0]
 
 
-@pytest.mark.parametrize("with_adaptor", [True, False])
-def test_a_student_from_pieces(with_adaptor, stock, tmp_path):
-    model, (wanted, params) = stock(LLAMA)
-    model.model.vision_tower.save_pretrained(tmp_path / "tower")
-    text = hf_models.build(hf_models.llama(), seed=3)
-    text.save_pretrained(tmp_path / "text")
-    tokenizer().save_pretrained(tmp_path / "text")
-    save_adaptor(tmp_path / "mm_projector.bin", model, TO_ORIGINAL)
-    with (
-        loading.open_pretrained(tmp_path / "tower") as tower,
-        loading.open_pretrained(tmp_path / "text") as language_model,
-        loading.open_adaptor(tmp_path / "mm_projector.bin") as adaptor,
-    ):
-        made = join(tower, language_model, adaptor if with_adaptor else None, 0, load_tokenizer(tmp_path / "text"))
-        assert made.config == wanted
-        found, parts = read(made), read(tower) | read(language_model)
-    assert_equal({name: found[name] for name in parts}, parts)
-    same = all(np.array_equal(found[name], params[name]) for name in params if name.startswith("adaptor."))
-    assert same == with_adaptor and found.keys() == params.keys()
-    np.testing.assert_array_equal(found["language_model.norm.scale_d"], text.model.norm.weight.detach())
+# RLAIF-V's parquet
 
 
-def test_a_recipe_names_such_folders(stock, tmp_path):
-    """A whole one as a teacher or a student, imported or not; or parts, with an adaptor or a new one."""
-    model, (_, params) = stock(SPARSE)
-    (tmp_path / "authors").mkdir()
-    folder = write_original(tmp_path / "authors", model, *LAYOUTS["authors, sparse Qwen2"][1:])
-    with loading.open_pretrained(folder) as pretrained:
-        native.save_native(tmp_path / "imported", pretrained)
-    for named in (folder, tmp_path / "imported"):
-        found = load_model(ModelSource(folder=str(named)), load_tokenizer(named), "bfloat16", "dots")
-        assert_equal(found.params, params)
-        assert (found.config.dtype, found.config.remat, found.origin) == ("bfloat16", "dots", str(named))
-    hf_models.build(hf_models.llama()).save_pretrained(tmp_path / "text")
-    tokenizer().save_pretrained(tmp_path / "text")
-    parts = ModelSource(language_model=str(tmp_path / "text"), vision_tower=str(folder / "tower"), adaptor=str(folder))
-    student = load_model(parts, load_tokenizer(tmp_path / "text"), "float32", "none")
-    assert_equal({name: student.params[name] for name in params if name.startswith("adaptor.")}, {n: x for n, x in params.items() if n.startswith("adaptor.")})
-    with pytest.raises(ConfigError, match="folder = .*It holds a plain language_model: name it as `language_model`"):
-        load_model(ModelSource(folder=str(tmp_path / "text")), load_tokenizer(tmp_path / "text"), "float32", "none")
+def rlaif_records(path) -> list[Record]:
+    rows = pq.read_table(path).to_pylist()
+    return [Record(f"{path.name}:{number}", (row["image"]["bytes"],), (("<image>\n" + row["question"], row["chosen"]),), row["rejected"]) for number, row in enumerate(rows)]
 
 
-# Every family as a part
+def test_rlaif_is_a_file_a_folder_or_a_pattern(tmp_path):
+    sizes = {"b.parquet": (70, 33), "a.parquet": (100, 100), "c.parquet": (1, 1), "other.txt": None}
+    for name, size in sizes.items():
+        if size:
+            write_rlaif(tmp_path / name, [rlaif_row(number) for number in range(size[0])], size[1])
+        else:
+            (tmp_path / name).write_text("other")
+    everything = [record for name in "abc" for record in rlaif_records(tmp_path / f"{name}.parquet")]
+    for path, records in ((tmp_path, everything), (tmp_path / "*.parquet", everything), (tmp_path / "[bc].parquet", everything[100:]), (tmp_path / "c.parquet", everything[-1:])):
+        assert read_all(open_source(SourceConfig("rlaif", str(path)))) == records
+    source, numbers = open_source(SourceConfig("rlaif", str(tmp_path))), random.Random(0).choices(range(171), k=100)
+    assert [source[number] for number in numbers] == [everything[number] for number in numbers]
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3_moe"])
-def test_a_family_comes_in_and_goes_out(family, tmp_path):
-    """Mistral goes out as a llama: the same numbers under the same names."""
-    hf_models.build(getattr(hf_models, family)()).save_pretrained(tmp_path / "theirs")
-    config, params = loading.load(tmp_path / "theirs")
-    huggingface.save(tmp_path / "ours", config, params)
-    again, loaded = loading.load(tmp_path / "ours")
-    assert again == config
-    assert_equal(loaded, params)
-    said = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert said["model_type"] == {"mistral": "llama", "qwen3_moe": "qwen3_moe"}[family]
-    with open_tensors(tmp_path / "ours") as ours:
-        assert not [name for name in ours if "shared_expert" in name]
-        assert ours.keys() == names.canonical(ours, "language_model").keys()
+def test_a_question_has_its_picture_in_front_unless_it_says_where(tmp_path):
+    rows = [rlaif_row(0, question="Q <image>"), rlaif_row(1, question=" Q"), rlaif_row(2, image=None), rlaif_row(3, image={"bytes": None, "path": "x"})]
+    write_rlaif(tmp_path / "rows.parquet", rows, 10)
+    source = open_source(SourceConfig("rlaif", str(tmp_path / "rows.parquet")))
+    assert [(record.turns[0][0], len(record.images)) for record in source] == [("Q <image>", 1), ("<image>\nQ", 1), ("What is 2?", 0), ("What is 3?", 0)]
+
+
+def test_rows_without_texts_are_bad_by_name(tmp_path):
+    write_rlaif(tmp_path / "rows.parquet", [rlaif_row(0), rlaif_row(1, chosen=None), rlaif_row(2, rejected="")], 2)
+    assert faults(open_source(SourceConfig("rlaif", str(tmp_path / "rows.parquet")))) == {
+        "rows.parquet:1": "question, chosen and rejected are not three texts", "rows.parquet:2": "chosen or rejected without an answer text"}  # fmt: skip
+
+
+def test_other_parquet_is_refused(tmp_path):
+    pq.write_table(pa.table({"question": ["Q"], "chosen": ["A"], "image": [png("red")]}), tmp_path / "other.parquet")
+    refused(SourceConfig("rlaif", str(tmp_path / "other.parquet")), r"other\.parquet': expected the columns .*'rejected', 'image\.bytes'\]; it has \['question', 'chosen', 'image'\]")
+    write_rlaif(tmp_path / "cut.parquet", [rlaif_row(0)], 1)
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-20])
+    refused(SourceConfig("rlaif", str(tmp_path / "cut.parquet")), r"cut\.parquet': expected a whole parquet file")
+    refused(SourceConfig("rlaif", str(tmp_path / "*.arrow")), "expected a parquet file, a folder of them, or a pattern that names some")
+    write_rlaif(tmp_path / "empty.parquet", [], 1)
+    refused(SourceConfig("rlaif", str(tmp_path / "empty.parquet")), "at least one row")
+
+
+def test_a_corrupt_stretch_of_parquet_is_bad_and_the_other_groups_are_read(tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_rlaif(path, [rlaif_row(number) for number in range(30)], 10)
+    column = pq.read_metadata(path).row_group(1).column(1)
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    found = faults(open_source(SourceConfig("rlaif", str(path))))
+    assert list(found) == [f"rows.parquet:{number}" for number in range(10, 20)] and all(reason.startswith("unreadable row: ") for reason in found.values())
+
+
+def test_a_parquet_file_of_one_row_group_is_streamed(tmp_path):
+    path, picture = tmp_path / "rows.parquet", random.Random(0).randbytes(100_000)
+    rows = [rlaif_row(number, image={"path": "", "bytes": picture + bytes([number])}) for number in range(200)]
+    write_rlaif(path, rows, 1000, use_dictionary=False, write_batch_size=10)
+    source, before, peak = open_source(SourceConfig("rlaif", str(path))), pa.total_allocated_bytes(), 0
+    for number in range(200):
+        assert source[number].images[0][-1] == number
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    assert 1_000_000 < peak < 12_000_000 < path.stat().st_size
+
+
+def test_rows_in_about_their_order_are_read_once(tmp_path, monkeypatch):
+    write_rlaif(tmp_path / "rows.parquet", [rlaif_row(number) for number in range(200)], 1000)
+    source, opened = open_source(SourceConfig("rlaif", str(tmp_path / "rows.parquet"))), []
+    monkeypatch.setattr(pq, "ParquetFile", lambda *arguments, real=pq.ParquetFile, **options: opened.append(1) or real(*arguments, **options))
+    for number in range(0, 200, 20):
+        for near in random.Random(number).sample(range(number, number + 20), 20):
+            assert source[near].rejected == f"bad {near}"
+    assert len(opened) == 1
+
+
+# TFDS
+
+TEXT, PICTURE = tfds.features.Text(), tfds.features.Image()
+
+
+def test_a_data_set_of_chats_is_read(configs):
+    pictures = {name: data for name, data in zip(("a.png", "b.png"), (png("red"), png("blue")))}
+    records = [dataclasses.replace(record, id=str(number)) for number, record in enumerate(chat_records(pictures))]
+    assert read_all(open_source(configs["tfds"])) == records
+
+
+@pytest.mark.parametrize("features, example", [
+    ({"chosen": MESSAGES, "rejected": MESSAGES}, {"chosen": [human("<image>\nQ"), gpt("A")], "rejected": [human("<image>\nQ"), gpt("B")]}),
+    ({"question": TEXT, "chosen": TEXT, "rejected": TEXT, "extra": PICTURE}, {"question": "Q", "chosen": "A", "rejected": "B", "extra": io.BytesIO(png("blue"))}),
+])  # fmt: skip
+def test_data_sets_of_pairs_are_read(tmp_path, features, example):
+    folder = write_tfds(tmp_path, features | {"id": tfds.features.Scalar(np.int64), "image": PICTURE}, [example | {"id": 7, "image": io.BytesIO(png("red"))}])
+    assert read_all(open_source(SourceConfig("tfds", folder, split="train"))) == [Record("7", (png("red"),), (("<image>\nQ", "A"),), "B")]
+
+
+def test_a_data_set_is_found_by_its_name(tmp_path, monkeypatch):
+    folder = write_tfds(tmp_path, {"id": TEXT, "conversations": MESSAGES}, [{"id": "ü", "conversations": [human("Q"), gpt("A")]}])
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    name = pathlib.Path(folder).parent.name
+    assert read_all(open_source(SourceConfig("tfds", name, split="train"))) == [Record("ü", (), (("Q", "A"),))]
+
+
+def test_other_data_sets_are_refused_with_what_they_hold(tmp_path):
+    folder = write_tfds(tmp_path, {"caption": TEXT}, [{"caption": "c"}])
+    refused(SourceConfig("tfds", folder, split="train"), r"expected a data set with the features conversations, or .*; it has FeaturesDict\(\{ 'caption': Text")
+    folder = write_tfds(tmp_path, {"conversations": MESSAGES, "image": TEXT}, [{"conversations": [], "image": "c"}])
+    refused(SourceConfig("tfds", folder, split="train"), "it has .*'image': Text")
+    refused(SourceConfig("tfds", folder, split="test"), r"data\.sources\.split = 'test': expected one of \['train'\]")
+    refused(SourceConfig("tfds", str(tmp_path), split="train"), "expected the folder or the name of a prepared TFDS data set")
+    refused(SourceConfig("tfds", "no_such_data", split="train"), r"data\.sources\.path = 'no_such_data': expected the folder or the name of a prepared")
+
+
+def test_a_data_set_that_cannot_be_read_by_number_is_refused(tmp_path):
+    folder = write_tfds(tmp_path, {"conversations": MESSAGES}, [{"conversations": [human("Q"), gpt("A")]}])
+    info = pathlib.Path(folder, "dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    refused(SourceConfig("tfds", folder, split="train"), r"expected array_record, found .*\. Prepare it with: tfds build --file_format=array_record")
+
+
+# Prepared folders
+
+
+def test_prepared_records_are_what_was_prepared(configs):
+    assert read_all(open_source(configs["prepared"])) == chat_records({"a.png": png("red"), "b.png": png("blue")})
+
+
+def test_a_record_is_encoded_as_a_plain_map_with_its_pictures(tmp_path):
+    write_pictures(tmp_path)
+    record = Record("r", (tmp_path / "a.png", b"x"), (("<image><image>ü", "A"), ("Q", "B")), "C")
+    data = encode_record(record)
+    assert msgpack.unpackb(data) == {"id": "r", "turns": [["<image><image>ü", "A"], ["Q", "B"]], "rejected": "C", "images": [png("red"), b"x"]}
+    assert decode_record(data) == dataclasses.replace(record, images=(png("red"), b"x"))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"x" * 50, msgpack.packb([1, 2]), msgpack.packb({"id": "a"}), msgpack.packb({"id": "a", "turns": [["q"]], "images": [], "rejected": ""})])
+def test_other_bytes_are_no_record(data):
+    with pytest.raises(BadSample, match="not a prepared record: "):
+        decode_record(data)
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    records = [Record(f"r{number}", (random.Random(number).randbytes(3000),), (("<image>", "A"),)) for number in range(100)]
+    write_prepared(tmp_path / "prepared", [records[:60], records[60:]])
+    return tmp_path / "prepared"
+
+
+def test_a_folder_without_an_index_is_not_whole(prepared):
+    (prepared / "index.json").unlink()
+    refused(SourceConfig("prepared", str(prepared)), r"expected a prepared folder, whole: index\.json is written last, and is not there\. Make it with: python -m mod_jax\.prepare")
+    refused(SourceConfig("prepared", str(prepared / "none")), "expected an existing local folder")
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"records": 99}, {"shards": []}, {"shards": [{"file": "x"}]}])
+def test_an_index_of_another_form_is_refused(prepared, change):
+    index = json.loads((prepared / "index.json").read_text())
+    (prepared / "index.json").write_text(json.dumps(index | change))
+    refused(SourceConfig("prepared", str(prepared)), "expected an index of format 1 with at least one record")
+
+
+def test_an_index_that_is_cut_is_refused(prepared):
+    (prepared / "index.json").write_text('{"format": 1, ')
+    refused(SourceConfig("prepared", str(prepared)), "expected an index of format 1")
+
+
+@pytest.mark.parametrize("left", [None, 0, 100_000])
+def test_a_shard_that_is_cut_or_missing_is_refused_by_name(prepared, left):
+    shard = prepared / "data-00001-of-00002.array_record"
+    shard.unlink() if left is None else shard.write_bytes(shard.read_bytes()[:left])
+    refused(SourceConfig("prepared", str(prepared)), r"the shards its index names, whole; data-00001-of-00002\.array_record has 0 records, not 40\. Copy it again")
+
+
+def test_a_corrupt_record_of_a_shard_is_bad_alone(prepared):
+    shard = prepared / "data-00000-of-00002.array_record"
+    data = shard.read_bytes()
+    at = data.index(b"r17") + 200
+    shard.write_bytes(data[:at] + bytes(9) + data[at + 9 :])
+    found = faults(open_source(SourceConfig("prepared", str(prepared))))
+    assert list(found) == ["17"] and found["17"].startswith("unreadable record: Corrupted")
+
+
+def test_a_prepared_folder_that_vanishes_stops_the_run(prepared):
+    sent = pickle.dumps(open_source(SourceConfig("prepared", str(prepared))))
+    shutil.rmtree(prepared)
+    source = pickle.loads(sent)
+    with pytest.raises(ConfigError, match=r"data\.sources\.path = '.*prepared': expected the folder that was there at first"):
+        source[0]
+    assert source.name(0) == "0"
+
+
+# Memory
+
+
+def resident() -> float:
+    """MB."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
+@pytest.mark.parametrize("count", [10_000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_memory_is_flat_however_many_samples_are_read(tmp_path, count):
+    entry = {"conversations": [human("Q " * 100), gpt("A " * 300)]}
+    write_json(tmp_path / "chats.json", ({"id": f"{number}"} | entry for number in range(count)))
+    before = resident()
+    source = open_source(SourceConfig("chat", str(tmp_path / "chats.json")))
+    opened = resident()
+    for number in range(count):
+        source[number]
+    assert opened - before < 60 and resident() - opened < 3, "a window of the file at opening, nothing that stays by reading"

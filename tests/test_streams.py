@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from mod_jax.data.order import Visit
-from mod_jax.data.packing import Room
-from mod_jax.data.samples import Skipped
-from mod_jax.data.skips import Counts
-from mod_jax.data.streams import READ_AHEAD, Stream
+from mod_jax.data.batches.order import Visit
+from mod_jax.data.batches.packing import Room
+from mod_jax.data.batches.skips import Counts
+from mod_jax.data.batches.streams import READ_AHEAD, Stream
+from mod_jax.data.samples.sample import Skipped
 
 ROOM, LOOK_AHEAD, RECORDS = Room(20, 4, 4), 6, 5000
 BAD = {3, 4, 17, 90}

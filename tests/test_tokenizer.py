@@ -8,7 +8,7 @@ import small_tokenizers
 from small_tokenizers import QWEN_SPECIALS, QWEN_VOCABULARY
 
 from mod_jax.config import ConfigError
-from mod_jax.data.tokenizer import load_tokenizer, scenes_tokenizer, text_encoder
+from mod_jax.data.samples.tokenizer import load_tokenizer, scenes_tokenizer, text_encoder
 
 TEXTS = ["What is it? Two cats.", " a naïve\n\n  café 猫 🐈", "USER: 12 'tis ASSISTANT:"]
 

@@ -18,9 +18,9 @@ from PIL import Image
 
 from mod_jax.batch import Batch
 from mod_jax.config import DataConfig, ModelConfig, SourceConfig, VisionConfig
-from mod_jax.data.pipeline import Batches
-from mod_jax.data.tokenizer import scenes_tokenizer
-from mod_jax.data.workers import WorkerDied, Workers
+from mod_jax.data.batches.pipeline import Batches
+from mod_jax.data.batches.workers import WorkerDied, Workers
+from mod_jax.data.samples.tokenizer import scenes_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = scenes_tokenizer()
@@ -77,7 +77,7 @@ def test_workers_that_cannot_begin_stop_the_run(capfd):
 
 SCRIPT = """
 import multiprocessing, time
-from mod_jax.data.workers import Workers
+from mod_jax.data.batches.workers import Workers
 
 def make():
     return lambda: None

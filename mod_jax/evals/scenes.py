@@ -10,10 +10,10 @@ import dataclasses
 import numpy as np
 
 from mod_jax.config import EvaluationConfig, ModelConfig, VisionConfig
-from mod_jax.data.images import load_image
-from mod_jax.data.scene_chats import KINDS, absent_objects, named_objects, names
-from mod_jax.data.scenes import load_scenes, read_objects, read_turns
-from mod_jax.generation import Question, answer
+from mod_jax.data.samples.pixels import load_image
+from mod_jax.data.scenes.builder import load_scenes, read_objects, read_turns
+from mod_jax.data.scenes.chats import KINDS, absent_objects, named_objects, names
+from mod_jax.inference.generation import Question, answer
 from mod_jax.models import llava
 
 CAPTION_TOKENS, ANSWER_TOKENS = 40, 4

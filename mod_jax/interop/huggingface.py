@@ -95,7 +95,7 @@ def _open_original(values: dict, folder: pathlib.Path, vision_tower, tokenizer, 
 
 
 def _load_tokenizer(folder):
-    from mod_jax.data.tokenizer import load_tokenizer  # brings transformers, which takes seconds, and no other layout needs it
+    from mod_jax.data.samples.tokenizer import load_tokenizer  # brings transformers, which takes seconds, and no other layout needs it
 
     try:
         return load_tokenizer(folder)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mod_jax import sharding
 from mod_jax.batch import Batch
 from mod_jax.config import ConfigError, ModelConfig, StageConfig
-from mod_jax.data.pipeline import Batches
+from mod_jax.data.batches.pipeline import Batches
 from mod_jax.training import checkpoint, metrics
 from mod_jax.training.state import Frozen, make_optimizer, new_state
 from mod_jax.training.step import make_train_step
