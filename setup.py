@@ -13,15 +13,39 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["mod_jax", "mod_jax.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "jax>=0.10,<0.12", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "grain>=0.2.18", "tensorflow-datasets>=4.9.10",
-        "array_record>=0.8", "transformers>=4.57", "tokenizers", "sentencepiece", "jinja2>=3.1.6", "safetensors",
-        "ml-collections", "clu", "absl-py", "etils[epath]", "pillow", "pyarrow", "msgpack", "rich", "tensorboardX", "gcsfs", "importlib_resources",
+        "jax>=0.10,<0.12",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8",
+        "transformers>=4.57",
+        "tokenizers",
+        "sentencepiece",
+        "jinja2>=3.1.6",
+        "safetensors",
+        "ml-collections",
+        "clu",
+        "absl-py",
+        "etils[epath]",
+        "pillow",
+        "pyarrow",
+        "msgpack",
+        "rich",
+        "tensorboardX",
+        "gcsfs",
+        "importlib_resources",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "beam": ["apache-beam>=2.77"],  # prepares data beyond one machine; needs older Pillow, protobuf and pyarrow than requirements.txt pins
-        "bin": ["torch>=2.6"],  # reads pytorch_model.bin; before 2.6 `weights_only` could be made to run code (CVE-2025-32434)
+        "beam": [
+            "apache-beam>=2.77"
+        ],  # prepares data beyond one machine; needs older Pillow, protobuf and pyarrow than requirements.txt pins
+        "bin": [
+            "torch>=2.6"
+        ],  # reads pytorch_model.bin; before 2.6 `weights_only` could be made to run code (CVE-2025-32434)
         "test": ["pytest", "pytest-cov", "hypothesis", "ruff", "torch==2.13.0"],
     },
 )

@@ -39,20 +39,30 @@ def draw(parts: dict[str, tuple], seed: int = 0) -> np.ndarray:
     counts, pictures, medians, sigmas = np.array(list(parts.values())).T
     part = rng.choice(len(parts), SAMPLES, p=counts / counts.sum())
     text = medians[part] * np.exp(sigmas[part] * rng.normal(size=SAMPLES))
-    return np.stack([np.minimum(LONGEST, PICTURE * pictures[part] + text), pictures[part]], 1).astype(np.int32)
+    return np.stack(
+        [np.minimum(LONGEST, PICTURE * pictures[part] + text), pictures[part]], 1
+    ).astype(np.int32)
 
 
 def ours(sizes: np.ndarray, length: int, **options) -> float:
     """Padding of the pipeline's rows."""
     source = SourceConfig(path="drawn")
-    config = DataConfig((source,), sequence_length=length, images_per_row=length // PICTURE, **options)
+    config = DataConfig(
+        (source,), sequence_length=length, images_per_row=length // PICTURE, **options
+    )
     return packing(config, [SourceStatistics(source, sizes, 0, 0, ())]).padding
 
 
 def grains(sizes: np.ndarray, length: int, bins: int) -> float:
     """Padding of Grain's first fit into so many rows at once."""
-    samples = grain.MapDataset.source([{"tokens": np.ones(positions, np.int8)} for positions, _ in sizes]).to_iter_dataset()
-    rows = list(grain.experimental.FirstFitPackIterDataset(samples, length_struct={"tokens": length}, num_packing_bins=bins, shuffle_bins=False))
+    samples = grain.MapDataset.source(
+        [{"tokens": np.ones(positions, np.int8)} for positions, _ in sizes]
+    ).to_iter_dataset()
+    rows = list(
+        grain.experimental.FirstFitPackIterDataset(
+            samples, length_struct={"tokens": length}, num_packing_bins=bins, shuffle_bins=False
+        )
+    )
     return 1 - sizes[:, 0].sum() / (len(rows) * length)
 
 
@@ -65,23 +75,47 @@ def to_the_longest(sizes: np.ndarray, rows: int) -> float:
 def least(sizes: np.ndarray, length: int) -> float:
     """A bound that no packing of whole samples goes below (dual feasible functions: Fekete and Schepers, 2001, u(k))."""
     shares = sizes[:, 0] / length
-    rows = max(np.where(np.isclose(shares * (k + 1) % 1, 0), shares, np.floor(shares * (k + 1)) / k).sum() for k in range(1, 20))
+    rows = max(
+        np.where(np.isclose(shares * (k + 1) % 1, 0), shares, np.floor(shares * (k + 1)) / k).sum()
+        for k in range(1, 20)
+    )
     return 1 - shares.sum() / max(rows, shares.sum())
 
 
 def main():
     """Prints the tables."""
     console, lengths = Console(width=140), (2048, 2304, 4096)
-    for name, parts in {"instructions (LLaVA-1.5)": INSTRUCTIONS, "captions": CAPTIONS, "both, as the dense mimic mixes them": INSTRUCTIONS | CAPTIONS}.items():
+    for name, parts in {
+        "instructions (LLaVA-1.5)": INSTRUCTIONS,
+        "captions": CAPTIONS,
+        "both, as the dense mimic mixes them": INSTRUCTIONS | CAPTIONS,
+    }.items():
         sizes = draw(parts)
         ways = {
-            f"no packing, to the longest of {ROWS}": lambda length, sizes=sizes: to_the_longest(sizes, ROWS),
-            "no packing, to the row's length": lambda length, sizes=sizes: 1 - sizes[:, 0].mean() / length,
-            **{f"Grain's first fit, {bins} rows at once": lambda length, sizes=sizes, bins=bins: grains(sizes, length, bins) for bins in (8, 32)},
-            **{f"ours, look_ahead {ahead}": lambda length, sizes=sizes, ahead=ahead: ours(sizes, length, look_ahead=ahead) for ahead in (8, 32, 128)},
+            f"no packing, to the longest of {ROWS}": lambda length, sizes=sizes: to_the_longest(
+                sizes, ROWS
+            ),
+            "no packing, to the row's length": lambda length, sizes=sizes: (
+                1 - sizes[:, 0].mean() / length
+            ),
+            **{
+                f"Grain's first fit, {bins} rows at once": lambda length, sizes=sizes, bins=bins: (
+                    grains(sizes, length, bins)
+                )
+                for bins in (8, 32)
+            },
+            **{
+                f"ours, look_ahead {ahead}": lambda length, sizes=sizes, ahead=ahead: ours(
+                    sizes, length, look_ahead=ahead
+                )
+                for ahead in (8, 32, 128)
+            },
             "whole samples: no packing is below": lambda length, sizes=sizes: least(sizes, length),
         }
-        table = Table(title=f"padding, {name}: {sizes[:, 0].mean():.0f} positions a sample on average", title_justify="left")
+        table = Table(
+            title=f"padding, {name}: {sizes[:, 0].mean():.0f} positions a sample on average",
+            title_justify="left",
+        )
         for column in ("", *(f"rows of {length}" for length in lengths)):
             table.add_column(column, justify="right" if column else "left")
         for way, padding in ways.items():

@@ -43,10 +43,24 @@ def main() -> None:
     shutil.rmtree(output, ignore_errors=True)
     byte_tokenizer().save_pretrained(output / "byte_tokenizer")
     huggingface.save(output / "scenes" / "vision_tower", teacher.config.vision, teacher.params)
-    huggingface.save(output / "scenes" / "language_model", language_model.config.decoder, language_model.params, others=tokenizer.save_pretrained)
+    huggingface.save(
+        output / "scenes" / "language_model",
+        language_model.config.decoder,
+        language_model.params,
+        others=tokenizer.save_pretrained,
+    )
     export(WORK / "teacher", output / "scenes" / "teacher")
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(json.dumps({"minutes": (time.perf_counter() - start) / 60, "megabytes": size / 1e6, "teacher": results["rows"][0]}, indent=1))
+    print(
+        json.dumps(
+            {
+                "minutes": (time.perf_counter() - start) / 60,
+                "megabytes": size / 1e6,
+                "teacher": results["rows"][0],
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,13 @@ SPARSE = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor
 def data(split: str, samples: int) -> dict:
     """Rows of up to so many packed scenes: chats have about 90 positions, pairs about 45."""
     source = {"kind": "scenes", "path": "data/scenes", "split": split}
-    return {"sources": (source,), "sequence_length": 192, "images_per_row": samples, "samples_per_row": samples, "template": "brief"}
+    return {
+        "sources": (source,),
+        "sequence_length": 192,
+        "images_per_row": samples,
+        "samples_per_row": samples,
+        "template": "brief",
+    }
 
 
 def get_config() -> ConfigDict:
@@ -28,34 +34,66 @@ def get_config() -> ConfigDict:
     mimic = {"kind": "mimic"}
     stages = {
         "adaptor": {
-            "trains": ("adaptor.*",), "objective": {"kind": "next_token"}, "data": data("crowd", 2),
-            "optimizer": {"lr": 5e-3}, "steps": 60, "rows": 16,
+            "trains": ("adaptor.*",),
+            "objective": {"kind": "next_token"},
+            "data": data("crowd", 2),
+            "optimizer": {"lr": 5e-3},
+            "steps": 60,
+            "rows": 16,
         },
         "fine_tuned": {
-            "starts_from": "adaptor", "trains": LANGUAGE, "objective": {"kind": "next_token"}, "data": data("crowd", 2),
-            "optimizer": {"lr": 3e-3}, "steps": 500, "rows": 16,
+            "starts_from": "adaptor",
+            "trains": LANGUAGE,
+            "objective": {"kind": "next_token"},
+            "data": data("crowd", 2),
+            "optimizer": {"lr": 3e-3},
+            "steps": 500,
+            "rows": 16,
         },
         "dense_mimic": {
-            "starts_from": "adaptor", "trains": LANGUAGE, "objective": mimic, "data": data("crowd", 2),
-            "optimizer": {"lr": 3e-3}, "steps": 500, "rows": 16,
+            "starts_from": "adaptor",
+            "trains": LANGUAGE,
+            "objective": mimic,
+            "data": data("crowd", 2),
+            "optimizer": {"lr": 3e-3},
+            "steps": 500,
+            "rows": 16,
         },
         "sparse_mimic": {
-            "starts_from": "dense_mimic", "upcycle": {"layers": "sparse", "num_experts": 4, "experts_per_token": 2},
-            "trains": SPARSE, "objective": {**mimic, "next_token_weight": 1.0}, "data": data("crowd", 2),
-            "optimizer": {"lr": 2e-3}, "steps": 400, "rows": 16,
+            "starts_from": "dense_mimic",
+            "upcycle": {"layers": "sparse", "num_experts": 4, "experts_per_token": 2},
+            "trains": SPARSE,
+            "objective": {**mimic, "next_token_weight": 1.0},
+            "data": data("crowd", 2),
+            "optimizer": {"lr": 2e-3},
+            "steps": 400,
+            "rows": 16,
         },
         "preference": {
-            "starts_from": "sparse_mimic", "trains": SPARSE, "objective": {"kind": "preference", "preference": "kto_pair"},
-            "data": data("preference", 4), "optimizer": {"lr": 3e-5}, "steps": 60, "rows": 16,
+            "starts_from": "sparse_mimic",
+            "trains": SPARSE,
+            "objective": {"kind": "preference", "preference": "kto_pair"},
+            "data": data("preference", 4),
+            "optimizer": {"lr": 3e-5},
+            "steps": 60,
+            "rows": 16,
         },
     }
-    return complete(RecipeConfig, {
-        "name": "quickstart",
-        "tokenizer": "assets/scenes/language_model",
-        "student": {"vision_tower": "assets/scenes/vision_tower", "language_model": "assets/scenes/language_model"},
-        "teacher": {"folder": "assets/scenes/teacher"},
-        "stages": stages,
-        "order": ("adaptor", "fine_tuned", "dense_mimic", "sparse_mimic", "preference"),
-        "remat": "dots",
-        "evaluation": {"models": ("teacher", "fine_tuned", "dense_mimic", "sparse_mimic", "preference")},
-    })
+    return complete(
+        RecipeConfig,
+        {
+            "name": "quickstart",
+            "tokenizer": "assets/scenes/language_model",
+            "student": {
+                "vision_tower": "assets/scenes/vision_tower",
+                "language_model": "assets/scenes/language_model",
+            },
+            "teacher": {"folder": "assets/scenes/teacher"},
+            "stages": stages,
+            "order": ("adaptor", "fine_tuned", "dense_mimic", "sparse_mimic", "preference"),
+            "remat": "dots",
+            "evaluation": {
+                "models": ("teacher", "fine_tuned", "dense_mimic", "sparse_mimic", "preference")
+            },
+        },
+    )

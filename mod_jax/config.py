@@ -20,7 +20,9 @@ class ConfigError(ValueError):
 def require(ok: bool, key: str, value, expected: str, remedy: str = "") -> None:
     """Raises ConfigError unless `ok`."""
     if not ok:
-        raise ConfigError(f"{key} = {value!r}: expected {expected}." + (f" {remedy}" if remedy else ""))
+        raise ConfigError(
+            f"{key} = {value!r}: expected {expected}." + (f" {remedy}" if remedy else "")
+        )
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -39,16 +41,38 @@ class VisionConfig:
     num_heads: int = 16
     hidden_act: str = "quick_gelu"  # quick_gelu | gelu | gelu_tanh
     norm_eps: float = 1e-5
-    feature_layer: int = -2  # which hidden state is the feature, counted from the end; -1 is the last layer's output
+    feature_layer: int = (
+        -2
+    )  # which hidden state is the feature, counted from the end; -1 is the last layer's output
     pixel_mean: tuple[float, ...] = CLIP_MEAN
     pixel_std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self):
         require(self.family in ("clip", "siglip"), "vision.family", self.family, "clip or siglip")
-        require(self.hidden_act in ("quick_gelu", "gelu", "gelu_tanh"), "vision.hidden_act", self.hidden_act, "quick_gelu, gelu or gelu_tanh")
-        require(self.image_size >= self.patch_size, "vision.image_size", self.image_size, f"at least patch_size {self.patch_size}")
-        require(self.hidden_size % self.num_heads == 0, "vision.hidden_size", self.hidden_size, f"a multiple of num_heads {self.num_heads}")
-        require(-self.num_layers <= self.feature_layer < 0, "vision.feature_layer", self.feature_layer, f"-{self.num_layers}..-1")
+        require(
+            self.hidden_act in ("quick_gelu", "gelu", "gelu_tanh"),
+            "vision.hidden_act",
+            self.hidden_act,
+            "quick_gelu, gelu or gelu_tanh",
+        )
+        require(
+            self.image_size >= self.patch_size,
+            "vision.image_size",
+            self.image_size,
+            f"at least patch_size {self.patch_size}",
+        )
+        require(
+            self.hidden_size % self.num_heads == 0,
+            "vision.hidden_size",
+            self.hidden_size,
+            f"a multiple of num_heads {self.num_heads}",
+        )
+        require(
+            -self.num_layers <= self.feature_layer < 0,
+            "vision.feature_layer",
+            self.feature_layer,
+            f"-{self.num_layers}..-1",
+        )
 
     @property
     def num_features(self) -> int:
@@ -60,29 +84,67 @@ class VisionConfig:
 class MoEConfig:
     """Which feed-forward layers become mixtures of experts, and how they route (method, section 1)."""
 
-    layers: str | tuple[int, ...] = "sparse"  # sparse (0, 2, 4, ...) | first_half | second_half | all | explicit numbers
+    layers: str | tuple[int, ...] = (
+        "sparse"  # sparse (0, 2, 4, ...) | first_half | second_half | all | explicit numbers
+    )
     num_experts: int = 4
     experts_per_token: int = 2
-    capacity_factor: float | None = None  # None: dropless. Else an expert has ceil(K * factor * N / E) places for N tokens
-    residual: bool = False  # a shared expert beside the routed ones, mixed by a learned softmax of two
+    capacity_factor: float | None = (
+        None  # None: dropless. Else an expert has ceil(K * factor * N / E) places for N tokens
+    )
+    residual: bool = (
+        False  # a shared expert beside the routed ones, mixed by a learned softmax of two
+    )
 
     def __post_init__(self):
         named = ("sparse", "first_half", "second_half", "all")
-        require(not isinstance(self.layers, str) or self.layers in named, "moe.layers", self.layers, f"one of {named} or layer numbers")
-        require(1 <= self.experts_per_token <= self.num_experts, "moe.experts_per_token", self.experts_per_token, f"1..num_experts ({self.num_experts})")
-        require(self.capacity_factor is None or self.capacity_factor > 0, "moe.capacity_factor", self.capacity_factor, "None (dropless) or a positive number")
+        require(
+            not isinstance(self.layers, str) or self.layers in named,
+            "moe.layers",
+            self.layers,
+            f"one of {named} or layer numbers",
+        )
+        require(
+            1 <= self.experts_per_token <= self.num_experts,
+            "moe.experts_per_token",
+            self.experts_per_token,
+            f"1..num_experts ({self.num_experts})",
+        )
+        require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            "moe.capacity_factor",
+            self.capacity_factor,
+            "None (dropless) or a positive number",
+        )
 
     @property
     def dropless(self) -> bool:
         """Whether every token finds a place: there is no capacity, or so much that one expert could take all."""
-        return self.capacity_factor is None or self.experts_per_token * self.capacity_factor >= self.num_experts
+        return (
+            self.capacity_factor is None
+            or self.experts_per_token * self.capacity_factor >= self.num_experts
+        )
 
     def layer_numbers(self, num_layers: int) -> tuple[int, ...]:
         """The sparse layers of a decoder of `num_layers`, ascending."""
         half = num_layers // 2
-        named = {"sparse": range(0, num_layers, 2), "first_half": range(half), "second_half": range(half, num_layers), "all": range(num_layers)}
-        numbers = tuple(named[self.layers]) if isinstance(self.layers, str) else tuple(sorted(set(self.layers)))
-        require(bool(numbers) and 0 <= numbers[0] and numbers[-1] < num_layers, "moe.layers", self.layers, f"layers within 0..{num_layers - 1}")
+        named = {
+            "sparse": range(0, num_layers, 2),
+            "first_half": range(half),
+            "second_half": range(half, num_layers),
+            "all": range(num_layers),
+        }
+        numbers = (
+            tuple(named[self.layers])
+            if isinstance(self.layers, str)
+            else tuple(sorted(set(self.layers)))
+        )
+        require(
+            bool(numbers) and 0 <= numbers[0] and numbers[-1] < num_layers,
+            "moe.layers",
+            self.layers,
+            f"layers within 0..{num_layers - 1}",
+        )
         return numbers
 
 
@@ -106,8 +168,18 @@ class DecoderConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self):
-        require(self.num_heads % self.num_kv_heads == 0, "decoder.num_heads", self.num_heads, f"a multiple of num_kv_heads {self.num_kv_heads}")
-        require(self.head_dim % 2 == 0, "decoder.head_dim", self.head_dim, "an even number (rotary pairs)")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "decoder.num_heads",
+            self.num_heads,
+            f"a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            "decoder.head_dim",
+            self.head_dim,
+            "an even number (rotary pairs)",
+        )
         if self.moe:
             self.moe.layer_numbers(self.num_layers)
 
@@ -129,8 +201,12 @@ class ModelConfig:
     remat: str = "none"  # what the backward pass recomputes in a layer: none | dots (keep matmul results) | full
 
     def __post_init__(self):
-        require(self.dtype in ("float32", "bfloat16"), "model.dtype", self.dtype, "float32 or bfloat16")
-        require(self.remat in ("none", "dots", "full"), "model.remat", self.remat, "none, dots or full")
+        require(
+            self.dtype in ("float32", "bfloat16"), "model.dtype", self.dtype, "float32 or bfloat16"
+        )
+        require(
+            self.remat in ("none", "dots", "full"), "model.remat", self.remat, "none, dots or full"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +238,12 @@ class SourceConfig:
     @property
     def holds_pairs(self) -> bool | None:
         """Whether its records are preference pairs; None where only the data say: tfds, prepared."""
-        known = {"chat": False, "preference": True, "rlaif": True, "scenes": self.split == "preference"}
+        known = {
+            "chat": False,
+            "preference": True,
+            "rlaif": True,
+            "scenes": self.split == "preference",
+        }
         return known.get(self.kind)
 
 
@@ -179,14 +260,31 @@ class DataConfig:
     seed: int = 0
     max_bad_share: float = 0.01  # share of skipped samples above which the run stops
     streams: int = 0  # independent streams that make the rows, on any number of hosts that divides it; 0: one a row, 64 at most
-    look_ahead: int = 32  # samples of a stream that a row is chosen from: more of them, less padding, more memory
+    look_ahead: int = (
+        32  # samples of a stream that a row is chosen from: more of them, less padding, more memory
+    )
     workers: int = 0  # processes that read and decode, on each host, of about 0.5 GB each; 0: threads of the process that trains
 
     def __post_init__(self):
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one source")
-        require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share within 0..1")
-        for key, least in (("samples_per_row", 1), ("look_ahead", 1), ("streams", 0), ("workers", 0)):
-            require(getattr(self, key) >= least, f"data.{key}", getattr(self, key), f"a count of at least {least}")
+        require(
+            0 <= self.max_bad_share <= 1,
+            "data.max_bad_share",
+            self.max_bad_share,
+            "a share within 0..1",
+        )
+        for key, least in (
+            ("samples_per_row", 1),
+            ("look_ahead", 1),
+            ("streams", 0),
+            ("workers", 0),
+        ):
+            require(
+                getattr(self, key) >= least,
+                f"data.{key}",
+                getattr(self, key),
+                f"a count of at least {least}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +302,24 @@ class ObjectiveConfig:
     compat: bool = False  # reproduce the reference code's differences 1 to 4 (method, section 3)
 
     def __post_init__(self):
-        require(self.kind in ("next_token", "mimic", "preference"), "objective.kind", self.kind, "next_token, mimic or preference")
-        require(self.preference in ("kto_pair", "sigmoid", "hinge", "ipo"), "objective.preference", self.preference, "kto_pair, sigmoid, hinge or ipo")
-        require(0 <= self.label_smoothing < 0.5, "objective.label_smoothing", self.label_smoothing, "a number within 0..0.5")
+        require(
+            self.kind in ("next_token", "mimic", "preference"),
+            "objective.kind",
+            self.kind,
+            "next_token, mimic or preference",
+        )
+        require(
+            self.preference in ("kto_pair", "sigmoid", "hinge", "ipo"),
+            "objective.preference",
+            self.preference,
+            "kto_pair, sigmoid, hinge or ipo",
+        )
+        require(
+            0 <= self.label_smoothing < 0.5,
+            "objective.label_smoothing",
+            self.label_smoothing,
+            "a number within 0..0.5",
+        )
         require(self.beta > 0, "objective.beta", self.beta, "a positive number")
 
     @property
@@ -228,14 +341,21 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require(self.lr > 0, "optimizer.lr", self.lr, "a positive learning rate")
-        require(0 <= self.warmup_share < 1, "optimizer.warmup_share", self.warmup_share, "a share within 0..1")
+        require(
+            0 <= self.warmup_share < 1,
+            "optimizer.warmup_share",
+            self.warmup_share,
+            "a share within 0..1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of a recipe; its name is its key in `RecipeConfig.stages`."""
 
-    trains: tuple[str, ...]  # patterns (fnmatch) over parameter names; one that matches nothing is an error
+    trains: tuple[
+        str, ...
+    ]  # patterns (fnmatch) over parameter names; one that matches nothing is an error
     objective: ObjectiveConfig
     data: DataConfig
     steps: int
@@ -249,8 +369,19 @@ class StageConfig:
 
     def __post_init__(self):
         require(self.steps > 0, "steps", self.steps, "a positive number of steps")
-        require(self.rows % self.accumulation == 0, "rows", self.rows, f"a multiple of accumulation {self.accumulation}")
-        require(len(self.trains) > 0, "trains", self.trains, "at least one pattern", "Use e.g. ('adaptor.*',).")
+        require(
+            self.rows % self.accumulation == 0,
+            "rows",
+            self.rows,
+            f"a multiple of accumulation {self.accumulation}",
+        )
+        require(
+            len(self.trains) > 0,
+            "trains",
+            self.trains,
+            "at least one pattern",
+            "Use e.g. ('adaptor.*',).",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,10 +397,26 @@ class ModelSource:
 
     def __post_init__(self):
         ways = [bool(self.folder), bool(self.language_model), self.random is not None]
-        require(sum(ways) == 1, "folder, language_model, random", ways, "exactly one of the three ways to name a model")
+        require(
+            sum(ways) == 1,
+            "folder, language_model, random",
+            ways,
+            "exactly one of the three ways to name a model",
+        )
         parts = (self.language_model, self.vision_tower)
-        require(not self.language_model or all(parts), "language_model, vision_tower", parts, "both parts")
-        require(not self.adaptor or all(parts), "adaptor", self.adaptor, "it beside language_model and vision_tower", "A whole folder has its own.")
+        require(
+            not self.language_model or all(parts),
+            "language_model, vision_tower",
+            parts,
+            "both parts",
+        )
+        require(
+            not self.adaptor or all(parts),
+            "adaptor",
+            self.adaptor,
+            "it beside language_model and vision_tower",
+            "A whole folder has its own.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,16 +452,42 @@ class RecipeConfig:
         done = []
         require(len(self.order) > 0, "order", self.order, "at least one stage")
         for name in self.order:
-            require(name in self.stages and name not in done, "order", self.order, f"each name once, out of {sorted(self.stages)}")
+            require(
+                name in self.stages and name not in done,
+                "order",
+                self.order,
+                f"each name once, out of {sorted(self.stages)}",
+            )
             stage = self.stages[name]
-            require(not stage.starts_from or stage.starts_from in done, f"stages.{name}.starts_from", stage.starts_from, f"an earlier stage {done}, or empty")
-            require(not stage.objective.needs_teacher or self.teacher is not None, f"stages.{name}.objective.kind", stage.objective.kind, "a teacher", "Set config.teacher.")
+            require(
+                not stage.starts_from or stage.starts_from in done,
+                f"stages.{name}.starts_from",
+                stage.starts_from,
+                f"an earlier stage {done}, or empty",
+            )
+            require(
+                not stage.objective.needs_teacher or self.teacher is not None,
+                f"stages.{name}.objective.kind",
+                stage.objective.kind,
+                "a teacher",
+                "Set config.teacher.",
+            )
             pairs = {source.holds_pairs for source in stage.data.sources} - {None}
             wanted = {stage.objective.kind == "preference"}
-            require(pairs <= wanted, f"stages.{name}.data.sources", [s.kind for s in stage.data.sources], "pairs for a preference objective and chats for the others")
+            require(
+                pairs <= wanted,
+                f"stages.{name}.data.sources",
+                [s.kind for s in stage.data.sources],
+                "pairs for a preference objective and chats for the others",
+            )
             done.append(name)
         for model in self.evaluation.models:
-            require(model in (*done, "teacher"), "evaluation.models", model, f"a stage {done} or teacher")
+            require(
+                model in (*done, "teacher"),
+                "evaluation.models",
+                model,
+                f"a stage {done} or teacher",
+            )
 
 
 def from_dict(cls, values: Mapping, path: str = "config"):
@@ -330,8 +503,20 @@ def from_dict(cls, values: Mapping, path: str = "config"):
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         near = difflib.get_close_matches(key, fields, 1)
-        require(key in fields, f"{path}.{key}", values[key], f"a known key ({', '.join(fields)})", f"Did you mean {path}.{near[0]}?" if near else "")
-    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        require(
+            key in fields,
+            f"{path}.{key}",
+            values[key],
+            f"a known key ({', '.join(fields)})",
+            f"Did you mean {path}.{near[0]}?" if near else "",
+        )
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
     require(not missing, path, dict(values), f"the keys {missing} as well")
     made = {key: _convert(hints[key], values[key], f"{path}.{key}") for key in values}
     try:

@@ -47,7 +47,12 @@ class Totals:
 
 def totals(config: ObjectiveConfig, batch: Batch) -> Totals:
     """The totals of a batch; those of micro-batches add up to those of the whole."""
-    counted = (batch.loss_weights, compared_positions(config, batch), _valid_pairs(batch), batch.segment_ids > 0)
+    counted = (
+        batch.loss_weights,
+        compared_positions(config, batch),
+        _valid_pairs(batch),
+        batch.segment_ids > 0,
+    )
     return Totals(*(jnp.sum(x, dtype=jnp.float32) for x in counted))
 
 
@@ -58,8 +63,14 @@ def compared_positions(config: ObjectiveConfig, batch: Batch) -> jax.Array:
     Under `compat` the mask comes from unshifted labels: a position counts if its own token is a target (method: the first token
     of an answer is never distilled, and the position after its last one is).
     """
-    seen_by_next = (batch.branch_ids[:, :-1] == 0) | (batch.branch_ids[:, :-1] == batch.branch_ids[:, 1:])
-    continues = (batch.segment_ids[:, 1:] > 0) & (batch.segment_ids[:, :-1] == batch.segment_ids[:, 1:]) & seen_by_next
+    seen_by_next = (batch.branch_ids[:, :-1] == 0) | (
+        batch.branch_ids[:, :-1] == batch.branch_ids[:, 1:]
+    )
+    continues = (
+        (batch.segment_ids[:, 1:] > 0)
+        & (batch.segment_ids[:, :-1] == batch.segment_ids[:, 1:])
+        & seen_by_next
+    )
     if config.all_tokens:
         return jnp.pad(continues, ((0, 0), (0, 1))).astype(jnp.float32)
     if config.compat:
@@ -67,7 +78,9 @@ def compared_positions(config: ObjectiveConfig, batch: Batch) -> jax.Array:
     return batch.loss_weights
 
 
-def pair_ratios(batch: Batch, student: View, teacher: View) -> tuple[jax.Array, jax.Array, jax.Array]:
+def pair_ratios(
+    batch: Batch, student: View, teacher: View
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Summed log-probability of both answers of each pair, student minus teacher.
 
     Returns:
@@ -75,13 +88,23 @@ def pair_ratios(batch: Batch, student: View, teacher: View) -> tuple[jax.Array, 
     """
     mask = batch.loss_weights > 0
     log_probs = token_log_probs(student.hidden, student.head_w_vd, batch.targets, mask)
-    reference = jax.lax.stop_gradient(token_log_probs(teacher.hidden, teacher.head_w_vd, batch.targets, mask))
+    reference = jax.lax.stop_gradient(
+        token_log_probs(teacher.hidden, teacher.head_w_vd, batch.targets, mask)
+    )
     ratios, valid = (log_probs - reference) * batch.loss_weights, _valid_pairs(batch)
-    return *(jnp.where(valid, _answer_sums(batch, ratios, branch), 0) for branch in (CHOSEN, REJECTED)), valid
+    return *(
+        jnp.where(valid, _answer_sums(batch, ratios, branch), 0) for branch in (CHOSEN, REJECTED)
+    ), valid
 
 
 def loss(
-    config: ObjectiveConfig, batch: Batch, student: View, teacher: View | None, aux, totals: Totals, pair_means: tuple[jax.Array, jax.Array] | None = None
+    config: ObjectiveConfig,
+    batch: Batch,
+    student: View,
+    teacher: View | None,
+    aux,
+    totals: Totals,
+    pair_means: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict]:
     """This batch's contribution to the loss of the global batch.
 
@@ -97,15 +120,21 @@ def loss(
     """
     if config.needs_teacher != (teacher is not None):
         given, remedy = ("one", "pass None") if teacher else ("None", "pass its View")
-        raise ValueError(f"teacher: got {given}, but objective {config.kind!r} needs {'one' if config.needs_teacher else 'none'}; {remedy}.")
+        raise ValueError(
+            f"teacher: got {given}, but objective {config.kind!r} needs {'one' if config.needs_teacher else 'none'}; {remedy}."
+        )
     parts = {"next_token": _next_token, "mimic": _mimic, "preference": _preference}
     task, metrics = parts[config.kind](config, batch, student, teacher, totals, pair_means)
     router, router_metrics = _router(config, batch, aux, totals)
-    return task + router, metrics | router_metrics | {"samples_without_target": _without_target(batch)}
+    return task + router, metrics | router_metrics | {
+        "samples_without_target": _without_target(batch)
+    }
 
 
 def _next_token(config, batch, student, teacher, totals, pair_means):
-    log_probs = token_log_probs(student.hidden, student.head_w_vd, batch.targets, batch.loss_weights > 0)
+    log_probs = token_log_probs(
+        student.hidden, student.head_w_vd, batch.targets, batch.loss_weights > 0
+    )
     surprise = -jnp.sum(log_probs * batch.loss_weights)
     return _share(surprise, totals.tokens), {"next_token": (surprise, jnp.sum(batch.loss_weights))}
 
@@ -114,11 +143,22 @@ def _mimic(config, batch, student, teacher, totals, pair_means):
     compared = compared_positions(config, batch)
     mask = (compared > 0) | (batch.loss_weights > 0)
     log_probs, divergence = token_divergence(
-        student.hidden, student.head_w_vd, teacher.hidden, teacher.head_w_vd, batch.targets, mask, cross_entropy=config.compat
+        student.hidden,
+        student.head_w_vd,
+        teacher.hidden,
+        teacher.head_w_vd,
+        batch.targets,
+        mask,
+        cross_entropy=config.compat,
     )
     surprise, divergence = -jnp.sum(log_probs * batch.loss_weights), jnp.sum(divergence * compared)
-    metrics = {"next_token": (surprise, jnp.sum(batch.loss_weights)), "kl": (divergence, jnp.sum(compared))}
-    return _share(divergence, totals.compared) + config.next_token_weight * _share(surprise, totals.tokens), metrics
+    metrics = {
+        "next_token": (surprise, jnp.sum(batch.loss_weights)),
+        "kl": (divergence, jnp.sum(compared)),
+    }
+    return _share(divergence, totals.compared) + config.next_token_weight * _share(
+        surprise, totals.tokens
+    ), metrics
 
 
 def _preference(config, batch, student, teacher, totals, pair_means):
@@ -128,8 +168,13 @@ def _preference(config, batch, student, teacher, totals, pair_means):
         pair_means = _share(jnp.sum(chosen), pairs), _share(jnp.sum(rejected), pairs)
     if not config.compat:
         pair_means = jax.lax.stop_gradient(pair_means)
-    lengths = [jnp.maximum(_answer_sums(batch, batch.loss_weights, branch), 1) for branch in (CHOSEN, REJECTED)]
-    losses = jnp.where(valid, PREFERENCES[config.preference](config, chosen, rejected, lengths, pair_means), 0)
+    lengths = [
+        jnp.maximum(_answer_sums(batch, batch.loss_weights, branch), 1)
+        for branch in (CHOSEN, REJECTED)
+    ]
+    losses = jnp.where(
+        valid, PREFERENCES[config.preference](config, chosen, rejected, lengths, pair_means), 0
+    )
     sums = {
         "preference": losses,
         "reward_chosen": config.beta * chosen,
@@ -144,7 +189,9 @@ def _preference(config, batch, student, teacher, totals, pair_means):
 def _sigmoid(config, chosen, rejected, lengths, means):
     """DPO (arXiv 2305.18290), with label smoothing."""
     margin = config.beta * (chosen - rejected)
-    return -(1 - config.label_smoothing) * jax.nn.log_sigmoid(margin) - config.label_smoothing * jax.nn.log_sigmoid(-margin)
+    return -(1 - config.label_smoothing) * jax.nn.log_sigmoid(
+        margin
+    ) - config.label_smoothing * jax.nn.log_sigmoid(-margin)
 
 
 def _hinge(config, chosen, rejected, lengths, means):
@@ -160,7 +207,10 @@ def _ipo(config, chosen, rejected, lengths, means):
 def _kto_pair(config, chosen, rejected, lengths, means):
     """KTO (arXiv 2402.01306) on pairs, the paper's choice: each answer against the other kind's mean ratio."""
     kl_chosen, kl_rejected = (jnp.maximum(mean, 0) for mean in means)
-    terms = 1 - jax.nn.sigmoid(config.beta * (chosen - kl_rejected)), 1 - jax.nn.sigmoid(config.beta * (kl_chosen - rejected))
+    terms = (
+        1 - jax.nn.sigmoid(config.beta * (chosen - kl_rejected)),
+        1 - jax.nn.sigmoid(config.beta * (kl_chosen - rejected)),
+    )
     return sum(terms) / 2
 
 
@@ -178,7 +228,9 @@ def _router(config, batch, aux, totals):
         return weighted, {}
     shares = aux.load / jnp.maximum(jnp.sum(aux.load, axis=-1, keepdims=True), 1)
     means = {"balance": balance, "router_z": z, "expert_share_max": jnp.max(shares)}
-    return _share(routed * weighted, totals.routed), {name: (routed * x, routed) for name, x in means.items()}
+    return _share(routed * weighted, totals.routed), {
+        name: (routed * x, routed) for name, x in means.items()
+    }
 
 
 def _members(batch) -> jax.Array:
@@ -193,7 +245,9 @@ def _answer_sums(batch, x_bs, branch) -> jax.Array:
 
 
 def _valid_pairs(batch) -> jax.Array:
-    return (_answer_sums(batch, batch.loss_weights, CHOSEN) > 0) & (_answer_sums(batch, batch.loss_weights, REJECTED) > 0)
+    return (_answer_sums(batch, batch.loss_weights, CHOSEN) > 0) & (
+        _answer_sums(batch, batch.loss_weights, REJECTED) > 0
+    )
 
 
 def _without_target(batch) -> tuple[jax.Array, jax.Array]:

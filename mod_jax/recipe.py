@@ -15,7 +15,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mod_jax.config import ConfigError, MeshConfig, ModelConfig, ModelSource, RecipeConfig, StageConfig, from_dict, require
+from mod_jax.config import (
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    ModelSource,
+    RecipeConfig,
+    StageConfig,
+    from_dict,
+    require,
+)
 from mod_jax.data.batches.pipeline import Batches
 from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.data.sources.kinds import Source
@@ -47,10 +56,24 @@ class Model:
 
 def check_tokenizer(config: ModelConfig, origin: str, tokenizer) -> None:
     """Raises ConfigError if a model does not know the tokenizer's ids."""
-    for name, value in {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "end_token_id": tokenizer.eos_token_id}.items():
-        require(getattr(config, name) == value, f"{name} of {origin}", getattr(config, name), f"the tokenizer's, {value}", "Name the tokenizer it was trained with.")
+    for name, value in {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "end_token_id": tokenizer.eos_token_id,
+    }.items():
+        require(
+            getattr(config, name) == value,
+            f"{name} of {origin}",
+            getattr(config, name),
+            f"the tokenizer's, {value}",
+            "Name the tokenizer it was trained with.",
+        )
     rows, largest = config.decoder.vocab_size, max(tokenizer.get_vocab().values())
-    require(largest < rows, f"vocabulary of {origin}", rows, f"more embedding rows than the tokenizer's largest id, {largest}")
+    require(
+        largest < rows,
+        f"vocabulary of {origin}",
+        rows,
+        f"more embedding rows than the tokenizer's largest id, {largest}",
+    )
 
 
 def load_model(source: ModelSource, tokenizer, dtype: str, remat: str) -> Model:
@@ -60,7 +83,11 @@ def load_model(source: ModelSource, tokenizer, dtype: str, remat: str) -> Model:
       ConfigError: if it does not fit the tokenizer, or as `open_pretrained`.
     """
     if source.random:
-        config, params, origin = source.random, jax.jit(functools.partial(llava.init, source.random))(jax.random.key(source.seed)), f"random weights, seed {source.seed}"
+        config, params, origin = (
+            source.random,
+            jax.jit(functools.partial(llava.init, source.random))(jax.random.key(source.seed)),
+            f"random weights, seed {source.seed}",
+        )
     else:
         with loading.open_source(source, tokenizer) as pretrained:
             config, params, origin = pretrained.config, read(pretrained), pretrained.origin
@@ -89,12 +116,29 @@ class Recipe:
         Raises:
           ConfigError: if it cannot teach this student: another tower.
         """
-        require(self.config.teacher is not None, "teacher", None, "a model source", "Set config.teacher.")
+        require(
+            self.config.teacher is not None,
+            "teacher",
+            None,
+            "a model source",
+            "Set config.teacher.",
+        )
         model = self._load(self.config.teacher, "none")
         student = self._first_student
-        require(model.config.vision == student.config.vision, "teacher vision tower", model.config.vision, f"the student's, {student.config.vision}")
+        require(
+            model.config.vision == student.config.vision,
+            "teacher vision tower",
+            model.config.vision,
+            f"the student's, {student.config.vision}",
+        )
         same = self.config.teacher.random is not None or _tower(model) == _tower(student)
-        require(same, "teacher", model.origin, f"a teacher with the same vision tower weights as {student.origin}", "Features are computed once for both.")
+        require(
+            same,
+            "teacher",
+            model.origin,
+            f"a teacher with the same vision tower weights as {student.origin}",
+            "Features are computed once for both.",
+        )
         return model
 
     @functools.cached_property
@@ -103,8 +147,16 @@ class Recipe:
 
     def _load(self, source: ModelSource, remat: str) -> Model:
         model = load_model(source, self.tokenizer, self.config.dtype, remat)
-        positions, lengths = model.config.decoder.max_positions, {name: self.config.stages[name].data.sequence_length for name in self.config.order}
-        require(max(lengths.values()) <= positions, "data.sequence_length", lengths, f"at most {positions}, the longest sequence that {model.origin} was made for")
+        positions, lengths = (
+            model.config.decoder.max_positions,
+            {name: self.config.stages[name].data.sequence_length for name in self.config.order},
+        )
+        require(
+            max(lengths.values()) <= positions,
+            "data.sequence_length",
+            lengths,
+            f"at most {positions}, the longest sequence that {model.origin} was made for",
+        )
         return model
 
     def student_before(self, name: str) -> Model:
@@ -113,7 +165,9 @@ class Recipe:
         model = self.student_after(stage.starts_from) if stage.starts_from else self._first_student
         if stage.upcycle is None:
             return model
-        params, config = upcycle(model.params, model.config, stage.upcycle, jax.random.key(stage.seed))
+        params, config = upcycle(
+            model.params, model.config, stage.upcycle, jax.random.key(stage.seed)
+        )
         return Model(config, params, f"{model.origin}, upcycled with seed {stage.seed}")
 
     def student_after(self, name: str) -> Model:
@@ -123,21 +177,41 @@ class Recipe:
           ConfigError: if the stage is not finished.
         """
         if name not in self._students:
-            before, stage, saved = self.student_before(name), self.config.stages[name], self._checkpoints(name)
+            before, stage, saved = (
+                self.student_before(name),
+                self.config.stages[name],
+                self._checkpoints(name),
+            )
             steps, latest = stage.steps, saved.latest
-            require(latest == steps, f"stage {name}", f"step {latest}", f"a checkpoint of its last step {steps} under {saved.folder}", "Run it first.")
+            require(
+                latest == steps,
+                f"stage {name}",
+                f"step {latest}",
+                f"a checkpoint of its last step {steps} under {saved.folder}",
+                "Run it first.",
+            )
             trained, _ = split_trained(before.params, stage.trains)
-            loop.check_same(saved.about(steps), self._about(name, before), saved.folder)  # the teacher is not needed to put the student together
+            loop.check_same(
+                saved.about(steps), self._about(name, before), saved.folder
+            )  # the teacher is not needed to put the student together
             params = {n: before.params[n] for n in trained}
-            shapes = jax.eval_shape(lambda p: new_state(p, make_optimizer(stage.optimizer, steps)), params)
+            shapes = jax.eval_shape(
+                lambda p: new_state(p, make_optimizer(stage.optimizer, steps)), params
+            )
             one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            state = saved.restore(steps, checkpoint.abstract(shapes, jax.tree.map(lambda _: one, shapes)), None)
+            state = saved.restore(
+                steps, checkpoint.abstract(shapes, jax.tree.map(lambda _: one, shapes)), None
+            )
             saved.close()
-            self._students[name] = Model(before.config, {**before.params, **state.params}, f"stage {name}")
+            self._students[name] = Model(
+                before.config, {**before.params, **state.params}, f"stage {name}"
+            )
         return self._students[name]
 
     def _checkpoints(self, name: str) -> checkpoint.Checkpoints:
-        return checkpoint.Checkpoints(self.workdir / "stages" / name / "checkpoints", self.config.keep_checkpoints)
+        return checkpoint.Checkpoints(
+            self.workdir / "stages" / name / "checkpoints", self.config.keep_checkpoints
+        )
 
     def _teacher_of(self, name: str) -> Model | None:
         return self.teacher if self.config.stages[name].objective.needs_teacher else None
@@ -159,23 +233,42 @@ class Recipe:
         for name in self.config.order:
             saved = self._checkpoints(name)
             if saved.latest is not None:
-                loop.check_same(saved.about(saved.latest), {"config": self._resolved(name)}, saved.folder)
+                loop.check_same(
+                    saved.about(saved.latest), {"config": self._resolved(name)}, saved.folder
+                )
             saved.close()
 
     def run(self, name: str) -> Model:
         """Runs a stage to its end (at once, if it is there) and returns its student."""
-        stage, before, teacher = self.config.stages[name], self.student_before(name), self._teacher_of(name)
+        stage, before, teacher = (
+            self.config.stages[name],
+            self.student_before(name),
+            self._teacher_of(name),
+        )
         trained, frozen = split_trained(before.params, stage.trains)
         if teacher and any(n.startswith(TOWER) for n in trained):
-            raise ConfigError(f"stages.{name}.trains = {stage.trains!r}: expected the vision tower frozen, as the teacher reads its features too.")
+            raise ConfigError(
+                f"stages.{name}.trains = {stage.trains!r}: expected the vision tower frozen, as the teacher reads its features too."
+            )
         work = loop.Stage(
             name=name,
             config=stage,
             student=before.config,
             teacher=teacher.config if teacher else None,
             trained={n: before.params[n] for n in trained},
-            frozen=Frozen({n: before.params[n] for n in frozen}, {n: p for n, p in teacher.params.items() if not n.startswith(TOWER)} if teacher else {}),
-            data=Batches(stage.data, self.tokenizer, before.config, stage.rows, (jax.process_index(), jax.process_count())),
+            frozen=Frozen(
+                {n: before.params[n] for n in frozen},
+                {n: p for n, p in teacher.params.items() if not n.startswith(TOWER)}
+                if teacher
+                else {},
+            ),
+            data=Batches(
+                stage.data,
+                self.tokenizer,
+                before.config,
+                stage.rows,
+                (jax.process_index(), jax.process_count()),
+            ),
             folder=self.workdir / "stages" / name,
             about=self._about(name, before, teacher),
         )
@@ -189,8 +282,17 @@ class Recipe:
 def check_pairs(name: str, stage: StageConfig, sources: Sequence[Source]) -> None:
     """Raises ConfigError if open sources hold chats where the objective wants pairs, or the reverse; some kinds say it only when they are open."""
     wanted = stage.objective.kind == "preference"
-    wrong = [source.path for source, opened in zip(stage.data.sources, sources) if opened.holds_pairs != wanted]
-    require(not wrong, f"stages.{name}.data.sources", wrong, "pairs for a preference objective and chats for the others")
+    wrong = [
+        source.path
+        for source, opened in zip(stage.data.sources, sources)
+        if opened.holds_pairs != wanted
+    ]
+    require(
+        not wrong,
+        f"stages.{name}.data.sources",
+        wrong,
+        "pairs for a preference objective and chats for the others",
+    )
 
 
 def is_run(path) -> bool:
@@ -205,11 +307,15 @@ def open_run(folder, stage: str | None = None) -> tuple[Recipe, str]:
     Raises:
       ConfigError: if the folder is no run, or has no such stage.
     """
-    require(is_run(folder), "run", str(folder), "a folder that mod_jax.train made, with its config.json")
+    require(
+        is_run(folder), "run", str(folder), "a folder that mod_jax.train made, with its config.json"
+    )
     config = from_dict(RecipeConfig, json.loads((pathlib.Path(folder) / "config.json").read_text()))
     stage = stage or config.order[-1]
     require(stage in config.stages, "stage", stage, f"one of {config.order}")
-    return Recipe(config, pathlib.Path(folder), make_mesh(MeshConfig(), jax.local_devices()[:1])), stage
+    return Recipe(
+        config, pathlib.Path(folder), make_mesh(MeshConfig(), jax.local_devices()[:1])
+    ), stage
 
 
 def _json(config) -> dict:
@@ -221,7 +327,11 @@ def _identity(model: Model, names) -> dict:
     """Where a model came from, its configuration, and the SHA-256 of the parameters `names`."""
     config = _json(model.config)
     del config["remat"]  # what is recomputed may change while a stage runs
-    return {"origin": model.origin, "config": config, "checksum": huggingface.checksum({name: np.asarray(model.params[name]) for name in names})}
+    return {
+        "origin": model.origin,
+        "config": config,
+        "checksum": huggingface.checksum({name: np.asarray(model.params[name]) for name in names}),
+    }
 
 
 def _tower(model: Model) -> str:

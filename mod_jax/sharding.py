@@ -17,7 +17,10 @@ ROWS = ("data", "fsdp", "expert")
 RULES = {
     "layers": None,
     "vocab": "tensor",
-    "embed": ("fsdp", "expert"),  # dense weights: no expert axis of their own, so it serves as a second fsdp
+    "embed": (
+        "fsdp",
+        "expert",
+    ),  # dense weights: no expert axis of their own, so it serves as a second fsdp
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -38,12 +41,30 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     free = [axis for axis, n in zip(AXES, shape) if n == -1]
     known = math.prod(n for n in shape if n != -1)
     asked = dict(zip(AXES, shape))
-    require(len(free) <= 1 and all(n > 0 or n == -1 for n in shape), "mesh", asked, "positive sizes, at most one of them -1 (the rest)")
+    require(
+        len(free) <= 1 and all(n > 0 or n == -1 for n in shape),
+        "mesh",
+        asked,
+        "positive sizes, at most one of them -1 (the rest)",
+    )
     if free:
-        require(len(devices) % known == 0, "mesh", asked, f"sizes whose product divides the {len(devices)} devices")
+        require(
+            len(devices) % known == 0,
+            "mesh",
+            asked,
+            f"sizes whose product divides the {len(devices)} devices",
+        )
         shape[AXES.index(free[0])] = len(devices) // known
-    require(math.prod(shape) == len(devices), "mesh", asked, f"sizes with the product {len(devices)}, the number of devices", "Set one axis to -1 to take what is left.")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    require(
+        math.prod(shape) == len(devices),
+        "mesh",
+        asked,
+        f"sizes with the product {len(devices)}, the number of devices",
+        "Set one axis to -1 to take what is left.",
+    )
+    return jax.make_mesh(
+        tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
 def parameter_shardings(mesh: Mesh, shapes: dict, axes: dict) -> dict:
@@ -60,12 +81,17 @@ def parameter_shardings(mesh: Mesh, shapes: dict, axes: dict) -> dict:
     for name, array in shapes.items():
         spec = [RULES[axis] for axis in axes[name]]
         for size, axis, mesh_axes in zip(array.shape, axes[name], spec, strict=True):
-            ways = math.prod(mesh.shape[a] for a in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()))
+            ways = math.prod(
+                mesh.shape[a]
+                for a in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ())
+            )
             if size % ways:
                 wrong.append(f"{name}: {axis} of size {size} over {mesh_axes} = {ways} devices")
         shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
     if wrong:
-        raise ConfigError("these sizes do not divide over the mesh; choose other mesh sizes: " + "; ".join(wrong))
+        raise ConfigError(
+            "these sizes do not divide over the mesh; choose other mesh sizes: " + "; ".join(wrong)
+        )
     return shardings
 
 
@@ -82,7 +108,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def check_rows(mesh: Mesh, rows: int, accumulation: int) -> None:
     """Raises ConfigError unless every micro-batch splits evenly over the row axes of the mesh."""
     ways = math.prod(mesh.shape[a] for a in ROWS)
-    require((rows // accumulation) % ways == 0, "rows / accumulation", rows // accumulation, f"a multiple of data x fsdp x expert = {ways}")
+    require(
+        (rows // accumulation) % ways == 0,
+        "rows / accumulation",
+        rows // accumulation,
+        f"a multiple of data x fsdp x expert = {ways}",
+    )
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:

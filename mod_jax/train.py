@@ -22,11 +22,21 @@ from mod_jax.report import dry_run, scores
 from mod_jax.sharding import make_mesh
 from mod_jax.storage.atomic import write_json
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a file in configs/.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe, a file in configs/.", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
-STAGE = flags.DEFINE_string("stage", None, "Run only this stage; what it starts from has to be there.")
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "Read all data once and print their statistics; exit code 1 if too many samples are bad. Needs no --workdir.")
-DECODE = flags.DEFINE_bool("decode", True, "With --dry-run: decode the pictures too, to find the bad ones.")
+STAGE = flags.DEFINE_string(
+    "stage", None, "Run only this stage; what it starts from has to be there."
+)
+DRY_RUN = flags.DEFINE_bool(
+    "dry-run",
+    False,
+    "Read all data once and print their statistics; exit code 1 if too many samples are bad. Needs no --workdir.",
+)
+DECODE = flags.DEFINE_bool(
+    "decode", True, "With --dry-run: decode the pictures too, to find the bad ones."
+)
 
 
 def run(config: RecipeConfig, workdir: pathlib.Path, stage: str | None = None) -> dict | None:
@@ -59,18 +69,26 @@ def check_stage(config: RecipeConfig, stage: str | None) -> None:
 
 def measure(recipe: Recipe, name: str) -> dict:
     """Evaluates the teacher or the student that a finished stage left behind."""
-    model = recipe.teacher if name == "teacher" and name not in recipe.config.stages else recipe.student_after(name)
+    model = (
+        recipe.teacher
+        if name == "teacher" and name not in recipe.config.stages
+        else recipe.student_after(name)
+    )
     return scenes.evaluate(recipe.config.evaluation, model.config, model.params, recipe.tokenizer)
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    require(pathlib.Path(path).is_file(), "--config", path, "an existing file, as those in configs/")
+    require(
+        pathlib.Path(path).is_file(), "--config", path, "an existing file, as those in configs/"
+    )
     config = from_dict(RecipeConfig, CONFIG.value.to_dict())
     check_stage(config, STAGE.value)
     if DRY_RUN.value:
-        sys.exit(not dry_run.run(config, (STAGE.value,) if STAGE.value else config.order, DECODE.value))
+        sys.exit(
+            not dry_run.run(config, (STAGE.value,) if STAGE.value else config.order, DECODE.value)
+        )
     require(bool(WORKDIR.value), "--workdir", WORKDIR.value, "a folder for the run")
     results = run(config, pathlib.Path(WORKDIR.value), STAGE.value)
     if results:
@@ -83,7 +101,9 @@ def parse(arguments: list[str]) -> list[str]:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, OSError) as error:
         told = str(error).replace("\\n", " ")
-        raise ConfigError(f"--config: expected a file that can be read and keys that it has ({' '.join(told.split())}).") from None
+        raise ConfigError(
+            f"--config: expected a file that can be read and keys that it has ({' '.join(told.split())})."
+        ) from None
 
 
 def cli() -> None:

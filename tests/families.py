@@ -22,9 +22,25 @@ import small
 import small_tokenizers
 import transformers
 from layouts import LAYOUTS, Checkpoint
-from stock.check import CONVERSATION, INPUTS, NEW_TOKENS, NOTHING, Difference, Results, difference, inputs, theirs, wrong_with
+from stock.check import (
+    CONVERSATION,
+    INPUTS,
+    NEW_TOKENS,
+    NOTHING,
+    Difference,
+    Results,
+    difference,
+    inputs,
+    theirs,
+    wrong_with,
+)
 from tokenizers import AddedToken
-from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor, SiglipImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    SiglipImageProcessorPil,
+)
 
 import mod_jax
 from mod_jax.config import DecoderConfig, ModelConfig, ModelSource, MoEConfig, VisionConfig
@@ -46,7 +62,9 @@ SHARD_BYTES = 100_000  # of an export: several files and an index
 def tokenizer_of(kind: str):
     """One of `small_tokenizers`, with `<image>` and a token to pad with."""
     tokenizer = copy.deepcopy(getattr(small_tokenizers, kind)())
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken("<image>", special=True, normalized=False)], special_tokens=True
+    )
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -57,7 +75,9 @@ def rows_for(tokenizer) -> int:
 
 
 IMAGE_PROCESSORS = {
-    "pad": lambda: LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": SIDE}, crop_size=SQUARE),
+    "pad": lambda: LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": SIDE}, crop_size=SQUARE
+    ),
     "crop": lambda: CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE),
     "stretch": lambda: SiglipImageProcessorPil(size=SQUARE, resample=3),
 }
@@ -75,10 +95,18 @@ class Family:
 
     def text_config(self):
         tokenizer = tokenizer_of(self.tokenizer)
-        return self.text(vocab_size=rows_for(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        return self.text(
+            vocab_size=rows_for(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
 
     def config(self):
-        return hf_models.llava(self.vision(), self.text_config(), image_token_index=tokenizer_of(self.tokenizer).convert_tokens_to_ids("<image>"))
+        return hf_models.llava(
+            self.vision(),
+            self.text_config(),
+            image_token_index=tokenizer_of(self.tokenizer).convert_tokens_to_ids("<image>"),
+        )
 
     def processor(self, template: str | None = "qwen") -> LlavaProcessor:
         config = self.config()
@@ -109,24 +137,41 @@ def ours(chat: Chat, with_pictures: bool = True) -> Results:
     texts, pictures = inputs(with_pictures)
     prompts = chat.processor.prompts(texts, pictures, MULTIPLE)
     lengths = prompts.segment_ids.sum(1)
-    left, endless = chat.logits(texts, pictures), dataclasses.replace(chat.config, end_token_id=NOTHING)
+    left, endless = (
+        chat.logits(texts, pictures),
+        dataclasses.replace(chat.config, end_token_id=NOTHING),
+    )
     with jax.default_matmul_precision("highest"):  # as `chat.logits`
-        right = np.asarray(logits(chat.config, chat.params, right_padded(prompts)))[:, : lengths.max()]
+        right = np.asarray(logits(chat.config, chat.params, right_padded(prompts)))[
+            :, : lengths.max()
+        ]
         answers = generate(endless, chat.params, prompts, NEW_TOKENS)
-    return Results([row[-length:] for row, length in zip(left, lengths)], left, right, np.asarray(answers))
+    return Results(
+        [row[-length:] for row, length in zip(left, lengths)], left, right, np.asarray(answers)
+    )
 
 
 def right_padded(prompts: Prompts) -> Prompts:
     """Left-padded prompts with the padding moved to the other side."""
     places = np.argsort(prompts.segment_ids == 0, axis=1, kind="stable")
-    return dataclasses.replace(prompts, **{n: np.take_along_axis(getattr(prompts, n), places, 1) for n in ("tokens", "segment_ids", "picture_index")})
+    return dataclasses.replace(
+        prompts,
+        **{
+            n: np.take_along_axis(getattr(prompts, n), places, 1)
+            for n in ("tokens", "segment_ids", "picture_index")
+        },
+    )
 
 
 @functools.cache
 def checkpoint_of(name: str) -> Checkpoint:
     """A family's model."""
     family = FAMILIES[name]
-    return Checkpoint(hf_models.build(family.config(), family.seed), family.processor(), getattr(small_tokenizers, family.tokenizer)())
+    return Checkpoint(
+        hf_models.build(family.config(), family.seed),
+        family.processor(),
+        getattr(small_tokenizers, family.tokenizer)(),
+    )
 
 
 @functools.cache
@@ -144,21 +189,42 @@ def measure_llava(name: str, layout: str, folder: pathlib.Path) -> Difference:
 def measure_language_model(name: str, folder: pathlib.Path) -> Difference:
     """A family's language model alone, in a student that is made of it and a tower, without pictures."""
     family = FAMILIES[name]
-    model, tokenizer = hf_models.build(family.text_config(), family.seed), tokenizer_of(family.tokenizer)
+    model, tokenizer = (
+        hf_models.build(family.text_config(), family.seed),
+        tokenizer_of(family.tokenizer),
+    )
     model.save_pretrained(folder / "language_model")
     hf_models.build(family.vision()).save_pretrained(folder / "vision_tower")
-    source = ModelSource(language_model=str(folder / "language_model"), vision_tower=str(folder / "vision_tower"))
+    source = ModelSource(
+        language_model=str(folder / "language_model"), vision_tower=str(folder / "vision_tower")
+    )
     with open_source(source, tokenizer) as pretrained:
-        chat = Chat(pretrained.config, read(pretrained), Processor(tokenizer, None, pretrained.config))
+        chat = Chat(
+            pretrained.config, read(pretrained), Processor(tokenizer, None, pretrained.config)
+        )
     return difference(ours(chat, False), theirs(model, family.processor(), False))
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope_theta": 1e4}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 1e4,
+}
 CLIP = small.VISION
-SIGLIP = VisionConfig("siglip", 8, 4, 16, 32, 2, 2, "gelu_tanh", 1e-6, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3)
+SIGLIP = VisionConfig(
+    "siglip", 8, 4, 16, 32, 2, 2, "gelu_tanh", 1e-6, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3
+)
 STUDENTS = {  # of ours, that stock transformers loads: tower, decoder, tokenizer
     "CLIP + sparse Qwen2": (CLIP, {"moe": MoEConfig(), "tie_embeddings": False}, "qwen"),
-    "SigLIP + sparse Llama": (SIGLIP, {"moe": MoEConfig("second_half"), "qkv_bias": False}, "llama"),
+    "SigLIP + sparse Llama": (
+        SIGLIP,
+        {"moe": MoEConfig("second_half"), "qkv_bias": False},
+        "llama",
+    ),
     "CLIP + sparse Qwen3": (CLIP, {"moe": MoEConfig(), "qkv_bias": False, "qk_norm": True}, "qwen"),
     "SigLIP + dense Qwen2": (SIGLIP, {}, "qwen"),
 }
@@ -170,9 +236,14 @@ def student_of(name: str, folder: pathlib.Path) -> None:
     tokenizer = tokenizer_of(kind)
     tokenizer.save_pretrained(folder.with_name(folder.name + ".tokenizer"))
     decoder = DecoderConfig(vocab_size=rows_for(tokenizer), **SIZES | changes)
-    config = ModelConfig(vision, decoder, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id)
+    config = ModelConfig(
+        vision, decoder, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
+    )
     params = {name: InMemory(array) for name, array in small.params_of(config).items()}
-    save_native(folder, Pretrained(config, params, "random weights", folder.with_name(folder.name + ".tokenizer")))
+    save_native(
+        folder,
+        Pretrained(config, params, "random weights", folder.with_name(folder.name + ".tokenizer")),
+    )
 
 
 def write_export(name: str, folder: pathlib.Path) -> None:
@@ -187,7 +258,9 @@ def write_export(name: str, folder: pathlib.Path) -> None:
         left=found.left,
         right=found.right,
         answers=found.answers,
-        pixels=((squares / 255 - np.array(vision.pixel_mean)) / np.array(vision.pixel_std)).transpose(0, 3, 1, 2),
+        pixels=(
+            (squares / 255 - np.array(vision.pixel_mean)) / np.array(vision.pixel_std)
+        ).transpose(0, 3, 1, 2),
         rendered=chat.processor.render(CONVERSATION),
         said=chat.generate("Describe the picture.", pictures[0]),
         **{f"alone_{number}": logits for number, logits in enumerate(found.alone)},
@@ -210,18 +283,25 @@ SHOWN_WITH = {  # the family that a layout is shown with
     "LLaVA-MoD authors' dense, .bin": "CLIP + Qwen1.5, 2, 2.5",
 }
 # (model, folder) -> how it is measured, given an empty folder
-CASES: dict[tuple[str, str], Callable[[pathlib.Path], Difference]] = {(name, SAVED): functools.partial(measure_llava, name, SAVED) for name in FAMILIES}
+CASES: dict[tuple[str, str], Callable[[pathlib.Path], Difference]] = {
+    (name, SAVED): functools.partial(measure_llava, name, SAVED) for name in FAMILIES
+}
 for layout in OTHER_LAYOUTS:
     family = SHOWN_WITH.get(layout, "CLIP + Qwen2-MoE")
     CASES[family, layout] = functools.partial(measure_llava, family, layout)
 for name in FAMILIES:
     if name.startswith("CLIP + "):
-        CASES[name.removeprefix("CLIP + "), "plain language model"] = functools.partial(measure_language_model, name)
+        CASES[name.removeprefix("CLIP + "), "plain language model"] = functools.partial(
+            measure_language_model, name
+        )
 for name in STUDENTS:
     CASES[name, "exported by `mod_jax.convert export`"] = functools.partial(measure_export, name)
 
 
-PAGE, MARKS = pathlib.Path(__file__).parents[1] / "docs" / "checkpoints.md", ("<!-- families -->", "<!-- /families -->")
+PAGE, MARKS = (
+    pathlib.Path(__file__).parents[1] / "docs" / "checkpoints.md",
+    ("<!-- families -->", "<!-- /families -->"),
+)
 CAPTION = f"""\
 Logits in float32, max |ours - theirs| / max |theirs|, against transformers {transformers.__version__}: the worst of {len(INPUTS)} texts ({", ".join(INPUTS)}),
 each alone, and all in batches padded on either side. Then the share of {len(INPUTS)} x {NEW_TOKENS} greedily chosen tokens that are the same.

@@ -5,7 +5,17 @@ Every parameter is random, norms and biases too, so that none can be missed unno
 
 import torch
 import transformers
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig, SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SiglipVisionConfig,
+)
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -13,18 +23,59 @@ transformers.logging.disable_progress_bar()
 
 IMAGE_TOKEN, END_TOKEN, VOCABULARY = 99, 98, 101
 
-TEXT = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4}
-TEXT |= {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "attn_implementation": "eager"}
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+TEXT |= {
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "attn_implementation": "eager",
+}
 TEXT |= {"eos_token_id": END_TOKEN, "pad_token_id": END_TOKEN}
-MOE = {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1}
-MOE |= {"mlp_only_layers": [1, 3], "moe_intermediate_size": 56, "shared_expert_intermediate_size": 0}
-TOWER = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 12, "patch_size": 4}
+MOE = {
+    "num_hidden_layers": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+}
+MOE |= {
+    "mlp_only_layers": [1, 3],
+    "moe_intermediate_size": 56,
+    "shared_expert_intermediate_size": 0,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 12,
+    "patch_size": 4,
+}
 TOWER |= {"attn_implementation": "eager"}
 
 
-CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
-CLASSES |= {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel", "llava": "LlavaForConditionalGeneration"}
-CLASSES |= {"clip": "CLIPModel", "siglip": "SiglipModel", "mistral": "MistralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+CLASSES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+}
+CLASSES |= {
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "llava": "LlavaForConditionalGeneration",
+}
+CLASSES |= {
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+    "mistral": "MistralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 
 def qwen2(**changes) -> Qwen2Config:
@@ -61,8 +112,16 @@ def siglip(**changes) -> SiglipVisionConfig:
 
 def llava(vision, text, **changes) -> LlavaConfig:
     strategy = "default" if vision.model_type == "clip_vision_model" else "full"
-    values = {"image_token_index": IMAGE_TOKEN, "vision_feature_layer": -2, "vision_feature_select_strategy": strategy}
-    values |= {"image_seq_length": 9, "tie_word_embeddings": text.tie_word_embeddings, "attn_implementation": "eager"}
+    values = {
+        "image_token_index": IMAGE_TOKEN,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": strategy,
+    }
+    values |= {
+        "image_seq_length": 9,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "attn_implementation": "eager",
+    }
     return LlavaConfig(vision_config=vision, text_config=text, **values | changes)
 
 
@@ -80,4 +139,7 @@ def build(config, seed: int = 0) -> torch.nn.Module:
 
 def gradients(model: torch.nn.Module) -> dict:
     """Parameter name -> gradient f32 (zeros where nothing flowed), names as the live model has them."""
-    return {name: (torch.zeros_like(p) if p.grad is None else p.grad).numpy() for name, p in model.named_parameters()}
+    return {
+        name: (torch.zeros_like(p) if p.grad is None else p.grad).numpy()
+        for name, p in model.named_parameters()
+    }

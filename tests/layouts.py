@@ -23,22 +23,42 @@ class Checkpoint:
 
 # Names: those of the live model of transformers 5.x, changed by (pattern, replacement) one after the other
 
-TO_4X = (r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head."), (r"^model\.multi_modal", "multi_modal")
+TO_4X = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.multi_modal", "multi_modal"),
+)
 TO_4X += ((r"^model\.vision_tower\.", "vision_tower.vision_model."),)
 TO_5X_OF_OLD = ((r"^model\.vision_tower\.", "model.vision_tower.vision_model."),)
-TO_ORIGINAL = (r"^model\.language_model\.", "model."), (r"multi_modal_projector\.linear_1", "mm_projector.0"), (r"multi_modal_projector\.linear_2", "mm_projector.2")
+TO_ORIGINAL = (
+    (r"^model\.language_model\.", "model."),
+    (r"multi_modal_projector\.linear_1", "mm_projector.0"),
+    (r"multi_modal_projector\.linear_2", "mm_projector.2"),
+)
 TO_ORIGINAL += ((r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),)
-TO_AUTHORS = *TO_ORIGINAL, (r"mm_projector\.", "mm_projector.image_spatial_proj."), (r"vision_tower\.vision_tower\.", "image_tower.image_tower.")
-TO_AUTHORS += (r"\.mlp\.gate\.", ".mlp.deepspeed_moe.gate.wg."), (r"\.mlp\.experts\.", ".mlp.deepspeed_moe.experts.deepspeed_experts.")
+TO_AUTHORS = (
+    *TO_ORIGINAL,
+    (r"mm_projector\.", "mm_projector.image_spatial_proj."),
+    (r"vision_tower\.vision_tower\.", "image_tower.image_tower."),
+)
+TO_AUTHORS += (
+    (r"\.mlp\.gate\.", ".mlp.deepspeed_moe.gate.wg."),
+    (r"\.mlp\.experts\.", ".mlp.deepspeed_moe.experts.deepspeed_experts."),
+)
 
 
 def renamed(tensors: dict[str, torch.Tensor], pairs) -> dict[str, torch.Tensor]:
-    return {functools.reduce(lambda name, pair: re.sub(*pair, name), pairs, name): tensor for name, tensor in tensors.items()}
+    return {
+        functools.reduce(lambda name, pair: re.sub(*pair, name), pairs, name): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Without shared experts (of size zero) and their gates."""
-    return {name: tensor for name, tensor in model.state_dict().items() if ".shared_expert" not in name}
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if ".shared_expert" not in name
+    }
 
 
 def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -49,7 +69,11 @@ def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf)
         if parts:
             pieces = zip(parts, tensor.chunk(len(parts), dim=1))
-            found |= {f"{prefix}.{expert}.{part}.weight": piece[expert] for part, piece in pieces for expert in range(len(tensor))}
+            found |= {
+                f"{prefix}.{expert}.{part}.weight": piece[expert]
+                for part, piece in pieces
+                for expert in range(len(tensor))
+            }
         else:
             found[name] = tensor
     return found
@@ -59,7 +83,11 @@ def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], folder: pathlib.Path) -> None:
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def save_bin(tensors: dict[str, torch.Tensor], folder: pathlib.Path) -> None:
@@ -81,20 +109,53 @@ def llava_hf(checkpoint: Checkpoint, folder: pathlib.Path, pairs=(), fused: bool
     save_safetensors(renamed(tensors if fused else apart(tensors), pairs), folder)
 
 
-def original(checkpoint: Checkpoint, folder: pathlib.Path, save: Callable, pairs, values: dict, tower_in_file: bool = True) -> None:
+def original(
+    checkpoint: Checkpoint,
+    folder: pathlib.Path,
+    save: Callable,
+    pairs,
+    values: dict,
+    tower_in_file: bool = True,
+) -> None:
     """Of original LLaVA and what was made from it: a flat configuration that names the tower's folder, and a tokenizer without `<image>`."""
     config, tower = checkpoint.model.config, folder / "tower"
-    described = config.text_config.to_dict() | {"architectures": [], "mm_hidden_size": config.vision_config.hidden_size, "image_aspect_ratio": "pad"}
-    described |= {"mm_vision_select_layer": config.vision_feature_layer, "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu"}
-    described |= {"mm_vision_tower": str(tower), "mm_image_tower": str(tower), "image_projector_type": "mlp2x_gelu"}
+    described = config.text_config.to_dict() | {
+        "architectures": [],
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "image_aspect_ratio": "pad",
+    }
+    described |= {
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_projector_type": "mlp2x_gelu",
+    }
+    described |= {
+        "mm_vision_tower": str(tower),
+        "mm_image_tower": str(tower),
+        "image_projector_type": "mlp2x_gelu",
+    }
     checkpoint.model.model.vision_tower.save_pretrained(tower)
     checkpoint.tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(described | values))
     tensors = renamed(apart(live_tensors(checkpoint.model)), pairs)
-    save({name: tensor for name, tensor in tensors.items() if tower_in_file or "_tower." not in name}, folder)
+    save(
+        {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tower_in_file or "_tower." not in name
+        },
+        folder,
+    )
 
 
-DEEPSPEED = {"moe_enable": True, "moe_layers_idx": [0, 2], "num_experts": [4, 4], "top_k_experts": 2, "capacity_factor": 1.5, "eval_capacity_factor": 2.0}
+DEEPSPEED = {
+    "moe_enable": True,
+    "moe_layers_idx": [0, 2],
+    "num_experts": [4, 4],
+    "top_k_experts": 2,
+    "capacity_factor": 1.5,
+    "eval_capacity_factor": 2.0,
+}
 DEEPSPEED |= {"min_capacity": 0, "use_residual": False, "router_aux_loss_coef": 0.01}
 
 LAYOUTS: dict[str, Callable[[Checkpoint, pathlib.Path], None]] = {
@@ -102,13 +163,26 @@ LAYOUTS: dict[str, Callable[[Checkpoint, pathlib.Path], None]] = {
     "llava-hf, in shards": functools.partial(saved_by_transformers, max_shard_size="100KB"),
     "llava-hf, names of 4.x": functools.partial(llava_hf, pairs=TO_4X),
     "llava-hf, names of 5.x": functools.partial(llava_hf, fused=True),
-    "llava-hf, names of 5.x with vision_model": functools.partial(llava_hf, pairs=TO_5X_OF_OLD, fused=True),
-    "original LLaVA, safetensors": functools.partial(original, save=save_safetensors, pairs=TO_ORIGINAL, values={"model_type": "llava_llama"}),
-    "original LLaVA, .bin, without its tower": functools.partial(
-        original, save=save_bin, pairs=TO_ORIGINAL, values={"model_type": "llava_llama"}, tower_in_file=False
+    "llava-hf, names of 5.x with vision_model": functools.partial(
+        llava_hf, pairs=TO_5X_OF_OLD, fused=True
     ),
-    "LLaVA-MoD authors' dense, .bin": functools.partial(original, save=save_bin, pairs=TO_AUTHORS, values={"model_type": "llava_qwen2"}),
+    "original LLaVA, safetensors": functools.partial(
+        original, save=save_safetensors, pairs=TO_ORIGINAL, values={"model_type": "llava_llama"}
+    ),
+    "original LLaVA, .bin, without its tower": functools.partial(
+        original,
+        save=save_bin,
+        pairs=TO_ORIGINAL,
+        values={"model_type": "llava_llama"},
+        tower_in_file=False,
+    ),
+    "LLaVA-MoD authors' dense, .bin": functools.partial(
+        original, save=save_bin, pairs=TO_AUTHORS, values={"model_type": "llava_qwen2"}
+    ),
     "LLaVA-MoD authors' sparse, .bin": functools.partial(
-        original, save=save_bin, pairs=TO_AUTHORS, values={"model_type": "moe_llava_qwen2", "moe": DEEPSPEED}
+        original,
+        save=save_bin,
+        pairs=TO_AUTHORS,
+        values={"model_type": "moe_llava_qwen2", "moe": DEEPSPEED},
     ),
 }

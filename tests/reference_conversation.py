@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 IGNORED, PICTURE = -100, -200
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 ASKS, SAYS = "USER", "ASSISTANT"
 
 
@@ -44,7 +46,12 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerFast, pictures: bool) -> lis
     return ids
 
 
-def label(turns: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, pictures: bool, longest: int = 10**9) -> Labelled:
+def label(
+    turns: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    pictures: bool,
+    longest: int = 10**9,
+) -> Labelled:
     """A conversation with its labels.
 
     Args:

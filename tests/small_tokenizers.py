@@ -7,7 +7,17 @@ import tempfile
 from collections.abc import Callable
 
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from mod_jax.data.samples.tokenizer import load_tokenizer
@@ -33,20 +43,33 @@ def _pieces(trainer: trainers.BpeTrainer, splitter) -> tuple[dict[str, int], lis
 
 
 def _special(backend: Tokenizer, *tokens: str) -> None:
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in tokens]
+    )
 
 
 @functools.cache
 def qwen(vocabulary: int = 400) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Qwen2's splitting rule and normalizer, and behind its vocabulary (the end of it unused) Qwen2's special tokens."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLITS), "isolated"), byte_level])
-    vocab, merges = _pieces(trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()), splitter)
+    splitter = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN_SPLITS), "isolated"), byte_level]
+    )
+    vocab, merges = _pieces(
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+        splitter,
+    )
     unused = {f"<unused_{number}>": number for number in range(len(vocab), vocabulary)}
     backend = Tokenizer(models.BPE(vocab | unused, merges))
-    backend.normalizer, backend.pre_tokenizer, backend.decoder = normalizers.NFC(), splitter, decoders.ByteLevel()
+    backend.normalizer, backend.pre_tokenizer, backend.decoder = (
+        normalizers.NFC(),
+        splitter,
+        decoders.ByteLevel(),
+    )
     _special(backend, *QWEN_SPECIALS)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
 
 
 @functools.cache
@@ -59,19 +82,36 @@ def qwen_instructed(vocabulary: int = 400) -> PreTrainedTokenizerFast:
 
 def _llama(normalizer, splitter) -> PreTrainedTokenizerFast:
     words = pre_tokenizers.Metaspace(prepend_scheme="always")
-    vocab, merges = _pieces(trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *BYTES]), words)
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    vocab, merges = _pieces(
+        trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *BYTES]), words
+    )
+    backend = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     backend.normalizer, backend.pre_tokenizer = normalizer, splitter
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     _special(backend, "<unk>", "<s>", "</s>")
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @functools.cache
 def llama() -> PreTrainedTokenizerFast:
     """SentencePiece-like BPE as Llama 2 and Vicuna write it: a word's mark before every text between special tokens. Begins with <s>, cannot pad."""
-    return _llama(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None)
+    return _llama(
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None
+    )
 
 
 @functools.cache
@@ -93,7 +133,14 @@ def sentencepiece_model() -> bytes:
     """A tokenizer.model as Llama's: BPE with byte fallback, no normalisation."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=written, model_type="bpe", vocab_size=340, byte_fallback=True, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+        sentence_iterator=iter(LINES),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
     )
     return written.getvalue()

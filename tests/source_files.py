@@ -38,14 +38,31 @@ def png(colour) -> bytes:
 
 
 CHATS = [
-    {"id": "one", "image": "a.png", "conversations": [human("Q\n<image>"), gpt("A"), human("R [1, {2}]"), gpt('B "quoted"')]},
-    {"id": "two", "image": ["a.png", "b.png"], "conversations": [human("<image> or\n<image>?"), gpt("ü 💡\n")]},
+    {
+        "id": "one",
+        "image": "a.png",
+        "conversations": [human("Q\n<image>"), gpt("A"), human("R [1, {2}]"), gpt('B "quoted"')],
+    },
+    {
+        "id": "two",
+        "image": ["a.png", "b.png"],
+        "conversations": [human("<image> or\n<image>?"), gpt("ü 💡\n")],
+    },
     {"id": 3, "conversations": [human(" Q"), gpt("A ")]},
-    {"id": "four", "image": ["b.png", "a.png", "b.png"], "conversations": [human("<image>"), gpt("A"), human("x<image>y<image>"), gpt("B")]},
+    {
+        "id": "four",
+        "image": ["b.png", "a.png", "b.png"],
+        "conversations": [human("<image>"), gpt("A"), human("x<image>y<image>"), gpt("B")],
+    },
     {"image": [], "conversations": [human("Q"), gpt("A")]},
 ]
 PAIRS = [
-    {"id": "p", "image": "a.png", "chosen": [human("<image>\nQ"), gpt("good")], "rejected": [human("<image>\nQ"), gpt("bad")]},
+    {
+        "id": "p",
+        "image": "a.png",
+        "chosen": [human("<image>\nQ"), gpt("good")],
+        "rejected": [human("<image>\nQ"), gpt("bad")],
+    },
     {"id": "q", "image": "b.png", "question": "Q", "chosen": "good", "rejected": "bad"},
     {"id": "r", "image": ["a.png", "b.png"], "question": "Q", "chosen": "good", "rejected": "bad"},
     {"id": "s", "image": "b.png", "question": "Q <image>", "chosen": "good", "rejected": "bad"},
@@ -68,7 +85,15 @@ def chat_records(images: dict) -> list[Record]:
 
 def pair_records(images: dict) -> list[Record]:
     """What PAIRS say."""
-    return [Record(entry["id"], tuple(images[file] for file in files_of(entry)), ((question, "good"),), "bad") for entry, question in zip(PAIRS, PAIR_QUESTIONS)]
+    return [
+        Record(
+            entry["id"],
+            tuple(images[file] for file in files_of(entry)),
+            ((question, "good"),),
+            "bad",
+        )
+        for entry, question in zip(PAIRS, PAIR_QUESTIONS)
+    ]
 
 
 def write_pictures(folder: pathlib.Path) -> dict[str, bytes]:
@@ -82,7 +107,9 @@ def write_pictures(folder: pathlib.Path) -> dict[str, bytes]:
 def write_json(path: pathlib.Path, entries: list) -> None:
     """A list, or lines."""
     lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-    path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
+    path.write_text(
+        "\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8"
+    )
 
 
 def rlaif_row(number: int, **fields) -> dict:
@@ -103,25 +130,39 @@ def write_tfds(folder: pathlib.Path, features: dict, examples: list[dict]) -> st
         "VERSION": tfds.core.Version("1.0.0"),
         "pkg_dir_path": epath.Path(__file__).parent,
         "__module__": __name__,
-        "_info": lambda self: self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True),
+        "_info": lambda self: self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        ),
         "_split_generators": lambda self, manager: {"train": enumerate(examples)},
         "_generate_examples": None,
     }
-    builder = type(f"Made{next(COUNTER)}", (tfds.core.GeneratorBasedBuilder,), methods)(data_dir=str(folder), file_format="array_record")
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(register_checksums=False, compute_stats="skip"))
+    builder = type(f"Made{next(COUNTER)}", (tfds.core.GeneratorBasedBuilder,), methods)(
+        data_dir=str(folder), file_format="array_record"
+    )
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(register_checksums=False, compute_stats="skip")
+    )
     return str(builder.data_path)
 
 
 def write_prepared(folder: pathlib.Path, shards: list[list[Record]]) -> None:
     """A prepared folder."""
     folder.mkdir()
-    names = [f"data-{number:05d}-of-{len(shards):05d}.array_record" for number in range(len(shards))]
+    names = [
+        f"data-{number:05d}-of-{len(shards):05d}.array_record" for number in range(len(shards))
+    ]
     for name, records in zip(names, shards):
         writer = ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
         for record in records:
             writer.write(encode_record(record))
         writer.close()
-    index = {"format": 1, "records": sum(map(len, shards)), "shards": [{"file": n, "records": len(r)} for n, r in zip(names, shards)], "skipped": {}, "source": {}}
+    index = {
+        "format": 1,
+        "records": sum(map(len, shards)),
+        "shards": [{"file": n, "records": len(r)} for n, r in zip(names, shards)],
+        "skipped": {},
+        "source": {},
+    }
     (folder / "index.json").write_text(json.dumps(index))
 
 
@@ -132,11 +173,23 @@ def write_all(folder: pathlib.Path) -> dict[str, SourceConfig]:
     write_json(folder / "chats.jsonl", CHATS)
     write_json(folder / "pairs.json", PAIRS)
     write_rlaif(folder / "rows.parquet", [rlaif_row(number) for number in range(100)], 40)
-    examples = [{"image": [io.BytesIO(pictures[file]) for file in files_of(entry)], "conversations": entry["conversations"]} for entry in CHATS]
-    made = write_tfds(folder, {"image": tfds.features.Sequence(tfds.features.Image()), "conversations": MESSAGES}, examples)
+    examples = [
+        {
+            "image": [io.BytesIO(pictures[file]) for file in files_of(entry)],
+            "conversations": entry["conversations"],
+        }
+        for entry in CHATS
+    ]
+    made = write_tfds(
+        folder,
+        {"image": tfds.features.Sequence(tfds.features.Image()), "conversations": MESSAGES},
+        examples,
+    )
     write_prepared(folder / "prepared", [chat_records(pictures)[:2], chat_records(pictures)[2:]])
     difficulty = SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)
-    scenes = prepare(folder / "scenes", train=0, crowd=0, preference=3, test=0, difficulty=difficulty)
+    scenes = prepare(
+        folder / "scenes", train=0, crowd=0, preference=3, test=0, difficulty=difficulty
+    )
     images = str(folder)
     return {
         "chat": SourceConfig("chat", f"{folder}/chats.json", images),

@@ -18,7 +18,10 @@ BRANCHES = jnp.array([[0, 0, 0, 0, 0, 1, 1, 2, 2, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0
 def random_heads(query_heads, key_heads, dtype=jnp.float32):
     rows, length = SEGMENTS.shape
     keys = jax.random.split(jax.random.key(0), 3)
-    return [jax.random.normal(k, (rows, length, n, 8), dtype) * 2 for k, n in zip(keys, (query_heads, key_heads, key_heads))]
+    return [
+        jax.random.normal(k, (rows, length, n, 8), dtype) * 2
+        for k, n in zip(keys, (query_heads, key_heads, key_heads))
+    ]
 
 
 def sees(row, i, j):
@@ -47,9 +50,13 @@ def test_attention_equals_its_oracle_with_gradients(heads):
     def value_and_gradients(function):
         return jax.value_and_grad(lambda arrays: (function(*arrays, mask) ** 3).sum())(arrays)
 
-    np.testing.assert_allclose(attention(*arrays, mask), attention_oracle(*arrays, mask), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        attention(*arrays, mask), attention_oracle(*arrays, mask), rtol=1e-5, atol=1e-6
+    )
     found, expected = value_and_gradients(attention), value_and_gradients(attention_oracle)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+    )
 
 
 def test_attention_equals_pytorch_where_something_is_visible():
@@ -59,18 +66,27 @@ def test_attention_equals_pytorch_where_something_is_visible():
         query, key, value, attn_mask=torch.from_numpy(np.array(mask))[:, None], enable_gqa=True
     ).transpose(1, 2)
     real = np.asarray(SEGMENTS) > 0
-    np.testing.assert_allclose(np.asarray(attention(*arrays, mask))[real], expected.numpy()[real], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(attention(*arrays, mask))[real], expected.numpy()[real], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_without_a_mask_every_key_counts():
     arrays = random_heads(4, 4)
-    np.testing.assert_allclose(attention(*arrays), attention_oracle(*arrays, jnp.ones((2, 10, 10), bool)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        attention(*arrays),
+        attention_oracle(*arrays, jnp.ones((2, 10, 10), bool)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("function", [attention, attention_oracle])
 def test_a_row_that_sees_nothing_is_finite_forward_and_backward(function):
     arrays, mask = random_heads(4, 2), jnp.zeros((2, 10, 10), bool)
-    value, gradients = jax.value_and_grad(lambda arrays: (function(*arrays, mask) ** 2).sum())(arrays)
+    value, gradients = jax.value_and_grad(lambda arrays: (function(*arrays, mask) ** 2).sum())(
+        arrays
+    )
     assert all(bool(jnp.isfinite(a).all()) for a in (value, *gradients))
 
 

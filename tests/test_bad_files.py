@@ -23,14 +23,20 @@ LAYER = "language_model.model.layers."
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Good folders by name: 4 layers of width 48, 0 and 2 sparse; a tower of 3 layers of width 32 for pictures of 12 px."""
-    folder, model = tmp_path_factory.mktemp("saved"), hf_models.build(hf_models.llava(hf_models.clip(), hf_models.qwen2_moe()))
+    folder, model = (
+        tmp_path_factory.mktemp("saved"),
+        hf_models.build(hf_models.llava(hf_models.clip(), hf_models.qwen2_moe())),
+    )
     model.save_pretrained(folder / "whole")
     tensors = load_file(folder / "whole" / WEIGHTS)
     for other in ("shards", "bin"):
         shutil.copytree(folder / "whole", folder / other, ignore=shutil.ignore_patterns(WEIGHTS))
     where = {name: SHARDS[name.startswith(LAYER)] for name in tensors}
     for shard in SHARDS:
-        save_file({name: x for name, x in tensors.items() if where[name] == shard}, folder / "shards" / shard)
+        save_file(
+            {name: x for name, x in tensors.items() if where[name] == shard},
+            folder / "shards" / shard,
+        )
     (folder / "shards" / INDEX).write_text(json.dumps({"weight_map": where}))
     save_bin(renamed(apart(live_tensors(model)), TO_4X), folder / "bin")
     return folder
@@ -71,7 +77,10 @@ def edit(name: str, **values):
 
     def change(folder):
         found = json.loads((folder / name).read_text())
-        merged = {key: found[key] | value if isinstance(found.get(key), dict) else value for key, value in values.items()}
+        merged = {
+            key: found[key] | value if isinstance(found.get(key), dict) else value
+            for key, value in values.items()
+        }
         (folder / name).write_text(json.dumps(found | merged))
 
     return change
@@ -83,25 +92,65 @@ FILES = {
     "safetensors cut in their numbers": ("whole", cut(WEIGHTS, 0.5), [WEIGHTS, "cannot be read"]),
     "safetensors cut in their header": ("whole", cut(WEIGHTS, 0.001), [WEIGHTS, "cannot be read"]),
     "empty safetensors": ("whole", replace(WEIGHTS, b""), [WEIGHTS, "cannot be read"]),
-    "garbage safetensors": ("whole", replace(WEIGHTS, bytes(range(256)) * 9), [WEIGHTS, "cannot be read"]),
+    "garbage safetensors": (
+        "whole",
+        replace(WEIGHTS, bytes(range(256)) * 9),
+        [WEIGHTS, "cannot be read"],
+    ),
     "a missing shard": ("shards", remove(SHARDS[1]), [f"{SHARDS[1]} is not there"]),
-    "two missing shards": ("shards", remove(*SHARDS), [f"{SHARDS[0]} is not there", f"{SHARDS[1]} is not there"]),
+    "two missing shards": (
+        "shards",
+        remove(*SHARDS),
+        [f"{SHARDS[0]} is not there", f"{SHARDS[1]} is not there"],
+    ),
     "a cut shard": ("shards", cut(SHARDS[0], 0.9), [f"{SHARDS[0]} cannot be read"]),
-    "a promised tensor": ("shards", edit(INDEX, weight_map={"lm_head.weight": SHARDS[0], "x": SHARDS[1]}), [f"{SHARDS[0]} lacks lm_head.weight", f"{SHARDS[1]} lacks x"]),
-    "an index without a map": ("shards", replace(INDEX, b'{"a": 1}'), [INDEX, "weight_map", "= None"]),
-    "an index of other files": ("shards", edit(INDEX, weight_map={"x": "x.gguf"}), [INDEX, "x.gguf"]),
+    "a promised tensor": (
+        "shards",
+        edit(INDEX, weight_map={"lm_head.weight": SHARDS[0], "x": SHARDS[1]}),
+        [f"{SHARDS[0]} lacks lm_head.weight", f"{SHARDS[1]} lacks x"],
+    ),
+    "an index without a map": (
+        "shards",
+        replace(INDEX, b'{"a": 1}'),
+        [INDEX, "weight_map", "= None"],
+    ),
+    "an index of other files": (
+        "shards",
+        edit(INDEX, weight_map={"x": "x.gguf"}),
+        [INDEX, "x.gguf"],
+    ),
     "a broken index": ("shards", cut(INDEX, 0.5), [INDEX, "is not JSON"]),
     "no weights": ("whole", remove(WEIGHTS), ["weights = ", WEIGHTS, BIN]),
     "a cut .bin": ("bin", cut(BIN, 0.5), [BIN, "cut off"]),
     "a .bin without its end": ("bin", cut(BIN, 0.999), [BIN, "cut off"]),
     "an empty .bin": ("bin", replace(BIN, b""), [BIN, "cannot be read"]),
     "a garbage .bin": ("bin", replace(BIN, bytes(range(256)) * 9), [BIN, "cannot be read"]),
-    "a .bin of more than tensors": ("bin", lambda folder: torch.save({"a": torch.ones(1), "step": 3}, folder / BIN), [BIN, "more than tensors: ['step']"]),
-    "a .bin of a list": ("bin", lambda folder: torch.save([torch.ones(1)], folder / BIN), [BIN, "more than tensors: ['list']"]),
-    "a .bin of a module": ("bin", lambda folder: torch.save(torch.nn.Linear(2, 2), folder / BIN), [BIN, "torch.nn.modules.linear.Linear: refused"]),
+    "a .bin of more than tensors": (
+        "bin",
+        lambda folder: torch.save({"a": torch.ones(1), "step": 3}, folder / BIN),
+        [BIN, "more than tensors: ['step']"],
+    ),
+    "a .bin of a list": (
+        "bin",
+        lambda folder: torch.save([torch.ones(1)], folder / BIN),
+        [BIN, "more than tensors: ['list']"],
+    ),
+    "a .bin of a module": (
+        "bin",
+        lambda folder: torch.save(torch.nn.Linear(2, 2), folder / BIN),
+        [BIN, "torch.nn.modules.linear.Linear: refused"],
+    ),
     "a broken config": ("whole", cut("config.json", 0.5), ["config.json is not JSON"]),
-    "a config that is a list": ("whole", replace("config.json", b"[]"), ["config.json", "an object"]),
-    "a config in another encoding": ("whole", replace("config.json", "{}".encode("utf-16")), ["config.json is not JSON"]),
+    "a config that is a list": (
+        "whole",
+        replace("config.json", b"[]"),
+        ["config.json", "an object"],
+    ),
+    "a config in another encoding": (
+        "whole",
+        replace("config.json", "{}".encode("utf-16")),
+        ["config.json is not JSON"],
+    ),
     "no config": ("whole", remove("config.json"), ["with a config.json"]),
     "an adapter": ("whole", replace("adapter_config.json", b"{}"), ["not a LoRA", "Merge it"]),
 }
@@ -164,33 +213,86 @@ def test_all_tensors_that_do_not_fit_are_named(fault, saved, tmp_path):
     folder = shutil.copytree(saved / "whole", tmp_path / "source")
     tensors = load_file(folder / WEIGHTS)
     assert all(name in tensors for name, x in changes.items() if x is None)
-    save_file({name: x for name, x in (tensors | changes).items() if x is not None}, folder / WEIGHTS)
+    save_file(
+        {name: x for name, x in (tensors | changes).items() if x is not None}, folder / WEIGHTS
+    )
     assert_refused(folder, *said)
 
 
 # Configurations that lie
 
 LIES = {
-    "fewer layers": ({"text_config": {"num_hidden_layers": 3}}, [f"unexpected {LAYER}3.self_attn.q_proj.weight", f"unexpected {LAYER}3.mlp.up_proj.weight"]),
-    "more layers": ({"text_config": {"num_hidden_layers": 5}}, [f"missing {LAYER}4.self_attn.q_proj.weight", f"missing {LAYER}4.mlp.gate.weight"]),
-    "more heads": ({"text_config": {"num_attention_heads": 6, "head_dim": 12}}, ["q_proj.weight has the shape (48, 48), expected (72, 48)"]),
-    "fewer key heads": ({"text_config": {"num_key_value_heads": 1}}, ["k_proj.weight has the shape (24, 48), expected (12, 48)"]),
-    "another vocabulary": ({"text_config": {"vocab_size": 102}}, ["embed_tokens.weight has the shape (101, 48), expected (102, 48)", "lm_head.weight"]),
-    "more experts": ({"text_config": {"num_experts": 5}}, [f"missing {LAYER}0.mlp.experts.4.up_proj.weight", "(4, 48), expected (5, 48)"]),
-    "another sparse layer": ({"text_config": {"mlp_only_layers": [3]}}, [f"missing {LAYER}1.mlp.gate.weight", f"unexpected {LAYER}1.mlp.up_proj.weight"]),
-    "larger pictures": ({"vision_config": {"image_size": 16}}, ["position_embedding.weight has the shape (10, 32), expected (17, 32)"]),
-    "a wider tower": ({"vision_config": {"hidden_size": 64}}, ["patch_embedding.weight", "linear_1.weight has the shape (48, 32), expected (48, 64)"]),
-    "another family of towers": ({"vision_config": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full"}, ["unexpected vision_tower"]),
+    "fewer layers": (
+        {"text_config": {"num_hidden_layers": 3}},
+        [f"unexpected {LAYER}3.self_attn.q_proj.weight", f"unexpected {LAYER}3.mlp.up_proj.weight"],
+    ),
+    "more layers": (
+        {"text_config": {"num_hidden_layers": 5}},
+        [f"missing {LAYER}4.self_attn.q_proj.weight", f"missing {LAYER}4.mlp.gate.weight"],
+    ),
+    "more heads": (
+        {"text_config": {"num_attention_heads": 6, "head_dim": 12}},
+        ["q_proj.weight has the shape (48, 48), expected (72, 48)"],
+    ),
+    "fewer key heads": (
+        {"text_config": {"num_key_value_heads": 1}},
+        ["k_proj.weight has the shape (24, 48), expected (12, 48)"],
+    ),
+    "another vocabulary": (
+        {"text_config": {"vocab_size": 102}},
+        ["embed_tokens.weight has the shape (101, 48), expected (102, 48)", "lm_head.weight"],
+    ),
+    "more experts": (
+        {"text_config": {"num_experts": 5}},
+        [f"missing {LAYER}0.mlp.experts.4.up_proj.weight", "(4, 48), expected (5, 48)"],
+    ),
+    "another sparse layer": (
+        {"text_config": {"mlp_only_layers": [3]}},
+        [f"missing {LAYER}1.mlp.gate.weight", f"unexpected {LAYER}1.mlp.up_proj.weight"],
+    ),
+    "larger pictures": (
+        {"vision_config": {"image_size": 16}},
+        ["position_embedding.weight has the shape (10, 32), expected (17, 32)"],
+    ),
+    "a wider tower": (
+        {"vision_config": {"hidden_size": 64}},
+        ["patch_embedding.weight", "linear_1.weight has the shape (48, 32), expected (48, 64)"],
+    ),
+    "another family of towers": (
+        {
+            "vision_config": {"model_type": "siglip_vision_model"},
+            "vision_feature_select_strategy": "full",
+        },
+        ["unexpected vision_tower"],
+    ),
     "several lies": (
-        {"text_config": {"num_hidden_layers": 5, "vocab_size": 102}, "vision_config": {"image_size": 16}},
+        {
+            "text_config": {"num_hidden_layers": 5, "vocab_size": 102},
+            "vision_config": {"image_size": 16},
+        },
         [f"missing {LAYER}4.", "expected (102, 48)", "expected (17, 32)"],
     ),
-    "words for sizes": ({"text_config": {"hidden_size": "48", "num_attention_heads": 0}}, ["'hidden_size': '48'", "'num_attention_heads': 0"]),
-    "no sizes": ({"vision_config": {"image_size": None, "patch_size": [4, 4]}}, ["'image_size': None", "'patch_size': [4, 4]"]),
+    "words for sizes": (
+        {"text_config": {"hidden_size": "48", "num_attention_heads": 0}},
+        ["'hidden_size': '48'", "'num_attention_heads': 0"],
+    ),
+    "no sizes": (
+        {"vision_config": {"image_size": None, "patch_size": [4, 4]}},
+        ["'image_size': None", "'patch_size': [4, 4]"],
+    ),
     "a word for a number": ({"text_config": {"rms_norm_eps": "small"}}, ["norm_eps = 'small'"]),
-    "scaled positions": ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}}, ["rope_type = 'yarn'"]),
-    "quantised": ({"quantization_config": {"quant_method": "awq"}}, ["'quantization_config': {'quant_method': 'awq'}"]),
-    "several layers of features": ({"vision_feature_layer": [-2, -5]}, ["vision_feature_layer = [-2, -5]"]),
+    "scaled positions": (
+        {"text_config": {"rope_parameters": {"rope_type": "yarn"}}},
+        ["rope_type = 'yarn'"],
+    ),
+    "quantised": (
+        {"quantization_config": {"quant_method": "awq"}},
+        ["'quantization_config': {'quant_method': 'awq'}"],
+    ),
+    "several layers of features": (
+        {"vision_feature_layer": [-2, -5]},
+        ["vision_feature_layer = [-2, -5]"],
+    ),
 }
 
 

@@ -16,7 +16,11 @@ from mod_jax.data.prepare.shard import write_shard
 SHARDS = 5
 RUNNERS = {
     "in this process": ["--runner=BundleBasedDirectRunner"],
-    "in workers": ["--runner=FnApiRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+    "in workers": [
+        "--runner=FnApiRunner",
+        "--direct_running_mode=multi_processing",
+        "--direct_num_workers=2",
+    ],
 }
 
 
@@ -37,7 +41,18 @@ def whole(chats, tmp_path_factory):
 
 
 def run(source: SourceConfig, output, *more: str) -> dict:
-    options = ["--source", source.path, "--images", source.images, "--output", str(output), f"--shards={SHARDS}", "--max-bad-share=0.5", "--beam", *more]
+    options = [
+        "--source",
+        source.path,
+        "--images",
+        source.images,
+        "--output",
+        str(output),
+        f"--shards={SHARDS}",
+        "--max-bad-share=0.5",
+        "--beam",
+        *more,
+    ]
     return prepare.run(*prepare.parser().parse_known_args(options))
 
 
@@ -64,7 +79,9 @@ def test_a_pipeline_that_fails_is_one_line_and_takes_nothing_for_whole(runner, t
     plan, _ = make_plan(config, str(tmp_path / "out"), SHARDS)
     begin(plan)
     pathlib.Path(config.path).touch()
-    with pytest.raises(ConfigError, match=r"^--beam: .*--source = .*a source that stays as it is; it has modified") as raised:
+    with pytest.raises(
+        ConfigError, match=r"^--beam: .*--source = .*a source that stays as it is; it has modified"
+    ) as raised:
         beam.write_shards(plan, RUNNERS[runner])
     assert "\n" not in str(raised.value)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"preparing.json"}

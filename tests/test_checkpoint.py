@@ -9,7 +9,13 @@ from etils import epath
 
 from mod_jax.config import ConfigError, MeshConfig, OptimizerConfig
 from mod_jax.sharding import make_mesh, parameter_shardings, replicated
-from mod_jax.training.checkpoint import Checkpoints, RestoreStreams, SaveStreams, StreamsHandler, abstract
+from mod_jax.training.checkpoint import (
+    Checkpoints,
+    RestoreStreams,
+    SaveStreams,
+    StreamsHandler,
+    abstract,
+)
 from mod_jax.training.state import TrainState, make_optimizer, new_state, state_shardings
 
 AXES = {"a.w_df": ("embed", "mlp"), "b.scale_d": ("embed",)}
@@ -19,7 +25,10 @@ OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
 def make_state(shape=(8, 16), step=3) -> TrainState:
     """After a step, so that no moment is zero."""
     rng = np.random.default_rng(step)
-    params = {"a.w_df": jnp.asarray(rng.normal(size=shape), jnp.float32), "b.scale_d": jnp.asarray(rng.normal(size=shape[:1]), jnp.float32)}
+    params = {
+        "a.w_df": jnp.asarray(rng.normal(size=shape), jnp.float32),
+        "b.scale_d": jnp.asarray(rng.normal(size=shape[:1]), jnp.float32),
+    }
     _, moments = OPTIMIZER.update(params, OPTIMIZER.init(params), params)
     return TrainState(jnp.int32(step), params, moments)
 
@@ -27,7 +36,12 @@ def make_state(shape=(8, 16), step=3) -> TrainState:
 def wanted_on(mesh, state: TrainState) -> TrainState:
     """The state's shapes, laid out on a mesh."""
     shapes = jax.eval_shape(lambda p: new_state(p, OPTIMIZER), state.params)
-    return abstract(shapes, state_shardings(OPTIMIZER, state.params, parameter_shardings(mesh, state.params, AXES), replicated(mesh)))
+    return abstract(
+        shapes,
+        state_shardings(
+            OPTIMIZER, state.params, parameter_shardings(mesh, state.params, AXES), replicated(mesh)
+        ),
+    )
 
 
 class Counting:
@@ -50,13 +64,18 @@ class Counting:
 
 def mesh_of(devices: int):
     """One device, or four times two."""
-    return make_mesh(MeshConfig(data=1, fsdp=4, tensor=2) if devices == 8 else MeshConfig(), jax.devices()[:devices])
+    return make_mesh(
+        MeshConfig(data=1, fsdp=4, tensor=2) if devices == 8 else MeshConfig(),
+        jax.devices()[:devices],
+    )
 
 
 @pytest.mark.parametrize("first, second", [(1, 1), (1, 8), (8, 1)])
 def test_state_and_data_come_back_bit_for_bit_on_any_mesh(first, second, tmp_path):
     state, data = make_state(), Counting()
-    placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, wanted_on(mesh_of(first), state))
+    placed = jax.tree.map(
+        lambda x, s: jax.device_put(x, s.sharding), state, wanted_on(mesh_of(first), state)
+    )
     for _ in range(7):
         next(data)
     saved = Checkpoints(tmp_path, keep=2)
@@ -64,12 +83,23 @@ def test_state_and_data_come_back_bit_for_bit_on_any_mesh(first, second, tmp_pat
     rest = [next(data) for _ in range(5)]
     saved.close()
 
-    again, wanted, fresh = Checkpoints(tmp_path, keep=2), wanted_on(mesh_of(second), state), Counting()
+    again, wanted, fresh = (
+        Checkpoints(tmp_path, keep=2),
+        wanted_on(mesh_of(second), state),
+        Counting(),
+    )
     assert again.latest == 3 and again.about(3) == {"config": {"lr": 0.1}}
     found = again.restore(3, wanted, fresh)
     jax.tree.map(np.testing.assert_array_equal, found, state)
-    jax.tree.map(lambda x, w: np.testing.assert_equal(x.sharding.is_equivalent_to(w.sharding, x.ndim), True), found, wanted)
-    assert optax.tree_utils.tree_get(found.optimizer, "mu")["a.w_df"].sharding.spec == found.params["a.w_df"].sharding.spec
+    jax.tree.map(
+        lambda x, w: np.testing.assert_equal(x.sharding.is_equivalent_to(w.sharding, x.ndim), True),
+        found,
+        wanted,
+    )
+    assert (
+        optax.tree_utils.tree_get(found.optimizer, "mu")["a.w_df"].sharding.spec
+        == found.params["a.w_df"].sharding.spec
+    )
     assert [next(fresh) for _ in range(5)] == rest
     again.close()
 
@@ -79,7 +109,10 @@ def test_streams_are_found_whichever_process_saved_them(tmp_path, monkeypatch):
     states = {number: {"next": 10 * number, "waiting": [number]} for number in range(6)}
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        StreamsHandler().save(epath.Path(tmp_path), SaveStreams({number: states[number] for number in range(3 * process, 3 * process + 3)}))
+        StreamsHandler().save(
+            epath.Path(tmp_path),
+            SaveStreams({number: states[number] for number in range(3 * process, 3 * process + 3)}),
+        )
     assert StreamsHandler().restore(epath.Path(tmp_path), RestoreStreams()) == states
 
 
@@ -92,7 +125,9 @@ def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
     jax.block_until_ready(overwrite(state))
     saved.close()
     found = Checkpoints(tmp_path, keep=1)
-    jax.tree.map(np.testing.assert_array_equal, found.restore(3, wanted_on(mesh_of(1), kept), None), kept)
+    jax.tree.map(
+        np.testing.assert_array_equal, found.restore(3, wanted_on(mesh_of(1), kept), None), kept
+    )
     found.close()
 
 
@@ -126,9 +161,15 @@ def test_half_a_checkpoint_does_not_count(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda p: {**p, "a.w_df": jnp.zeros((8, 32))}, r"a\.w_df: checkpoint \(8, 16\), configuration \(8, 32\)$"),
+        (
+            lambda p: {**p, "a.w_df": jnp.zeros((8, 32))},
+            r"a\.w_df: checkpoint \(8, 16\), configuration \(8, 32\)$",
+        ),
         (lambda p: {"a.w_df": p["a.w_df"]}, r"b\.scale_d: checkpoint \(8,\), configuration None$"),
-        (lambda p: {**p, "b.bias_d": jnp.zeros(8)}, r"b\.bias_d: checkpoint None, configuration \(8,\)$"),
+        (
+            lambda p: {**p, "b.bias_d": jnp.zeros(8)},
+            r"b\.bias_d: checkpoint None, configuration \(8,\)$",
+        ),
     ],
 )
 def test_another_models_checkpoint_is_refused(change, message, tmp_path):
@@ -136,6 +177,8 @@ def test_another_models_checkpoint_is_refused(change, message, tmp_path):
     saved.save(2, make_state(), Counting(), {})
     saved.close()
     saved, other = Checkpoints(tmp_path, keep=2), change(make_state().params)
-    with pytest.raises(ConfigError, match=r"/2 holds another model; use another --workdir .*: " + message):
+    with pytest.raises(
+        ConfigError, match=r"/2 holds another model; use another --workdir .*: " + message
+    ):
         saved.restore(2, jax.eval_shape(lambda: new_state(other, OPTIMIZER)), None)
     saved.close()

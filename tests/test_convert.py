@@ -17,7 +17,10 @@ from mod_jax.interop.native import open_native, save_native
 from mod_jax.interop.pretrained import InMemory, Pretrained
 
 # as a config.json names the sparse layers: by number
-READ = dataclasses.replace(SPARSE, decoder=dataclasses.replace(SPARSE.decoder, moe=MoEConfig(layers=SPARSE.decoder.sparse_layers)))
+READ = dataclasses.replace(
+    SPARSE,
+    decoder=dataclasses.replace(SPARSE.decoder, moe=MoEConfig(layers=SPARSE.decoder.sparse_layers)),
+)
 
 
 def run(monkeypatch, *arguments) -> None:
@@ -28,7 +31,9 @@ def run(monkeypatch, *arguments) -> None:
 def error_of(monkeypatch, *arguments) -> str:
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *arguments)
-    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code  # printed, with exit code 1
+    assert (
+        isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    )  # printed, with exit code 1
     return stopped.value.code
 
 
@@ -38,13 +43,24 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     hf_models.build(hf_models.clip()).save_pretrained(folder / "tower")
     vocabulary = len(scenes_tokenizer())
-    hf_models.build(hf_models.qwen2(vocab_size=vocabulary, eos_token_id=0, pad_token_id=0)).save_pretrained(folder / "text")
+    hf_models.build(
+        hf_models.qwen2(vocab_size=vocabulary, eos_token_id=0, pad_token_id=0)
+    ).save_pretrained(folder / "text")
     scenes_tokenizer().save_pretrained(folder / "text")
     return folder
 
 
-def test_parts_become_a_student_and_the_student_a_folder_of_theirs(parts, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "import", f"--language-model={parts / 'text'}", f"--vision-tower={parts / 'tower'}", "--seed=1", tmp_path / "student")
+def test_parts_become_a_student_and_the_student_a_folder_of_theirs(
+    parts, tmp_path, monkeypatch, capsys
+):
+    run(
+        monkeypatch,
+        "import",
+        f"--language-model={parts / 'text'}",
+        f"--vision-tower={parts / 'tower'}",
+        "--seed=1",
+        tmp_path / "student",
+    )
     with open_native(tmp_path / "student") as student:
         config, params = student.config, {name: np.asarray(x) for name, x in student.params.items()}
     assert (config.image_token_id, config.end_token_id) == (1, 0)
@@ -55,10 +71,22 @@ def test_parts_become_a_student_and_the_student_a_folder_of_theirs(parts, tmp_pa
     again, exported = loading.load(tmp_path / "theirs")
     assert again == config
     assert all(np.array_equal(exported[name], params[name]) for name in params)
-    assert {"config.json", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "generation_config.json", "README.md"} <= {
-        path.name for path in (tmp_path / "theirs").iterdir()
-    }
-    run(monkeypatch, "import", f"--language-model={parts / 'text'}", f"--vision-tower={parts / 'tower'}", f"--adaptor={tmp_path / 'theirs'}", tmp_path / "same")
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "README.md",
+    } <= {path.name for path in (tmp_path / "theirs").iterdir()}
+    run(
+        monkeypatch,
+        "import",
+        f"--language-model={parts / 'text'}",
+        f"--vision-tower={parts / 'tower'}",
+        f"--adaptor={tmp_path / 'theirs'}",
+        tmp_path / "same",
+    )
     with open_native(tmp_path / "same") as same:  # the adaptor of that folder instead of a new one
         assert all(np.array_equal(np.asarray(same.params[name]), params[name]) for name in params)
     assert "imported" in capsys.readouterr().out
@@ -70,7 +98,10 @@ def test_a_part_goes_in_and_out_alone(part, parts, tmp_path, monkeypatch):
     run(monkeypatch, "export", tmp_path / "ours", tmp_path / "theirs")
     original = load_file(parts / part / "model.safetensors")
     exported = load_file(tmp_path / "theirs" / "model.safetensors")
-    spelled = {name if part == "text" or name.startswith("vision_model.") else f"vision_model.{name}": x for name, x in original.items()}
+    spelled = {
+        name if part == "text" or name.startswith("vision_model.") else f"vision_model.{name}": x
+        for name, x in original.items()
+    }
     assert exported.keys() == spelled.keys()
     assert all(np.array_equal(exported[name], x) for name, x in spelled.items())
 
@@ -78,7 +109,9 @@ def test_a_part_goes_in_and_out_alone(part, parts, tmp_path, monkeypatch):
 @pytest.fixture
 def sparse(tmp_path):
     """A sparse model of the scenes' vocabulary as a folder of theirs."""
-    huggingface.save(tmp_path / "sparse", SPARSE, params_of(SPARSE), others=scenes_tokenizer().save_pretrained)
+    huggingface.save(
+        tmp_path / "sparse", SPARSE, params_of(SPARSE), others=scenes_tokenizer().save_pretrained
+    )
     return tmp_path / "sparse"
 
 
@@ -94,19 +127,32 @@ def test_dtypes_and_shards_of_an_export(sparse, tmp_path, monkeypatch):
 def test_an_import_onto_a_mesh_is_the_same_model(sparse, tmp_path, monkeypatch):
     run(monkeypatch, "import", sparse, tmp_path / "ours", "--mesh=fsdp=2,expert=2,tensor=2")
     with open_native(tmp_path / "ours") as found:
-        assert all(np.array_equal(np.asarray(found.params[name]), x) for name, x in params_of(SPARSE).items())
+        assert all(
+            np.array_equal(np.asarray(found.params[name]), x)
+            for name, x in params_of(SPARSE).items()
+        )
 
 
-def test_a_student_trained_with_a_capacity_goes_out_only_where_that_is_exact_or_asked_for(tmp_path, monkeypatch):
+def test_a_student_trained_with_a_capacity_goes_out_only_where_that_is_exact_or_asked_for(
+    tmp_path, monkeypatch
+):
     def student(factor):
         decoder = dataclasses.replace(SPARSE.decoder, moe=MoEConfig(capacity_factor=factor))
         params = {name: InMemory(x) for name, x in params_of(SPARSE).items()}
         (tmp_path / "files").mkdir(exist_ok=True)
         scenes_tokenizer().save_pretrained(tmp_path / "files")
-        save_native(tmp_path / f"at {factor}", Pretrained(dataclasses.replace(SPARSE, decoder=decoder), params, "here", tmp_path / "files"))
+        save_native(
+            tmp_path / f"at {factor}",
+            Pretrained(
+                dataclasses.replace(SPARSE, decoder=decoder), params, "here", tmp_path / "files"
+            ),
+        )
         return tmp_path / f"at {factor}"
 
-    tight, wide = student(1.5), student(2.0)  # four experts, two a token: at 2.0 every expert has room for every token
+    tight, wide = (
+        student(1.5),
+        student(2.0),
+    )  # four experts, two a token: at 2.0 every expert has room for every token
     assert "capacity_factor" in error_of(monkeypatch, "export", tight, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run(monkeypatch, "export", tight, tmp_path / "out", "--dropless")
@@ -116,14 +162,25 @@ def test_a_student_trained_with_a_capacity_goes_out_only_where_that_is_exact_or_
 
 def test_what_is_asked_for_wrongly_is_one_line(parts, sparse, tmp_path, monkeypatch):
     assert "one source and a target" in error_of(monkeypatch, "import", tmp_path / "target")
-    assert "--adaptor" in error_of(monkeypatch, "import", sparse, tmp_path / "target", f"--adaptor={sparse}")
+    assert "--adaptor" in error_of(
+        monkeypatch, "import", sparse, tmp_path / "target", f"--adaptor={sparse}"
+    )
     assert "--mesh" in error_of(monkeypatch, "import", sparse, tmp_path / "target", "--mesh=rows=2")
     assert "It holds a vision_tower" in error_of(
-        monkeypatch, "import", f"--language-model={parts / 'tower'}", f"--vision-tower={parts / 'tower'}", f"--tokenizer={parts / 'text'}", tmp_path / "target"
+        monkeypatch,
+        "import",
+        f"--language-model={parts / 'tower'}",
+        f"--vision-tower={parts / 'tower'}",
+        f"--tokenizer={parts / 'text'}",
+        tmp_path / "target",
     )
-    assert "--stage" in error_of(monkeypatch, "export", sparse, tmp_path / "target", "--stage=sparse_mimic")
+    assert "--stage" in error_of(
+        monkeypatch, "export", sparse, tmp_path / "target", "--stage=sparse_mimic"
+    )
     assert "config.json" in error_of(monkeypatch, "export", tmp_path, tmp_path / "target")
-    assert "template" in error_of(monkeypatch, "export", sparse, tmp_path / "target", "--template=morse")
+    assert "template" in error_of(
+        monkeypatch, "export", sparse, tmp_path / "target", "--template=morse"
+    )
     assert not (tmp_path / "target").exists()
 
 

@@ -14,7 +14,15 @@ from mod_jax.models.decoder import Decoder, RMSNorm, rotary_angles, rotate, segm
 from mod_jax.ops.attention import attention_oracle, visible
 
 DENSE = DecoderConfig(
-    vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4, norm_eps=1e-6
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    norm_eps=1e-6,
 )
 SPARSE = dataclasses.replace(DENSE, moe=MoEConfig())
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
@@ -28,7 +36,10 @@ def decoder(config, dtype="float32", remat="none"):
     def make():
         leaves, structure = jax.tree.flatten(Decoder(config, dtype, remat, nnx.Rngs(0)))
         keys = jax.random.split(jax.random.key(1), len(leaves))
-        return jax.tree.unflatten(structure, [leaf + 0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves)])
+        return jax.tree.unflatten(
+            structure,
+            [leaf + 0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves)],
+        )
 
     return make()
 
@@ -44,7 +55,11 @@ def tokens_of(rows, length, seed=0):
 
 def plain(tokens):
     """Positions, segments and branches of rows that hold one chat each."""
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens), jnp.zeros_like(tokens)
+    return (
+        jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+        jnp.ones_like(tokens),
+        jnp.zeros_like(tokens),
+    )
 
 
 def hidden_of(module, tokens):
@@ -75,9 +90,13 @@ def layer_by_layer(module, tokens):
     for n in range(module.config.num_layers):
         kind = "moe" if n in module.config.sparse_layers else "mlp"
         attention_norm, attention, mlp_norm = jax.tree.map(
-            lambda w, n=n: w[n], (module.layers.attention_norm, module.layers.attention, module.layers.mlp_norm)
+            lambda w, n=n: w[n],
+            (module.layers.attention_norm, module.layers.attention, module.layers.mlp_norm),
         )
-        query, key, value = attention.project(attention_norm(x), rotary_angles(positions, module.config.head_dim, module.config.rope_theta))
+        query, key, value = attention.project(
+            attention_norm(x),
+            rotary_angles(positions, module.config.head_dim, module.config.rope_theta),
+        )
         x += attention.merge(attention_oracle(query, key, value, visible(segment_ids, branch_ids)))
         ffn = jax.tree.map(lambda w, n=count[kind]: w[n], getattr(module.layers, kind))
         count[kind] += 1
@@ -95,9 +114,15 @@ def test_scanned_blocks_equal_one_layer_after_the_other(layers):
     expected, each = layer_by_layer(module, tokens)
     np.testing.assert_allclose(hidden, expected, **CLOSE)
     sparse = len(config.sparse_layers)
-    assert aux.balance.shape == aux.z.shape == (sparse,) and aux.load.shape[0] == sparse == len(each)
+    assert aux.balance.shape == aux.z.shape == (sparse,) and aux.load.shape[0] == sparse == len(
+        each
+    )
     for n, one in enumerate(each):
-        jax.tree.map(lambda stacked, single, n=n: np.testing.assert_allclose(stacked[n], single, **CLOSE), aux, one)
+        jax.tree.map(
+            lambda stacked, single, n=n: np.testing.assert_allclose(stacked[n], single, **CLOSE),
+            aux,
+            one,
+        )
 
 
 def test_what_remat_recomputes_changes_no_gradient():
@@ -105,11 +130,15 @@ def test_what_remat_recomputes_changes_no_gradient():
 
     @jax.jit
     def gradients(module):
-        return jax.grad(lambda module: (module(module.embed(tokens), *plain(tokens))[0] ** 3).mean())(module)
+        return jax.grad(
+            lambda module: (module(module.embed(tokens), *plain(tokens))[0] ** 3).mean()
+        )(module)
 
     expected = jax.tree.leaves(gradients(decoder(SPARSE)))
     for remat in ("dots", "full"):
-        for a, b in zip(jax.tree.leaves(gradients(decoder(SPARSE, remat=remat))), expected, strict=True):
+        for a, b in zip(
+            jax.tree.leaves(gradients(decoder(SPARSE, remat=remat))), expected, strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -145,13 +174,18 @@ def test_padding_changes_nothing_and_is_finite():
     @jax.jit
     def loss_and_gradients(module, tokens):
         def loss(module):
-            hidden, aux = module(module.embed(tokens), positions, segment_ids, jnp.zeros_like(tokens))
+            hidden, aux = module(
+                module.embed(tokens), positions, segment_ids, jnp.zeros_like(tokens)
+            )
             return jnp.where(real[..., None], hidden**3, 0).sum() + aux.balance.sum(), aux
 
         return jax.value_and_grad(loss, has_aux=True)(module)
 
     other = jnp.where(real, tokens, tokens_of(2, 8, 9))
-    found, changed = loss_and_gradients(decoder(SPARSE), tokens), loss_and_gradients(decoder(SPARSE), other)
+    found, changed = (
+        loss_and_gradients(decoder(SPARSE), tokens),
+        loss_and_gradients(decoder(SPARSE), other),
+    )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(changed), strict=True):
         assert bool(jnp.isfinite(a).all())
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -159,7 +193,9 @@ def test_padding_changes_nothing_and_is_finite():
     np.testing.assert_allclose(hidden[:1, :5], hidden_of(decoder(SPARSE), tokens[:1, :5]), **CLOSE)
 
 
-@pytest.mark.parametrize("moe", [None, MoEConfig(), MoEConfig(layers=(1, 2))], ids=["dense", "sparse", "explicit"])
+@pytest.mark.parametrize(
+    "moe", [None, MoEConfig(), MoEConfig(layers=(1, 2))], ids=["dense", "sparse", "explicit"]
+)
 def test_cached_decoding_equals_the_whole_sequence(moe):
     """Prompts of 5 and 3 tokens, the shorter padded on the left; then three tokens one by one."""
     module = decoder(dataclasses.replace(DENSE, moe=moe))
@@ -170,12 +206,16 @@ def test_cached_decoding_equals_the_whole_sequence(moe):
 
     @jax.jit
     def step(module, cache, tokens, positions, segment_ids):
-        hidden, _, cache = module(module.embed(tokens), positions, segment_ids, jnp.zeros_like(tokens), cache=cache)
+        hidden, _, cache = module(
+            module.embed(tokens), positions, segment_ids, jnp.zeros_like(tokens), cache=cache
+        )
         return hidden, cache
 
     cache, found = module.new_cache(2, 10), []
     for piece in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 8)):
-        hidden, cache = step(module, cache, tokens[:, piece], positions[:, piece], segment_ids[:, piece])
+        hidden, cache = step(
+            module, cache, tokens[:, piece], positions[:, piece], segment_ids[:, piece]
+        )
         found.append(hidden)
     found = jnp.concatenate(found, axis=1)
     assert int(cache.index) == 8
@@ -190,7 +230,9 @@ def test_rotary_positions_turn_pairs_as_complex_numbers():
     pairs = x[..., :4] + 1j * x[..., 4:]
     turned = pairs * np.exp(1j * positions[:, :, None, None] * 1e4 ** (-np.arange(0, 8, 2) / 8))
     found = rotate(jnp.float32(x), rotary_angles(jnp.asarray(positions), 8, 1e4))
-    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=-1), atol=5e-4)
+    np.testing.assert_allclose(
+        found, np.concatenate([turned.real, turned.imag], axis=-1), atol=5e-4
+    )
 
 
 def test_rms_norm_takes_its_statistics_in_float32():
@@ -203,10 +245,14 @@ def test_rms_norm_takes_its_statistics_in_float32():
     np.testing.assert_allclose(np.asarray(norm(x), np.float64), expected, rtol=2**-8)
 
 
-@pytest.mark.parametrize("changes", [{"qkv_bias": False}, {"qkv_bias": False, "qk_norm": True}], ids=["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "changes", [{"qkv_bias": False}, {"qkv_bias": False, "qk_norm": True}], ids=["llama", "qwen3"]
+)
 def test_families_differ_in_their_parameters_only(changes):
     config = dataclasses.replace(DENSE, **changes)
-    names = {".".join(path) for path, _ in nnx.to_flat_state(nnx.state(decoder(config).layers.attention))}
+    names = {
+        ".".join(path) for path, _ in nnx.to_flat_state(nnx.state(decoder(config).layers.attention))
+    }
     assert ("query.b_nh" in names) == config.qkv_bias
     assert ("query_norm.scale_h" in names) == config.qk_norm
     hidden = hidden_of(decoder(config), tokens_of(2, 7))
@@ -218,11 +264,15 @@ def test_bfloat16_stays_near_float32(config):
     tokens = tokens_of(2, 7)
     low, high = hidden_of(decoder(config, "bfloat16"), tokens), hidden_of(decoder(config), tokens)
     assert low.dtype == jnp.bfloat16
-    assert float(jnp.abs(low.astype(jnp.float32) - high).mean()) < 0.05 * float(jnp.abs(high).mean())
+    assert float(jnp.abs(low.astype(jnp.float32) - high).mean()) < 0.05 * float(
+        jnp.abs(high).mean()
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_is_the_embedding_where_they_are_tied(tied):
     module = decoder(dataclasses.replace(DENSE, tie_embeddings=tied))
-    same = module.head_w_vd() is module.embedding.w_vd[...] or bool((module.head_w_vd() == module.embedding.w_vd[...]).all())
+    same = module.head_w_vd() is module.embedding.w_vd[...] or bool(
+        (module.head_w_vd() == module.embedding.w_vd[...]).all()
+    )
     assert same == tied and module.head_w_vd().shape == (61, 32)

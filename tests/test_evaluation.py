@@ -16,7 +16,9 @@ PICTURES = 6
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    path = prepare(tmp_path_factory.mktemp("scenes"), train=0, crowd=0, preference=0, test=PICTURES + 2)
+    path = prepare(
+        tmp_path_factory.mktemp("scenes"), train=0, crowd=0, preference=0, test=PICTURES + 2
+    )
     return EvaluationConfig(path=str(path), pictures=PICTURES, rows=5)
 
 
@@ -25,11 +27,17 @@ def measured(config, monkeypatch):
     """evaluate() of a model that answers each Asked with `reply(asked)`."""
 
     def run(reply):
-        asked = {(item.question.text, item.question.pictures[0].tobytes()): item for item in scenes.read_questions(config, VISION)}
+        asked = {
+            (item.question.text, item.question.pictures[0].tobytes()): item
+            for item in scenes.read_questions(config, VISION)
+        }
 
         def fake(model, params, tokenizer, template, questions, rows, max_new_tokens):
             assert (template, rows) == ("brief", 5)
-            return [reply(asked[question.text, question.pictures[0].tobytes()]) for question in questions]
+            return [
+                reply(asked[question.text, question.pictures[0].tobytes()])
+                for question in questions
+            ]
 
         monkeypatch.setattr(scenes, "answer", fake)
         return scenes.evaluate(config, DENSE, llava.abstract(DENSE), None)
@@ -43,19 +51,32 @@ def test_questions_are_those_of_the_first_pictures_each_asked_alone(config):
     assert {item.kind for item in asked} == {"caption", "count", "colour", "relation", "existence"}
     for item in asked:
         assert "<image>" not in item.question.text and item.right and item.objects
-        assert [(picture.shape, picture.dtype) for picture in item.question.pictures] == [((8, 8, 3), np.uint8)]
+        assert [(picture.shape, picture.dtype) for picture in item.question.pictures] == [
+            ((8, 8, 3), np.uint8)
+        ]
 
 
 def test_a_model_that_knows_everything(measured):
     found = measured(lambda item: item.right)
-    assert found["accuracy"] == found["named"] == found["existence"]["f1"] == 1 and found["hallucination"] == 0
-    assert set(found["by_type"]) == {"count", "colour", "relation", "existence"} and set(found["by_type"].values()) == {1.0}
+    assert (
+        found["accuracy"] == found["named"] == found["existence"]["f1"] == 1
+        and found["hallucination"] == 0
+    )
+    assert set(found["by_type"]) == {"count", "colour", "relation", "existence"} and set(
+        found["by_type"].values()
+    ) == {1.0}
     assert found["questions"] == 6 * PICTURES
 
 
 def test_a_model_that_knows_nothing(measured):
     found = measured(lambda item: "unknown")
-    assert found["accuracy"] == found["named"] == found["existence"]["f1"] == found["existence"]["yes_rate"] == 0
+    assert (
+        found["accuracy"]
+        == found["named"]
+        == found["existence"]["f1"]
+        == found["existence"]["yes_rate"]
+        == 0
+    )
     assert found["hallucination"] == 0  # who says nothing says nothing wrong
 
 
@@ -67,14 +88,27 @@ def test_captions_do_not_count_as_answers_and_answers_not_as_captions(measured):
 def test_one_absent_object_makes_a_caption_a_hallucination(measured, config):
     """Present ones beside it change nothing; colour and shape have to meet in one object."""
     first = scenes.read_questions(config, VISION)[0].objects
-    absent = next((c, s) for c in ("red", "green", "blue") for s in ("circle", "square", "cross") if (c, s) not in {(o.colour, o.shape) for o in first})
-    told = lambda item: f"{item.right} and a {absent[0]} {absent[1]}" if item.objects == first else item.right
+    absent = next(
+        (c, s)
+        for c in ("red", "green", "blue")
+        for s in ("circle", "square", "cross")
+        if (c, s) not in {(o.colour, o.shape) for o in first}
+    )
+    told = lambda item: (
+        f"{item.right} and a {absent[0]} {absent[1]}" if item.objects == first else item.right
+    )
     found = measured(lambda item: told(item) if item.kind == "caption" else item.right)
-    assert found["hallucination"] == pytest.approx(1 / PICTURES) and found["named"] == 1 and found["accuracy"] == 1
+    assert (
+        found["hallucination"] == pytest.approx(1 / PICTURES)
+        and found["named"] == 1
+        and found["accuracy"] == 1
+    )
 
 
 def test_yes_to_everything_has_full_recall_and_the_precision_of_the_share_of_yes(measured, config):
-    right = [item.right for item in scenes.read_questions(config, VISION) if item.kind == "existence"]
+    right = [
+        item.right for item in scenes.read_questions(config, VISION) if item.kind == "existence"
+    ]
     share = right.count("yes") / len(right)
     assert 0 < share < 1
     found = measured(lambda item: "yes")["existence"]
@@ -101,7 +135,25 @@ def test_parameters_in_all_and_for_one_token():
 
 def test_the_published_student_activates_what_the_paper_says():
     """Qwen1.5-1.8B, every second layer with four experts: 3.0 B, 2.2 B of them activated (the paper counts the language model)."""
-    decoder = DecoderConfig(hidden_size=2048, intermediate_size=5504, num_heads=16, num_kv_heads=16, head_dim=128, tie_embeddings=False, moe=MoEConfig())
+    decoder = DecoderConfig(
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        tie_embeddings=False,
+        moe=MoEConfig(),
+    )
     model = ModelConfig(decoder=decoder)
-    found = llava.count(decoder.moe, {name: array for name, array in llava.abstract(model).items() if name.startswith("language_model.")})
-    assert found == {"total": pytest.approx(3.0e9, rel=0.03), "activated": pytest.approx(2.2e9, rel=0.03)}
+    found = llava.count(
+        decoder.moe,
+        {
+            name: array
+            for name, array in llava.abstract(model).items()
+            if name.startswith("language_model.")
+        },
+    )
+    assert found == {
+        "total": pytest.approx(3.0e9, rel=0.03),
+        "activated": pytest.approx(2.2e9, rel=0.03),
+    }

@@ -34,8 +34,17 @@ def choose(routing):
 
 def operands():
     keys = jax.random.split(jax.random.key(0), 6)
-    shapes = {"x": (B, S, D), "weights": (B, S, K), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
-    return {name: jax.random.normal(key, shape) * 0.5 for key, (name, shape) in zip(keys, shapes.items())}, jax.random.normal(keys[5], (B, S, D))
+    shapes = {
+        "x": (B, S, D),
+        "weights": (B, S, K),
+        "gate": (E, D, F),
+        "up": (E, D, F),
+        "down": (E, F, D),
+    }
+    return {
+        name: jax.random.normal(key, shape) * 0.5
+        for key, (name, shape) in zip(keys, shapes.items())
+    }, jax.random.normal(keys[5], (B, S, D))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -56,14 +65,24 @@ def assert_close(ours, expected):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_one_device_computes_what_the_oracle_does(routing):
     given, dy = operands()
-    assert_close(with_gradients(expert_layer, given, choose(routing), dy), with_gradients(expert_layer_oracle, given, choose(routing), dy))
+    assert_close(
+        with_gradients(expert_layer, given, choose(routing), dy),
+        with_gradients(expert_layer_oracle, given, choose(routing), dy),
+    )
 
 
 def on_mesh(mesh, given):
     """The operands placed as in training, so that the compiled program is training's."""
-    weights = {"gate": ("expert", "expert_embed", "mlp"), "up": ("expert", "expert_embed", "mlp"), "down": ("expert", "mlp", "expert_embed")}
+    weights = {
+        "gate": ("expert", "expert_embed", "mlp"),
+        "up": ("expert", "expert_embed", "mlp"),
+        "down": ("expert", "mlp", "expert_embed"),
+    }
     shardings = parameter_shardings(mesh, {name: given[name] for name in weights}, weights)
-    return {name: jax.device_put(a, shardings.get(name, NamedSharding(mesh, PartitionSpec(ROWS)))) for name, a in given.items()}
+    return {
+        name: jax.device_put(a, shardings.get(name, NamedSharding(mesh, PartitionSpec(ROWS))))
+        for name, a in given.items()
+    }
 
 
 @pytest.mark.parametrize("config", MESHES.values(), ids=MESHES)
@@ -72,7 +91,10 @@ def test_the_mesh_changes_nothing(config):
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         placed = on_mesh(mesh, given)
-        ours = {routing: with_gradients(expert_layer, placed, choose(routing), dy) for routing in ROUTINGS}
+        ours = {
+            routing: with_gradients(expert_layer, placed, choose(routing), dy)
+            for routing in ROUTINGS
+        }
     for routing in ROUTINGS:
         assert_close(ours[routing], with_gradients(expert_layer_oracle, given, choose(routing), dy))
 
@@ -80,20 +102,41 @@ def test_the_mesh_changes_nothing(config):
 def test_experts_that_do_not_divide_are_refused():
     given, dy = operands()
     six = given | {name: given[name][:6] for name in ("gate", "up", "down")}
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))), pytest.raises(ConfigError, match=r"num_experts = 6.*mesh\.expert 4"):
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))),
+        pytest.raises(ConfigError, match=r"num_experts = 6.*mesh\.expert 4"),
+    ):
         with_gradients(expert_layer, six, choose("even"), dy)
 
 
 def test_rows_that_do_not_divide_are_refused():
     given, _ = operands()
-    with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=8))), pytest.raises(ConfigError, match=r"rows = 3.*= 8"):
-        expert_layer(given["x"][:3], choose("even")[:3], given["weights"][:3], given["gate"], given["up"], given["down"])
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(data=1, expert=8))),
+        pytest.raises(ConfigError, match=r"rows = 3.*= 8"),
+    ):
+        expert_layer(
+            given["x"][:3],
+            choose("even")[:3],
+            given["weights"][:3],
+            given["gate"],
+            given["up"],
+            given["down"],
+        )
 
 
 def test_gathered_weights_are_not_kept_for_the_backward_pass():
     given, _ = operands()
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8))):
-        saved = jax.eval_shape(lambda g: jax.vjp(lambda g: expert_layer(g["x"], choose("even"), g["weights"], g["gate"], g["up"], g["down"]), g)[1], given)
+        saved = jax.eval_shape(
+            lambda g: jax.vjp(
+                lambda g: expert_layer(
+                    g["x"], choose("even"), g["weights"], g["gate"], g["up"], g["down"]
+                ),
+                g,
+            )[1],
+            given,
+        )
     # a device's full weights, stacked over 8 devices, would be 8 * E * D * F numbers
     assert max(a.size for a in jax.tree.leaves(saved)) < 8 * E * D * F
 
@@ -119,7 +162,12 @@ def test_exchange_delivers_each_slice_in_the_order_of_the_senders():
 
     spec = PartitionSpec("data", "expert")
 
-    @functools.partial(jax.shard_map, mesh=make_mesh(MeshConfig(data=2, expert=4)), in_specs=(spec, PartitionSpec("data")), out_specs=spec)
+    @functools.partial(
+        jax.shard_map,
+        mesh=make_mesh(MeshConfig(data=2, expert=4)),
+        in_specs=(spec, PartitionSpec("data")),
+        out_specs=spec,
+    )
     def deliver(rows, sizes):
         sizes = jax.lax.pcast(sizes[0], "expert", to="varying")
         return exchange(rows[0, 0], sizes, 14)[None, None]
@@ -133,7 +181,13 @@ def test_permute_is_indexing_with_its_gradient():
     x, dy = jax.random.normal(jax.random.key(0), (2, 50, 3))
     order = jax.random.permutation(jax.random.key(1), 50)
     for ours, expected in zip(
-        *[(y, *pullback(dy)) for y, pullback in (jax.vjp(lambda x: permute(x, order, jnp.argsort(order)), x), jax.vjp(lambda x: x[order], x))],
+        *[
+            (y, *pullback(dy))
+            for y, pullback in (
+                jax.vjp(lambda x: permute(x, order, jnp.argsort(order)), x),
+                jax.vjp(lambda x: x[order], x),
+            )
+        ],
         strict=True,
     ):
         np.testing.assert_array_equal(ours, expected)

@@ -23,7 +23,10 @@ from mod_jax.interop.native import open_native
 from mod_jax.models import llava
 from mod_jax.sharding import make_mesh, parameter_shardings
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")]
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
+]
 
 MESH = "data=1,fsdp=2,expert=2,tensor=2"
 
@@ -44,11 +47,19 @@ def command(*arguments) -> None:
 
 def stored(folder) -> dict[str, torch.Tensor]:
     """The tensors of a folder's files."""
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 # How a sparse model comes in and goes out: dtype -> (options of import, of export)
-WAYS = {"float32": ([], []), "bfloat16": ([f"--mesh={MESH}"], []), "float16": ([], ["--shard-gb=1e-4"])}
+WAYS = {
+    "float32": ([], []),
+    "bfloat16": ([f"--mesh={MESH}"], []),
+    "float16": ([], ["--shard-gb=1e-4"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +69,12 @@ def folders(tmp_path_factory):
     for dtype, (how, _) in WAYS.items():
         theirs = whole / dtype / "theirs"
         theirs.mkdir(parents=True)
-        LAYOUTS["llava-hf, names of 4.x"](dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model).to(getattr(torch, dtype))), theirs)
+        LAYOUTS["llava-hf, names of 4.x"](
+            dataclasses.replace(
+                checkpoint, model=copy.deepcopy(checkpoint.model).to(getattr(torch, dtype))
+            ),
+            theirs,
+        )
         command("import", theirs, whole / dtype / "ours", *how)
     return whole
 
@@ -69,8 +85,13 @@ def test_what_is_imported_is_exported_with_the_same_tensors_bitwise(dtype, folde
     command("export", folders / dtype / "ours", tmp_path / "theirs", *WAYS[dtype][1])
     found, wanted = stored(tmp_path / "theirs"), stored(folders / dtype / "theirs")
     assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == bool(WAYS[dtype][1])
-    assert found.keys() - wanted.keys() == {name for name in found if name.endswith(".shared_expert_gate.weight")}
-    assert all(tensor.dtype == getattr(torch, dtype) and torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert found.keys() - wanted.keys() == {
+        name for name in found if name.endswith(".shared_expert_gate.weight")
+    }
+    assert all(
+        tensor.dtype == getattr(torch, dtype) and torch.equal(found[name], tensor)
+        for name, tensor in wanted.items()
+    )
     assert load(tmp_path / "theirs")[0] == load(folders / dtype / "theirs")[0]
 
 
@@ -79,11 +100,17 @@ def test_what_is_exported_in_float32_is_imported_with_the_same_numbers_bitwise(t
     command("export", tmp_path / "ours", tmp_path / "theirs")
     command("import", tmp_path / "theirs", tmp_path / "again")
     with open_native(tmp_path / "ours") as wanted, open_native(tmp_path / "again") as found:
-        numbered = MoEConfig(layers=wanted.config.decoder.sparse_layers)  # as config.json names them
-        assert found.config == dataclasses.replace(wanted.config, decoder=dataclasses.replace(wanted.config.decoder, moe=numbered))
+        numbered = MoEConfig(
+            layers=wanted.config.decoder.sparse_layers
+        )  # as config.json names them
+        assert found.config == dataclasses.replace(
+            wanted.config, decoder=dataclasses.replace(wanted.config.decoder, moe=numbered)
+        )
         assert found.params.keys() == wanted.params.keys() and found.dtype == "float32"
         for name in wanted.params:
-            np.testing.assert_array_equal(np.asarray(found.params[name]), np.asarray(wanted.params[name]), err_msg=name)
+            np.testing.assert_array_equal(
+                np.asarray(found.params[name]), np.asarray(wanted.params[name]), err_msg=name
+            )
 
 
 def test_what_is_imported_onto_a_mesh_is_restored_there_sharded_and_bitwise(folders):
@@ -91,8 +118,16 @@ def test_what_is_imported_onto_a_mesh_is_restored_there_sharded_and_bitwise(fold
     config, wanted = load(theirs)
     saved = ocp.metadata(ours).metadata
     shardings = parameter_shardings(make_mesh(convert.mesh_sizes(MESH)), saved, llava.axes(config))
-    assert all(sharding.num_devices == 8 for sharding in shardings.values()) and not all(sharding.is_fully_replicated for sharding in shardings.values())
-    restored = ocp.load(ours, {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in saved.items()})
+    assert all(sharding.num_devices == 8 for sharding in shardings.values()) and not all(
+        sharding.is_fully_replicated for sharding in shardings.values()
+    )
+    restored = ocp.load(
+        ours,
+        {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+            for name, x in saved.items()
+        },
+    )
     assert restored.keys() == wanted.keys()
     for name, array in restored.items():
         assert array.sharding == shardings[name] and array.dtype == jax.numpy.bfloat16

@@ -29,14 +29,24 @@ RNG = np.random.default_rng(0)
 
 def prompt(*content: int | str) -> np.ndarray:
     """i32[S]: lengths of text and "picture"s."""
-    return np.concatenate([np.full(FEATURES, IMAGE) if part == "picture" else RNG.integers(2, 80, part) for part in content]).astype(np.int32)
+    return np.concatenate(
+        [
+            np.full(FEATURES, IMAGE) if part == "picture" else RNG.integers(2, 80, part)
+            for part in content
+        ]
+    ).astype(np.int32)
 
 
 def pictures(count: int) -> np.ndarray:
     return RNG.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
 
 
-ASKED = [(prompt(3, "picture", 5), pictures(1)), (prompt(4), pictures(0)), (prompt("picture", 2, "picture", 9), pictures(2)), (prompt("picture", 1), pictures(1))]
+ASKED = [
+    (prompt(3, "picture", 5), pictures(1)),
+    (prompt(4), pictures(0)),
+    (prompt("picture", 2, "picture", 9), pictures(2)),
+    (prompt("picture", 1), pictures(1)),
+]
 
 
 def left_padded(asked, image_id: int, size: int) -> Prompts:
@@ -47,7 +57,9 @@ def left_padded(asked, image_id: int, size: int) -> Prompts:
     images = np.zeros((len(asked), most, size, size, 3), np.uint8)
     for row, (ids, shown) in enumerate(asked):
         tokens[row, length - len(ids) :], segments[row, length - len(ids) :] = ids, 1
-        index[row, length - len(ids) :] = np.where(ids == image_id, np.cumsum(ids == image_id) - 1, -1)
+        index[row, length - len(ids) :] = np.where(
+            ids == image_id, np.cumsum(ids == image_id) - 1, -1
+        )
         images[row, : len(shown)] = shown
     return Prompts(tokens, segments, index, images)
 
@@ -64,11 +76,25 @@ def naive(config, params, ids: np.ndarray, shown: np.ndarray, new: int = NEW) ->
     ids, images = list(ids), np.zeros((1, 2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     images[0, : len(shown)] = shown
     for _ in range(new):
-        tokens, segments, zeros = np.zeros((1, LONGEST), np.int32), np.zeros((1, LONGEST), np.int32), np.zeros((1, LONGEST), np.int32)
+        tokens, segments, zeros = (
+            np.zeros((1, LONGEST), np.int32),
+            np.zeros((1, LONGEST), np.int32),
+            np.zeros((1, LONGEST), np.int32),
+        )
         tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
         index = np.where(tokens == IMAGE, np.cumsum(tokens == IMAGE, 1) - 1, -1).astype(np.int32)
         positions = np.arange(LONGEST, dtype=np.int32)[None]
-        batch = Batch(tokens, tokens, zeros.astype(np.float32), positions, segments, zeros, index, images, zeros[:, :1])
+        batch = Batch(
+            tokens,
+            tokens,
+            zeros.astype(np.float32),
+            positions,
+            segments,
+            zeros,
+            index,
+            images,
+            zeros[:, :1],
+        )
         ids.append(int(next_token(config, params, batch, len(ids) - 1)))
     return ids[-new:]
 
@@ -80,7 +106,12 @@ def naive_answers(config) -> list[list[int]]:
 
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
 def test_prompts_of_any_length_and_number_of_pictures_are_answered_as_each_alone(config):
-    found = generate(dataclasses.replace(config, end_token_id=79), params_of(config), left_padded(ASKED, IMAGE, IMAGE_SIZE), NEW)
+    found = generate(
+        dataclasses.replace(config, end_token_id=79),
+        params_of(config),
+        left_padded(ASKED, IMAGE, IMAGE_SIZE),
+        NEW,
+    )
     assert not any(79 in ids for ids in naive_answers(config))  # nothing ends early
     assert np.asarray(found).tolist() == naive_answers(config)
     assert len({tuple(ids) for ids in naive_answers(config)}) == len(ASKED)
@@ -93,7 +124,12 @@ def test_an_ended_row_says_nothing_more_while_the_others_go_on():
     for row in wanted:
         row[np.cumsum(row == end) > 0] = end
     assert (wanted[0, 3:] == end).all() and not (wanted == end).all(0).any()
-    found = generate(dataclasses.replace(SPARSE, end_token_id=end), params_of(SPARSE), left_padded(ASKED, IMAGE, IMAGE_SIZE), NEW)
+    found = generate(
+        dataclasses.replace(SPARSE, end_token_id=end),
+        params_of(SPARSE),
+        left_padded(ASKED, IMAGE, IMAGE_SIZE),
+        NEW,
+    )
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -110,11 +146,19 @@ def test_answer_is_the_text_of_the_naive_loop_in_batches_of_two():
     """Five questions: the last batch has a row without one. A picture without a marker comes first, on a line of its own."""
     tokenizer, params = scenes_tokenizer(), params_of(SPARSE)
     chat = ChatFormat("brief", FEATURES, **IDS)
-    texts = ["<image>\nDescribe the picture.", QUESTIONS[1].text, QUESTIONS[2].text, QUESTIONS[3].text, "<image>\nWhat colour?"]
+    texts = [
+        "<image>\nDescribe the picture.",
+        QUESTIONS[1].text,
+        QUESTIONS[2].text,
+        QUESTIONS[3].text,
+        "<image>\nWhat colour?",
+    ]
     wanted = []
     for text, question in zip(texts, QUESTIONS, strict=True):
         ids, _ = tokenize_prompt(((text, None),), text_encoder(tokenizer), chat)
-        said = naive(SPARSE, params, ids, np.array(question.pictures).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
+        said = naive(
+            SPARSE, params, ids, np.array(question.pictures).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
+        )
         said = said[: said.index(IDS["end_token_id"])] if IDS["end_token_id"] in said else said
         wanted.append(tokenizer.decode(said, skip_special_tokens=True))
     assert answer(SPARSE, params, tokenizer, "brief", QUESTIONS, 2, NEW) == wanted
@@ -122,8 +166,16 @@ def test_answer_is_the_text_of_the_naive_loop_in_batches_of_two():
 
 
 def test_markers_without_their_pictures_are_refused():
-    with pytest.raises(ValueError, match=r"'<image> and <image>' has 2 picture markers, expected 1"):
-        answer(SPARSE, {}, scenes_tokenizer(), "brief", [Question("<image> and <image>", tuple(pictures(1)))])
+    with pytest.raises(
+        ValueError, match=r"'<image> and <image>' has 2 picture markers, expected 1"
+    ):
+        answer(
+            SPARSE,
+            {},
+            scenes_tokenizer(),
+            "brief",
+            [Question("<image> and <image>", tuple(pictures(1)))],
+        )
 
 
 def test_token_for_token_what_transformers_generates(tmp_path):
@@ -134,12 +186,28 @@ def test_token_for_token_what_transformers_generates(tmp_path):
     text = lambda n: rng.integers(0, hf_models.END_TOKEN, n)
     picture = np.full(config.vision.num_features, hf_models.IMAGE_TOKEN)
     shown = rng.integers(0, 256, (3, 12, 12, 3), np.uint8)
-    asked = [(np.concatenate([text(4), picture, text(6)]), shown[:1]), (np.concatenate([picture, picture, text(3)]), shown[1:]), (text(5), shown[:0])]
+    asked = [
+        (np.concatenate([text(4), picture, text(6)]), shown[:1]),
+        (np.concatenate([picture, picture, text(3)]), shown[1:]),
+        (text(5), shown[:0]),
+    ]
     found = np.asarray(generate(config, params, left_padded(asked, hf_models.IMAGE_TOKEN, 12), NEW))
     for (ids, images), row in zip(asked, found, strict=True):
-        normalised = (images / 255.0 - np.array(config.vision.pixel_mean)) / np.array(config.vision.pixel_std)
-        inputs = {"pixel_values": torch.tensor(normalised.transpose(0, 3, 1, 2), dtype=torch.float32)} if len(images) else {}
+        normalised = (images / 255.0 - np.array(config.vision.pixel_mean)) / np.array(
+            config.vision.pixel_std
+        )
+        inputs = (
+            {"pixel_values": torch.tensor(normalised.transpose(0, 3, 1, 2), dtype=torch.float32)}
+            if len(images)
+            else {}
+        )
         prompt_ids = torch.tensor(ids)[None]
-        theirs = model.generate(input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=NEW, do_sample=False, **inputs)
+        theirs = model.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            **inputs,
+        )
         said = theirs[0, len(ids) :].tolist()
         assert row.tolist() == said + [hf_models.END_TOKEN] * (NEW - len(said))

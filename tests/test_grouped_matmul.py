@@ -19,7 +19,9 @@ SIZES = {
 
 def operands(rows, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(rows), 3)
-    x, w, dy = (jax.random.normal(k, s) for k, s in zip(keys, [(rows, 24), (4, 24, 40), (rows, 40)]))
+    x, w, dy = (
+        jax.random.normal(k, s) for k, s in zip(keys, [(rows, 24), (4, 24, 40), (rows, 40)])
+    )
     return x.astype(dtype), w.astype(dtype), dy.astype(dtype)
 
 
@@ -42,23 +44,35 @@ def by_rows(x, w, sizes, dy):
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("function", [grouped_matmul, module._ragged, grouped_matmul_oracle], ids=["blocks", "ragged_dot", "oracle"])
+@pytest.mark.parametrize(
+    "function",
+    [grouped_matmul, module._ragged, grouped_matmul_oracle],
+    ids=["blocks", "ragged_dot", "oracle"],
+)
 def test_every_path_computes_each_row_and_gradient(function, sizes):
     x, w, dy = operands(600)
-    for ours, expected in zip(with_gradients(function, x, w, jnp.array(sizes), dy), by_rows(x, w, sizes, dy), strict=True):
+    for ours, expected in zip(
+        with_gradients(function, x, w, jnp.array(sizes), dy), by_rows(x, w, sizes, dy), strict=True
+    ):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_fewer_rows_than_a_block():
     x, w, dy = operands(7)
-    for ours, expected in zip(with_gradients(grouped_matmul, x, w, jnp.array([2, 0, 4, 0]), dy), by_rows(x, w, [2, 0, 4, 0], dy), strict=True):
+    for ours, expected in zip(
+        with_gradients(grouped_matmul, x, w, jnp.array([2, 0, 4, 0]), dy),
+        by_rows(x, w, [2, 0, 4, 0], dy),
+        strict=True,
+    ):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_rows_of_no_group_touch_nothing():
     x, w, dy = operands(600)
     broken = jnp.where(jnp.arange(600)[:, None] < 513, x, jnp.nan)
-    clean, dirty = (with_gradients(grouped_matmul, a, w, jnp.array([256, 256, 0, 1]), dy) for a in (x, broken))
+    clean, dirty = (
+        with_gradients(grouped_matmul, a, w, jnp.array([256, 256, 0, 1]), dy) for a in (x, broken)
+    )
     for a, b in zip(clean, dirty, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -66,7 +80,11 @@ def test_rows_of_no_group_touch_nothing():
 def test_bfloat16_is_accumulated_in_float32():
     x, w, dy = operands(600, jnp.bfloat16)
     sizes = [300, 0, 17, 283]
-    for ours, expected in zip(with_gradients(grouped_matmul, x, w, jnp.array(sizes), dy), by_rows(x, w, sizes, dy), strict=True):
+    for ours, expected in zip(
+        with_gradients(grouped_matmul, x, w, jnp.array(sizes), dy),
+        by_rows(x, w, sizes, dy),
+        strict=True,
+    ):
         assert ours.dtype == jnp.bfloat16
         # a float32 sum rounded once: half a unit in the last of 8 bits, and 300 float32 additions
         np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=2**-8, atol=1e-4)

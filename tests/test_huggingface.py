@@ -65,12 +65,23 @@ def test_names_shapes_and_dtypes_are_those_of_our_model(theirs):
 def test_stacks_hold_the_layers_of_their_kind_in_ascending_order(theirs, model):
     _, params = loading.load(theirs)
     state = {name: x.numpy() for name, x in model.state_dict().items()}
-    layer, first = "model.language_model.layers.{}.mlp.", "model.language_model.layers.0.mlp.experts.gate_up_proj"
-    np.testing.assert_array_equal(params["language_model.layers.mlp.up.w_df"][1], state[layer.format(3) + "up_proj.weight"].T)
-    np.testing.assert_array_equal(params["language_model.layers.moe.router.w_de"][1], state[layer.format(2) + "gate.weight"].T)
+    layer, first = (
+        "model.language_model.layers.{}.mlp.",
+        "model.language_model.layers.0.mlp.experts.gate_up_proj",
+    )
+    np.testing.assert_array_equal(
+        params["language_model.layers.mlp.up.w_df"][1], state[layer.format(3) + "up_proj.weight"].T
+    )
+    np.testing.assert_array_equal(
+        params["language_model.layers.moe.router.w_de"][1], state[layer.format(2) + "gate.weight"].T
+    )
     fused = state[layer.format(2) + "experts.gate_up_proj"]  # [E, 2F, D]: gate, then up
-    np.testing.assert_array_equal(params["language_model.layers.moe.experts.up.w_edf"][1, 3], fused[3, 56:].T)
-    np.testing.assert_array_equal(params["language_model.layers.moe.experts.gate.w_edf"][0, 1], state[first][1, :56].T)
+    np.testing.assert_array_equal(
+        params["language_model.layers.moe.experts.up.w_edf"][1, 3], fused[3, 56:].T
+    )
+    np.testing.assert_array_equal(
+        params["language_model.layers.moe.experts.gate.w_edf"][0, 1], state[first][1, :56].T
+    )
 
 
 def test_heads_and_patches_are_laid_out_as_their_names_say(theirs, model):
@@ -80,15 +91,23 @@ def test_heads_and_patches_are_laid_out_as_their_names_say(theirs, model):
     assert params["language_model.layers.attention.query.w_dnh"][1, 5, 2, 3] == query[2 * 12 + 3, 5]
     out = state["model.language_model.layers.1.self_attn.o_proj.weight"]
     assert params["language_model.layers.attention.out.w_nhd"][1, 2, 3, 5] == out[5, 2 * 12 + 3]
-    convolution = state["model.vision_tower.embeddings.patch_embedding.weight"]  # [D, channel, row, column]
+    convolution = state[
+        "model.vision_tower.embeddings.patch_embedding.weight"
+    ]  # [D, channel, row, column]
     row, column, channel = 2, 1, 0
-    assert params["vision_tower.patches.w_pd"][(row * 4 + column) * 3 + channel, 7] == convolution[7, channel, row, column]
+    assert (
+        params["vision_tower.patches.w_pd"][(row * 4 + column) * 3 + channel, 7]
+        == convolution[7, channel, row, column]
+    )
 
 
 def test_a_file_in_the_layout_of_5x_reads_the_same(theirs, model):
     """Prefix `model.`, no `vision_model.`, experts fused: the names of the live model of transformers 5.x."""
     _, params = loading.load(theirs)
-    save_file({name: x.numpy() for name, x in model.state_dict().items() if x.numel()}, theirs / "model.safetensors")
+    save_file(
+        {name: x.numpy() for name, x in model.state_dict().items() if x.numel()},
+        theirs / "model.safetensors",
+    )
     with safe_open(theirs / "model.safetensors", "numpy") as file:
         assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118 - a file, not a dict
     assert_equal(loading.load(theirs)[1], params)
@@ -98,10 +117,17 @@ def test_a_file_in_the_layout_of_4x_is_written(theirs, tmp_path):
     """Names that every transformers from 4.46 on and vLLM read: with `vision_model.`, one tensor an expert, no shared expert."""
     config, params = loading.load(theirs)
     huggingface.save(tmp_path / "ours", config, params)
-    written, original = load_file(tmp_path / "ours" / "model.safetensors"), load_file(theirs / "model.safetensors")
+    written, original = (
+        load_file(tmp_path / "ours" / "model.safetensors"),
+        load_file(theirs / "model.safetensors"),
+    )
     gates = {f"language_model.model.layers.{n}.mlp.shared_expert_gate.weight" for n in (0, 2)}
     assert all(not written[name].any() and written[name].shape == (1, 48) for name in gates)
-    spelled = {name.replace("vision_tower.", "vision_tower.vision_model."): x for name, x in original.items() if ".shared_expert" not in name}
+    spelled = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): x
+        for name, x in original.items()
+        if ".shared_expert" not in name
+    }
     assert_equal({name: x for name, x in written.items() if name not in gates}, spelled)
     with safe_open(tmp_path / "ours" / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
@@ -118,12 +144,29 @@ def test_a_part_of_a_model_is_saved_and_loaded_alone(plain, theirs, tmp_path):
     assert_equal(loaded, part)
 
 
-@pytest.mark.parametrize("text, vision", [(transformers.CLIPTextConfig, hf_models.clip()), (transformers.SiglipTextConfig, hf_models.siglip())])
+@pytest.mark.parametrize(
+    "text, vision",
+    [
+        (transformers.CLIPTextConfig, hf_models.clip()),
+        (transformers.SiglipTextConfig, hf_models.siglip()),
+    ],
+)
 def test_the_text_side_of_a_clip_is_ignored(text, vision, tmp_path):
-    sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    both = {transformers.CLIPTextConfig: transformers.CLIPConfig, transformers.SiglipTextConfig: transformers.SiglipConfig}[text]
+    sizes = {
+        "vocab_size": 11,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    both = {
+        transformers.CLIPTextConfig: transformers.CLIPConfig,
+        transformers.SiglipTextConfig: transformers.SiglipConfig,
+    }[text]
     vision = vision.to_dict() | {"vision_use_head": True}
-    hf_models.build(both(text_config=text(**sizes).to_dict(), vision_config=vision)).save_pretrained(tmp_path / "both")
+    hf_models.build(
+        both(text_config=text(**sizes).to_dict(), vision_config=vision)
+    ).save_pretrained(tmp_path / "both")
     config, params = loading.load(tmp_path / "both")
     assert params.keys() == {entry.ours for entry in names.vision_entries(config)}
     assert config.num_layers == 3 and config.hidden_size == 32
@@ -132,17 +175,30 @@ def test_the_text_side_of_a_clip_is_ignored(text, vision, tmp_path):
 def test_a_head_that_repeats_the_embedding_is_read_as_tied(tmp_path):
     hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "tied")
     _, params = loading.load(tmp_path / "tied")
-    rewrite(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    rewrite(
+        tmp_path / "tied",
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}),
+    )
     assert_equal(loading.load(tmp_path / "tied")[1], params)
-    rewrite(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
-    with pytest.raises(ConfigError, match="tie_word_embeddings = True: expected False, as lm_head.weight in .* differs"):
+    rewrite(
+        tmp_path / "tied",
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+        ),
+    )
+    with pytest.raises(
+        ConfigError,
+        match="tie_word_embeddings = True: expected False, as lm_head.weight in .* differs",
+    ):
         loading.load(tmp_path / "tied")
 
 
 # Dtypes, shards, files
 
 
-@pytest.mark.parametrize("dtype, relative", [("float32", 0), ("bfloat16", 2**-8), ("float16", 2**-11)])
+@pytest.mark.parametrize(
+    "dtype, relative", [("float32", 0), ("bfloat16", 2**-8), ("float16", 2**-11)]
+)
 def test_dtypes_of_a_file(dtype, relative, theirs, tmp_path):
     config, params = loading.load(theirs)
     huggingface.save(tmp_path / "ours", config, params, dtype=dtype)
@@ -152,8 +208,12 @@ def test_dtypes_of_a_file(dtype, relative, theirs, tmp_path):
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == dtype
     for name, x in loading.load(tmp_path / "ours")[1].items():
         assert x.dtype == np.float32
-        np.testing.assert_allclose(x, params[name], rtol=relative, atol=1e-7 if relative else 0, err_msg=name)  # atol: float16's subnormals
-        np.testing.assert_array_equal(x, params[name].astype(folders.DTYPES[dtype]).astype(np.float32))
+        np.testing.assert_allclose(
+            x, params[name], rtol=relative, atol=1e-7 if relative else 0, err_msg=name
+        )  # atol: float16's subnormals
+        np.testing.assert_array_equal(
+            x, params[name].astype(folders.DTYPES[dtype]).astype(np.float32)
+        )
 
 
 def test_another_dtype_is_refused(theirs, tmp_path):
@@ -169,8 +229,12 @@ def test_shards_and_their_index(theirs, model, tmp_path):
     assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     assert all(path.stat().st_size < 70_000 for path in shards)
     sizes = {shard.name: load_file(shard) for shard in shards}
-    assert index["weight_map"] == {name: shard for shard, tensors in sizes.items() for name in tensors}
-    assert index["metadata"]["total_size"] == sum(x.nbytes for tensors in sizes.values() for x in tensors.values())
+    assert index["weight_map"] == {
+        name: shard for shard, tensors in sizes.items() for name in tensors
+    }
+    assert index["metadata"]["total_size"] == sum(
+        x.nbytes for tensors in sizes.values() for x in tensors.values()
+    )
     assert_equal(loading.load(tmp_path / "ours")[1], params)
     _, said = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert all("shared_expert." in name for name in said["missing_keys"])
@@ -180,8 +244,14 @@ def test_shards_and_their_index(theirs, model, tmp_path):
 
 
 def test_other_files_come_along(theirs, tmp_path):
-    huggingface.save(tmp_path / "ours", *loading.load(theirs), others=lambda folder: (folder / "tokenizer.json").write_text("{}"))
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "ours").iterdir()}
+    huggingface.save(
+        tmp_path / "ours",
+        *loading.load(theirs),
+        others=lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    )
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "ours").iterdir()
+    }
 
 
 def test_a_folder_appears_whole_or_not_at_all(theirs, tmp_path):
@@ -215,7 +285,9 @@ def test_one_error_lists_every_tensor_that_does_not_fit(theirs):
         del tensors["language_model.model.layers.3.mlp.up_proj.weight"]
         tensors["language_model.model.layers.1.self_attn.o_proj.bias"] = np.zeros(48, np.float32)
         tensors["multi_modal_projector.linear_1.weight"] = np.zeros((48, 31), np.float32)
-        tensors["language_model.model.layers.2.mlp.experts.3.down_proj.weight"] = np.zeros((56, 48), np.float32)
+        tensors["language_model.model.layers.2.mlp.experts.3.down_proj.weight"] = np.zeros(
+            (56, 48), np.float32
+        )
 
     rewrite(theirs, change)
     with pytest.raises(ConfigError) as error:
@@ -224,7 +296,9 @@ def test_one_error_lists_every_tensor_that_does_not_fit(theirs):
     assert str(theirs) in message and "4 tensors differ" in message
     assert "missing language_model.model.layers.3.mlp.up_proj.weight" in message
     assert "unexpected language_model.model.layers.1.self_attn.o_proj.bias" in message
-    assert "multi_modal_projector.linear_1.weight has the shape (48, 31), expected (48, 32)" in message
+    assert (
+        "multi_modal_projector.linear_1.weight has the shape (48, 31), expected (48, 32)" in message
+    )
     assert "experts.3.down_proj.weight has the shape (56, 48), expected (48, 56)" in message
 
 
@@ -271,20 +345,41 @@ def test_a_text_option_that_the_decoder_does_not_have_is_refused(key):
 
 
 def test_one_error_names_every_option_that_is_refused():
-    changed = {"vision_config": LLAVA.vision_config.to_dict() | {"hidden_act": "relu"}, "projector_hidden_act": "relu"}
-    changed["text_config"] = LLAVA.text_config.to_dict() | REFUSED_TEXT | {"model_type": "qwen2_moe"}
+    changed = {
+        "vision_config": LLAVA.vision_config.to_dict() | {"hidden_act": "relu"},
+        "projector_hidden_act": "relu",
+    }
+    changed["text_config"] = (
+        LLAVA.text_config.to_dict() | REFUSED_TEXT | {"model_type": "qwen2_moe"}
+    )
     with pytest.raises(ConfigError) as error:
         hf_config.model_from_json(LLAVA.to_dict() | changed, {}, {})
-    for said in ("vision_config.hidden_act = 'relu'", "'projector_hidden_act': 'relu'", "'hidden_act': 'gelu', 'attention_bias': True", "'gptq'", "'yarn'"):
+    for said in (
+        "vision_config.hidden_act = 'relu'",
+        "'projector_hidden_act': 'relu'",
+        "'hidden_act': 'gelu', 'attention_bias': True",
+        "'gptq'",
+        "'yarn'",
+    ):
         assert said in str(error.value)
 
 
 def test_scaled_rotary_angles_in_the_spelling_of_4x_are_refused():
     with pytest.raises(ConfigError, match="rope_type = 'linear'"):
-        hf_config.decoder_from_json({"model_type": "llama", "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}})
+        hf_config.decoder_from_json(
+            {
+                "model_type": "llama",
+                "rope_theta": 1e4,
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            }
+        )
 
 
-REFUSED_LLAVA = {"projector_hidden_act": "relu", "multimodal_projector_bias": False, "vision_feature_select_strategy": "full"}
+REFUSED_LLAVA = {
+    "projector_hidden_act": "relu",
+    "multimodal_projector_bias": False,
+    "vision_feature_select_strategy": "full",
+}
 
 
 @pytest.mark.parametrize("key", REFUSED_LLAVA)
@@ -313,7 +408,9 @@ def test_a_decoder_without_an_exact_match_is_not_exported(changes):
 def test_a_capacity_that_drops_no_token_is_exported_as_none():
     """2 * 2.0 >= 4: every expert has a place for every token."""
     enough = DecoderConfig(moe=dataclasses.replace(MOE, capacity_factor=2.0))
-    assert hf_config.decoder_to_json(enough, "float32") == hf_config.decoder_to_json(DecoderConfig(moe=MOE), "float32")
+    assert hf_config.decoder_to_json(enough, "float32") == hf_config.decoder_to_json(
+        DecoderConfig(moe=MOE), "float32"
+    )
 
 
 # Configurations
@@ -322,12 +419,19 @@ def test_a_capacity_that_drops_no_token_is_exported_as_none():
 @pytest.mark.parametrize("family", hf_config.TEXT_DEFAULTS)
 def test_what_a_text_config_leaves_out_is_the_default_of_its_class(family):
     """equivalent to: the configuration class of transformers."""
-    fixed = {"qwen2_moe": {"norm_topk_prob": True, "shared_expert_intermediate_size": 0}, "qwen3_moe": {"norm_topk_prob": True}}.get(family, {})
+    fixed = {
+        "qwen2_moe": {"norm_topk_prob": True, "shared_expert_intermediate_size": 0},
+        "qwen3_moe": {"norm_topk_prob": True},
+    }.get(family, {})
     full = transformers.CONFIG_MAPPING[family](**fixed).to_dict()
-    assert hf_config.decoder_from_json({"model_type": family} | fixed) == hf_config.decoder_from_json(full)
+    assert hf_config.decoder_from_json(
+        {"model_type": family} | fixed
+    ) == hf_config.decoder_from_json(full)
     needed = hf_config.TEXT_DEFAULTS[family].keys() - fixed.keys() - {"num_key_value_heads"}
     full = {"num_experts": full.get("num_local_experts")} | full  # qwen3_moe's name for it in 5.x
-    assert {key: full[key] for key in needed} == {key: hf_config.TEXT_DEFAULTS[family][key] for key in needed}
+    assert {key: full[key] for key in needed} == {
+        key: hf_config.TEXT_DEFAULTS[family][key] for key in needed
+    }
     assert hf_config.END_TOKENS.get(family) == full["eos_token_id"]
 
 
@@ -335,21 +439,44 @@ def test_what_a_text_config_leaves_out_is_the_default_of_its_class(family):
 def test_what_a_vision_config_leaves_out_is_the_default_of_its_class(kind):
     """equivalent to: the configuration class of transformers."""
     full = transformers.CONFIG_MAPPING[kind]().to_dict()
-    assert {key: full[key] for key in hf_config.VISION_DEFAULTS[kind]} == hf_config.VISION_DEFAULTS[kind]
+    assert {key: full[key] for key in hf_config.VISION_DEFAULTS[kind]} == hf_config.VISION_DEFAULTS[
+        kind
+    ]
 
 
 def test_an_old_llava_config_reads():
     """Written by 4.3x: flat rope_theta, the sizes of the 7B llama left out, an image token of its own."""
-    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
     vision |= {"image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}
-    text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
-    values = {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": vision, "tie_word_embeddings": False}
-    config = hf_config.model_from_json(values | {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}, {}, {})
+    text = {
+        "model_type": "llama",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 32064,
+    }
+    values = {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": False,
+    }
+    config = hf_config.model_from_json(
+        values | {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}, {}, {}
+    )
     llama = DecoderConfig(
         vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
         rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, tie_embeddings=False, max_positions=4096,
     )  # fmt: skip
-    assert config == ModelConfig(vision=VisionConfig(), decoder=llama, image_token_id=32000, end_token_id=2)
+    assert config == ModelConfig(
+        vision=VisionConfig(), decoder=llama, image_token_id=32000, end_token_id=2
+    )
 
 
 END_TOKENS = {
@@ -363,7 +490,10 @@ END_TOKENS = {
 @pytest.mark.parametrize("place", END_TOKENS)
 def test_the_end_token_is_the_first_of_those_that_are_named(place):
     text, whole, generation, wanted = END_TOKENS[place]
-    values = {"text_config": {"model_type": "mistral"} | text, "vision_config": {"model_type": "clip_vision_model"}} | whole
+    values = {
+        "text_config": {"model_type": "mistral"} | text,
+        "vision_config": {"model_type": "clip_vision_model"},
+    } | whole
     assert hf_config.model_from_json(values, {}, generation).end_token_id == wanted
 
 
@@ -372,7 +502,10 @@ WINDOWS = {
     "mistral of later versions": ({"sliding_window": None}, 32768),
     "mistral that does not say": ({}, 4096),
     "qwen2": ({"sliding_window": 4096, "use_sliding_window": False}, 32768),
-    "qwen2 that slides": ({"sliding_window": 8192, "use_sliding_window": True, "max_window_layers": 2}, 8192),
+    "qwen2 that slides": (
+        {"sliding_window": 8192, "use_sliding_window": True, "max_window_layers": 2},
+        8192,
+    ),
     "llama": ({}, 32768),
 }
 
@@ -385,9 +518,16 @@ def test_a_sequence_is_no_longer_than_the_sliding_window(kind):
 
 
 def test_experts_of_another_size_need_a_model_without_dense_layers():
-    values = {"model_type": "qwen3_moe", "norm_topk_prob": True, "intermediate_size": 6144, "moe_intermediate_size": 768}
+    values = {
+        "model_type": "qwen3_moe",
+        "norm_topk_prob": True,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+    }
     assert hf_config.decoder_from_json(values).intermediate_size == 768
-    with pytest.raises(ConfigError, match="'moe_intermediate_size': 768.*expected {'moe_intermediate_size': 6144}"):
+    with pytest.raises(
+        ConfigError, match="'moe_intermediate_size': 768.*expected {'moe_intermediate_size': 6144}"
+    ):
         hf_config.decoder_from_json(values | {"mlp_only_layers": [0]})
 
 
@@ -395,41 +535,74 @@ DECODERS = {
     "qwen2": DecoderConfig(),
     "llama": DecoderConfig(qkv_bias=False, rope_theta=5e5, tie_embeddings=False),
     "qwen3": DecoderConfig(qkv_bias=False, qk_norm=True, head_dim=128),
-    "qwen2_moe": DecoderConfig(moe=MoEConfig(layers=(1, 2, 5), num_experts=8, experts_per_token=1), num_layers=6, max_positions=4096),
-    "qwen3_moe": DecoderConfig(moe=MoEConfig(layers=(0, 2, 4), num_experts=8), num_layers=6, qkv_bias=False, qk_norm=True),
+    "qwen2_moe": DecoderConfig(
+        moe=MoEConfig(layers=(1, 2, 5), num_experts=8, experts_per_token=1),
+        num_layers=6,
+        max_positions=4096,
+    ),
+    "qwen3_moe": DecoderConfig(
+        moe=MoEConfig(layers=(0, 2, 4), num_experts=8), num_layers=6, qkv_bias=False, qk_norm=True
+    ),
 }
-SIGLIP = VisionConfig(family="siglip", image_size=384, hidden_act="gelu_tanh", norm_eps=1e-6, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3)
+SIGLIP = VisionConfig(
+    family="siglip",
+    image_size=384,
+    hidden_act="gelu_tanh",
+    norm_eps=1e-6,
+    pixel_mean=(0.5,) * 3,
+    pixel_std=(0.5,) * 3,
+)
 
 
 @pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("vision", [VisionConfig(pixel_mean=(0.1, 0.2, 0.3), feature_layer=-1), SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize(
+    "vision",
+    [VisionConfig(pixel_mean=(0.1, 0.2, 0.3), feature_layer=-1), SIGLIP],
+    ids=["clip", "siglip"],
+)
 def test_a_config_survives_the_way_out_and_in(family, vision):
     config = ModelConfig(vision=vision, decoder=DECODERS[family], image_token_id=7, end_token_id=8)
-    written = json.loads(json.dumps([hf_config.model_to_json(config, "bfloat16"), image_processor_to_json(vision), {}]))
+    written = json.loads(
+        json.dumps(
+            [hf_config.model_to_json(config, "bfloat16"), image_processor_to_json(vision), {}]
+        )
+    )
     assert hf_config.model_from_json(*written) == config
     assert written[0]["text_config"]["model_type"] == family
     class_ = transformers.LlavaConfig(**written[0])  # and theirs understands it
     assert class_.text_config.rope_parameters["rope_theta"] == config.decoder.rope_theta
     assert class_.get_text_config().tie_word_embeddings == config.decoder.tie_embeddings
     assert class_.text_config.max_position_embeddings == config.decoder.max_positions
-    assert not config.decoder.moe or class_.text_config.num_experts == config.decoder.moe.num_experts
+    assert (
+        not config.decoder.moe or class_.text_config.num_experts == config.decoder.moe.num_experts
+    )
 
 
 def test_an_export_says_what_each_version_of_transformers_reads():
     """4.57 takes 10000 for the rotary base unless `rope_theta` stands flat; vLLM picks the text model by `architectures`."""
-    text = hf_config.model_to_json(ModelConfig(decoder=DECODERS["qwen2_moe"]), "bfloat16")["text_config"]
+    text = hf_config.model_to_json(ModelConfig(decoder=DECODERS["qwen2_moe"]), "bfloat16")[
+        "text_config"
+    ]
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 1e6
     assert text["architectures"] == ["Qwen2MoeForCausalLM"] and text["use_sliding_window"] is False
-    assert text["mlp_only_layers"] == [0, 3, 4] and text["decoder_sparse_step"] == 1 and text["norm_topk_prob"] is True
+    assert (
+        text["mlp_only_layers"] == [0, 3, 4]
+        and text["decoder_sparse_step"] == 1
+        and text["norm_topk_prob"] is True
+    )
     assert text["dtype"] == text["torch_dtype"] == "bfloat16"
 
 
 def test_pixel_statistics_come_from_the_processors_file(theirs):
     assert loading.load(theirs)[0].vision.pixel_mean == VisionConfig().pixel_mean
     statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    (theirs / "processor_config.json").write_text(json.dumps({"image_processor": statistics}))  # 5.x
+    (theirs / "processor_config.json").write_text(
+        json.dumps({"image_processor": statistics})
+    )  # 5.x
     assert loading.load(theirs)[0].vision.pixel_std == (0.4, 0.5, 0.6)
-    (theirs / "preprocessor_config.json").write_text(json.dumps(statistics | {"image_mean": [0.9, 0.2, 0.3]}))  # 4.x
+    (theirs / "preprocessor_config.json").write_text(
+        json.dumps(statistics | {"image_mean": [0.9, 0.2, 0.3]})
+    )  # 4.x
     assert loading.load(theirs)[0].vision.pixel_mean == (0.9, 0.2, 0.3)
 
 
@@ -437,11 +610,22 @@ def test_pixel_statistics_come_from_the_processors_file(theirs):
 
 
 def test_the_checksum_is_of_names_shapes_and_numbers_not_of_their_order():
-    params = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, ml_dtypes.bfloat16)}
+    params = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.ones(2, ml_dtypes.bfloat16),
+    }
     wanted = huggingface.checksum(params)
     assert wanted == huggingface.checksum(dict(reversed(params.items())))
-    assert wanted == huggingface.checksum({name: np.asfortranarray(x) for name, x in params.items()})
-    assert wanted == huggingface.checksum({name: jax.numpy.asarray(x) for name, x in params.items()})
-    changed = [params | {"a": params["a"].reshape(3, 2)}, params | {"a": params["a"] + np.float32(1e-6)}, {"c": params["a"], "b": params["b"]}]
+    assert wanted == huggingface.checksum(
+        {name: np.asfortranarray(x) for name, x in params.items()}
+    )
+    assert wanted == huggingface.checksum(
+        {name: jax.numpy.asarray(x) for name, x in params.items()}
+    )
+    changed = [
+        params | {"a": params["a"].reshape(3, 2)},
+        params | {"a": params["a"] + np.float32(1e-6)},
+        {"c": params["a"], "b": params["b"]},
+    ]
     changed += [params | {"a": params["a"].astype(np.float16)}, {"a": params["a"]}]
     assert len({wanted, *map(huggingface.checksum, changed)}) == 6

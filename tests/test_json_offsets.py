@@ -12,17 +12,26 @@ from hypothesis import strategies as st
 from mod_jax.config import ConfigError
 from mod_jax.data.sources.json_offsets import SEPARATORS, index_records
 
-TEXT = st.text(st.one_of(st.sampled_from('[]{},:"\\ \n\t'), st.characters()))  # surrogates too: json writes them as escapes
+TEXT = st.text(
+    st.one_of(st.sampled_from('[]{},:"\\ \n\t'), st.characters())
+)  # surrogates too: json writes them as escapes
 VALUE = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=12)
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
 RECORDS = st.lists(VALUE, min_size=1, max_size=6)
-EXAMPLES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def parts(path: pathlib.Path, **options) -> list[str]:
     """The text of each record, by the index."""
     offsets, data = index_records(path, **options), path.read_bytes()
-    return [data[start:end].strip(SEPARATORS).decode() for start, end in itertools.pairwise(offsets)]
+    return [
+        data[start:end].strip(SEPARATORS).decode() for start, end in itertools.pairwise(offsets)
+    ]
 
 
 def same(a, b) -> bool:
@@ -31,12 +40,22 @@ def same(a, b) -> bool:
 
 def encoded(value, plain: bool, **options) -> str:
     text = json.dumps(value, ensure_ascii=not plain, **options)
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no UTF-8 unless escaped
+    return text.encode(
+        "utf-8", "replace"
+    ).decode()  # half a surrogate pair is no UTF-8 unless escaped
 
 
 @EXAMPLES
-@given(RECORDS, st.integers(1, 40), st.sampled_from([None, 0, 3]), st.booleans(), st.text(" \n\r\t", max_size=5))
-def test_a_list_is_cut_into_its_elements_whatever_the_window(tmp_path, records, window, indent, plain, space):
+@given(
+    RECORDS,
+    st.integers(1, 40),
+    st.sampled_from([None, 0, 3]),
+    st.booleans(),
+    st.text(" \n\r\t", max_size=5),
+)
+def test_a_list_is_cut_into_its_elements_whatever_the_window(
+    tmp_path, records, window, indent, plain, space
+):
     path, text = tmp_path / "list.json", encoded(records, plain, indent=indent)
     path.write_bytes((space + text + space).encode())
     assert same([json.loads(part) for part in parts(path, window=window)], json.loads(text))
@@ -57,12 +76,17 @@ def refused(path: pathlib.Path, message: str, **options) -> None:
 
 @pytest.mark.parametrize("window", [1, 16, 4096])
 def test_a_list_cut_anywhere_is_refused_with_the_number_of_whole_records(tmp_path, window):
-    path, texts = tmp_path / "list.json", ['{"id": "a]", "n": [1, {}]}', "-12.5e3", '"\\u00e9 \\" ü"', "[true, null]"]
+    path, texts = (
+        tmp_path / "list.json",
+        ['{"id": "a]", "n": [1, {}]}', "-12.5e3", '"\\u00e9 \\" ü"', "[true, null]"],
+    )
     data = ("[" + ",\n".join(texts) + "]").encode()
     ends = [len(("[" + ",\n".join(texts[: n + 1])).encode()) for n in range(4)]
     for cut in range(len(data)):
         path.write_bytes(data[:cut])
-        whole = sum(end <= cut for end in ends) + (ends[0] + 3 < cut < ends[1])  # a part of the number is a number
+        whole = sum(end <= cut for end in ends) + (
+            ends[0] + 3 < cut < ends[1]
+        )  # a part of the number is a number
         refused(path, rf"{whole} records are whole; .* of {cut}: ", window=window)
 
 
@@ -95,7 +119,12 @@ def test_other_forms_are_refused_with_the_place(tmp_path, name, text, message):
 
 def test_a_record_without_an_end_is_not_searched_for_ever(tmp_path):
     (tmp_path / "a.json").write_text('[1, "' + "x" * 5000 + '"]')
-    refused(tmp_path / "a.json", "1 records are whole; what begins at byte 4 .*Unterminated string", window=64, longest=1024)
+    refused(
+        tmp_path / "a.json",
+        "1 records are whole; what begins at byte 4 .*Unterminated string",
+        window=64,
+        longest=1024,
+    )
     assert len(parts(tmp_path / "a.json", window=64, longest=8192)) == 2
 
 

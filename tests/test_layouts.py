@@ -12,7 +12,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from layouts import DEEPSPEED, TO_4X, TO_AUTHORS, TO_ORIGINAL, Checkpoint, apart, live_tensors, renamed, save_bin, save_safetensors
+from layouts import (
+    DEEPSPEED,
+    TO_4X,
+    TO_AUTHORS,
+    TO_ORIGINAL,
+    Checkpoint,
+    apart,
+    live_tensors,
+    renamed,
+    save_bin,
+    save_safetensors,
+)
 from layouts import original as save_original
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -30,14 +41,30 @@ QWEN = hf_models.llava(hf_models.clip(), hf_models.qwen2())
 SPARSE = hf_models.llava(hf_models.clip(), hf_models.qwen2_moe())
 # name -> (stock model, what config.json says of itself, how its tensors are spelled)
 LAYOUTS = {
-    "original LLaVA": (LLAMA, {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, TO_ORIGINAL),
+    "original LLaVA": (
+        LLAMA,
+        {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]},
+        TO_ORIGINAL,
+    ),
     "original LLaVA, later": (LLAMA, {"model_type": "llava_llama"}, TO_ORIGINAL),
     "LlavaMistral": (MISTRAL, {"model_type": "llava_mistral"}, TO_ORIGINAL),
     "LlavaQwen": (QWEN, {"model_type": "llava_qwen"}, TO_ORIGINAL),
-    "authors, dense Qwen2": (QWEN, {"model_type": "llava_qwen2", "moe": {}, "lora": {}}, TO_AUTHORS),
+    "authors, dense Qwen2": (
+        QWEN,
+        {"model_type": "llava_qwen2", "moe": {}, "lora": {}},
+        TO_AUTHORS,
+    ),
     "authors, dense Qwen1.5": (QWEN, {"model_type": "llava_qwen1_5"}, TO_AUTHORS),
-    "authors, sparse Qwen2": (SPARSE, {"model_type": "moe_llava_qwen2", "moe": DEEPSPEED}, TO_AUTHORS),
-    "authors, sparse Qwen1.5": (SPARSE, {"model_type": "moe_llava_qwen1_5", "moe": DEEPSPEED}, TO_AUTHORS),
+    "authors, sparse Qwen2": (
+        SPARSE,
+        {"model_type": "moe_llava_qwen2", "moe": DEEPSPEED},
+        TO_AUTHORS,
+    ),
+    "authors, sparse Qwen1.5": (
+        SPARSE,
+        {"model_type": "moe_llava_qwen1_5", "moe": DEEPSPEED},
+        TO_AUTHORS,
+    ),
 }
 
 
@@ -60,12 +87,27 @@ def tokenizer(words: int = hf_models.IMAGE_TOKEN) -> PreTrainedTokenizerFast:
     """Without `<image>`, as plain language models have it; so many words, the last ends a text."""
     vocabulary = {str(number): number for number in range(words)}
     end = str(words - 1)
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")), eos_token=end, unk_token="0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")),
+        eos_token=end,
+        unk_token="0",
+    )
 
 
-def write_original(folder, model, said: dict, spelling, own_tower: bool = True, save=save_bin, words: int = hf_models.IMAGE_TOKEN, **more):
+def write_original(
+    folder,
+    model,
+    said: dict,
+    spelling,
+    own_tower: bool = True,
+    save=save_bin,
+    words: int = hf_models.IMAGE_TOKEN,
+    **more,
+):
     """The model as original LLaVA or the authors save it; `more` is what config.json says else. Returns the folder."""
-    save_original(Checkpoint(model, None, tokenizer(words)), folder, save, spelling, said | more, own_tower)
+    save_original(
+        Checkpoint(model, None, tokenizer(words)), folder, save, spelling, said | more, own_tower
+    )
     return folder
 
 
@@ -90,22 +132,39 @@ def test_a_layout_reads_as_the_same_model(layout, stock, tmp_path):
 @pytest.mark.parametrize("save", [save_bin, save_safetensors])
 def test_a_tower_that_is_not_in_the_file_comes_from_its_folder(save, stock, tmp_path):
     model, (wanted, params) = stock(LLAMA)
-    folder = write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], own_tower=False, save=save)
+    folder = write_original(
+        tmp_path, model, *LAYOUTS["original LLaVA"][1:], own_tower=False, save=save
+    )
     assert_equal(loading.load(folder)[1], params)  # the folder that mm_vision_tower names
-    write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], own_tower=False, save=save, mm_image_tower=None, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    write_original(
+        tmp_path,
+        model,
+        *LAYOUTS["original LLaVA"][1:],
+        own_tower=False,
+        save=save,
+        mm_image_tower=None,
+        mm_vision_tower="openai/clip-vit-large-patch14-336",
+    )
     found, loaded = loading.load(folder, vision_tower=folder / "tower")
     assert found == wanted
     assert_equal(loaded, params)
-    with pytest.raises(ConfigError, match="none of its tower openai/clip-vit-large-patch14-336.*--vision-tower FOLDER"):
+    with pytest.raises(
+        ConfigError,
+        match="none of its tower openai/clip-vit-large-patch14-336.*--vision-tower FOLDER",
+    ):
         loading.load(folder)
     with pytest.raises(ConfigError, match="vision tower = .*It holds a language_model"):
         hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "text")
         loading.load(folder, vision_tower=tmp_path / "text")
 
 
-def test_a_tower_in_the_file_is_used_with_the_sizes_of_its_published_name(stock, tmp_path, monkeypatch):
+def test_a_tower_in_the_file_is_used_with_the_sizes_of_its_published_name(
+    stock, tmp_path, monkeypatch
+):
     model, (wanted, params) = stock(LLAMA)
-    folder = write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], mm_image_tower="openai/small")
+    folder = write_original(
+        tmp_path, model, *LAYOUTS["original LLaVA"][1:], mm_image_tower="openai/small"
+    )
     with pytest.raises(ConfigError, match="vision tower = 'openai/small'.*--vision-tower FOLDER"):
         loading.load(folder)
     monkeypatch.setitem(original.TOWERS, "openai/small", hf_models.clip().to_dict())
@@ -119,20 +178,50 @@ def test_published_towers_have_the_patches_and_pixels_that_their_names_say(name)
     tower = original.published_tower({"mm_vision_tower": name})
     patch, size = re.match(r".*-patch(\d+)(?:-(\d+))?$", name).groups()
     assert (tower.patch_size, tower.image_size) == (int(patch), int(size or 224))
-    assert tower.hidden_size == {"base": 768, "large": 1024, "so400m": 1152}[name.split("-patch")[0].split("-")[-1]]
+    assert (
+        tower.hidden_size
+        == {"base": 768, "large": 1024, "so400m": 1152}[name.split("-patch")[0].split("-")[-1]]
+    )
     assert tower.family == ("clip" if name.startswith("openai") else "siglip")
 
 
 def test_the_tower_of_llava_1_5_is_the_default_one():
-    assert original.published_tower({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}) == VisionConfig()
+    assert (
+        original.published_tower({"mm_vision_tower": "openai/clip-vit-large-patch14-336"})
+        == VisionConfig()
+    )
 
 
 def test_the_configuration_of_llava_1_5():
     """As its config.json describes the 7B: what it does not say is Llama's."""
-    values = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024}
-    values |= {"mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None, "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "use_mm_proj": True}
-    values |= {"mm_vision_select_feature": "patch", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad", "tune_mm_mlp_adapter": False, "vocab_size": 32000}
-    values |= {"hidden_size": 4096, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "rope_scaling": None, "max_position_embeddings": 4096, "pretraining_tp": 1}
+    values = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_hidden_size": 1024,
+    }
+    values |= {
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_resampler_type": None,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "use_mm_proj": True,
+    }
+    values |= {
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "image_aspect_ratio": "pad",
+        "tune_mm_mlp_adapter": False,
+        "vocab_size": 32000,
+    }
+    values |= {
+        "hidden_size": 4096,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "max_position_embeddings": 4096,
+        "pretraining_tp": 1,
+    }
     wanted = DecoderConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
         rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, tie_embeddings=False, max_positions=4096,
@@ -155,56 +244,110 @@ def test_a_tokenizer_from_elsewhere(stock, tmp_path):
 
 def test_a_picture_token_beyond_the_vocabulary_gets_a_row(stock, tmp_path):
     model, (_, params) = stock(LLAMA)
-    config, loaded = loading.load(write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], words=101))
-    assert (config.image_token_id, config.end_token_id, config.decoder.vocab_size) == (101, 100, 128)
+    config, loaded = loading.load(
+        write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], words=101)
+    )
+    assert (config.image_token_id, config.end_token_id, config.decoder.vocab_size) == (
+        101,
+        100,
+        128,
+    )
     for name in ("language_model.embedding.w_vd", "language_model.head.w_vd"):
         np.testing.assert_array_equal(loaded[name][:101], params[name])
-        np.testing.assert_allclose(loaded[name][101:], np.tile(params[name].mean(0), (27, 1)), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            loaded[name][101:], np.tile(params[name].mean(0), (27, 1)), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_what_such_files_carry_beside_is_ignored_and_nothing_else_is(stock, tmp_path):
     model, (_, params) = stock(QWEN)
     folder = write_original(tmp_path, model, *LAYOUTS["authors, dense Qwen2"][1:])
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    beside = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "lm_head.weight": tensors["model.embed_tokens.weight"]}
-    beside["model.image_tower.image_tower.vision_model.embeddings.position_ids"] = torch.arange(10)[None]
+    beside = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
+        "lm_head.weight": tensors["model.embed_tokens.weight"],
+    }
+    beside["model.image_tower.image_tower.vision_model.embeddings.position_ids"] = torch.arange(10)[
+        None
+    ]
     torch.save(tensors | beside, folder / "pytorch_model.bin")
     assert_equal(loading.load(folder)[1], params)
-    torch.save(tensors | {"model.mm_projector.video_patch_proj.weight": torch.ones(3)}, folder / "pytorch_model.bin")
+    torch.save(
+        tensors | {"model.mm_projector.video_patch_proj.weight": torch.ones(3)},
+        folder / "pytorch_model.bin",
+    )
     with pytest.raises(ConfigError, match="1 tensors differ: unexpected .*video_patch_proj"):
         loading.load(folder)
 
 
 REFUSED = {
-    "a single linear projection": ({"image_projector_type": None, "mm_projector_type": None}, "'mm_projector_type': None"),
-    "pictures that are cropped": ({"image_aspect_ratio": "square"}, "'image_aspect_ratio': 'square'"),
-    "pictures in pieces": ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"}, "'image_aspect_ratio': 'anyres', 'mm_patch_merge_type': 'spatial'"),
+    "a single linear projection": (
+        {"image_projector_type": None, "mm_projector_type": None},
+        "'mm_projector_type': None",
+    ),
+    "pictures that are cropped": (
+        {"image_aspect_ratio": "square"},
+        "'image_aspect_ratio': 'square'",
+    ),
+    "pictures in pieces": (
+        {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"},
+        "'image_aspect_ratio': 'anyres', 'mm_patch_merge_type': 'spatial'",
+    ),
     "tokens around a picture": ({"mm_use_im_start_end": True}, "'mm_use_im_start_end': True"),
-    "videos": ({"mm_video_tower": "LanguageBind_Video_merge"}, "'mm_video_tower': 'LanguageBind_Video_merge'"),
+    "videos": (
+        {"mm_video_tower": "LanguageBind_Video_merge"},
+        "'mm_video_tower': 'LanguageBind_Video_merge'",
+    ),
     "two scales": ({"s2": True}, "'s2': True"),
     "a LoRA": ({"lora": {"lora_enable": True}}, "lora = .*Merge it"),
     "quantised weights": ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
-    "the CLS feature": ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature = 'cls_patch'"),
+    "the CLS feature": (
+        {"mm_vision_select_feature": "cls_patch"},
+        "mm_vision_select_feature = 'cls_patch'",
+    ),
     "no layer of features": ({"mm_vision_select_layer": None}, "mm_vision_select_layer = None"),
-    "one expert a token": ({"moe": DEEPSPEED | {"top_k_experts": 1}}, "moe.top_k_experts = 1.*by its probability"),
-    "layers of different experts": ({"moe": DEEPSPEED | {"num_experts": [4, 2]}}, r"moe.num_experts = \[4, 2\]"),
-    "a least capacity": ({"moe": DEEPSPEED | {"eval_capacity_factor": 1.0, "min_capacity": 4}}, "moe.min_capacity = 4"),
-    "an unknown family": ({"model_type": "llava", "architectures": ["LlavaMptForCausalLM"]}, "architectures = 'LlavaMptForCausalLM'"),
+    "one expert a token": (
+        {"moe": DEEPSPEED | {"top_k_experts": 1}},
+        "moe.top_k_experts = 1.*by its probability",
+    ),
+    "layers of different experts": (
+        {"moe": DEEPSPEED | {"num_experts": [4, 2]}},
+        r"moe.num_experts = \[4, 2\]",
+    ),
+    "a least capacity": (
+        {"moe": DEEPSPEED | {"eval_capacity_factor": 1.0, "min_capacity": 4}},
+        "moe.min_capacity = 4",
+    ),
+    "an unknown family": (
+        {"model_type": "llava", "architectures": ["LlavaMptForCausalLM"]},
+        "architectures = 'LlavaMptForCausalLM'",
+    ),
 }
 
 
 @pytest.mark.parametrize("option", REFUSED)
 def test_what_the_model_does_not_compute_is_refused(option, stock, tmp_path):
     changes, message = REFUSED[option]
-    folder = write_original(tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], **changes)
+    folder = write_original(
+        tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], **changes
+    )
     with pytest.raises(ConfigError, match=message):
         loading.load(folder)
 
 
 def test_one_error_names_everything_that_is_refused(stock, tmp_path):
-    changes = {"hidden_act": "gelu", "s2": True, "lora": {"lora_enable": True}, "moe": DEEPSPEED | {"top_k_experts": 1}}
-    folder = write_original(tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], **changes)
-    with pytest.raises(ConfigError, match="(?s)'hidden_act': 'gelu'.*moe.top_k_experts = 1.*'s2': True.*lora = "):
+    changes = {
+        "hidden_act": "gelu",
+        "s2": True,
+        "lora": {"lora_enable": True},
+        "moe": DEEPSPEED | {"top_k_experts": 1},
+    }
+    folder = write_original(
+        tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], **changes
+    )
+    with pytest.raises(
+        ConfigError, match="(?s)'hidden_act': 'gelu'.*moe.top_k_experts = 1.*'s2': True.*lora = "
+    ):
         loading.load(folder)
 
 
@@ -212,33 +355,75 @@ def test_the_first_feature_of_siglip_is_a_patch_and_may_not_be_dropped():
     siglip = original.published_tower({"mm_vision_tower": "google/siglip-so400m-patch14-384"})
     with pytest.raises(ConfigError, match="mm_vision_select_feature = 'patch'.*'cls_patch'"):
         original.with_features(siglip, {"mm_vision_select_layer": -2})
-    assert original.with_features(siglip, {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}).feature_layer == -1
+    assert (
+        original.with_features(
+            siglip, {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}
+        ).feature_layer
+        == -1
+    )
 
 
 @pytest.mark.parametrize("factor, wanted", [(1.0, 1.0), (1.5, 1.5), (2.0, None), (4, None)])
-def test_capacity_is_that_of_inference_and_none_where_nothing_can_be_dropped(factor, wanted, stock, tmp_path):
+def test_capacity_is_that_of_inference_and_none_where_nothing_can_be_dropped(
+    factor, wanted, stock, tmp_path
+):
     """DeepSpeed: an expert has ceil(2 * factor * N / 4) places for N tokens."""
-    folder = write_original(tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], moe=DEEPSPEED | {"eval_capacity_factor": factor})
-    assert loading.load(folder)[0].decoder.moe == MoEConfig(layers=(0, 2), num_experts=4, experts_per_token=2, capacity_factor=wanted)
+    folder = write_original(
+        tmp_path,
+        stock(SPARSE)[0],
+        *LAYOUTS["authors, sparse Qwen2"][1:],
+        moe=DEEPSPEED | {"eval_capacity_factor": factor},
+    )
+    assert loading.load(folder)[0].decoder.moe == MoEConfig(
+        layers=(0, 2), num_experts=4, experts_per_token=2, capacity_factor=wanted
+    )
 
 
 def test_a_residual_layer_has_its_shared_expert_and_its_mix(stock, tmp_path):
     """deepspeed/moe/layer.py: experts * softmax(coefficient)[0] + mlp * softmax(coefficient)[1]; ours is the same, see test_moe.py."""
     model, (_, params) = stock(SPARSE)
-    folder = write_original(tmp_path, model, *LAYOUTS["authors, sparse Qwen2"][1:], moe=DEEPSPEED | {"use_residual": True})
-    tensors, rng = torch.load(folder / "pytorch_model.bin", weights_only=True), torch.Generator().manual_seed(0)
-    shapes = {"mlp.gate_proj.weight": (56, 48), "mlp.up_proj.weight": (56, 48), "mlp.down_proj.weight": (48, 56), "coefficient.weight": (2, 48), "coefficient.bias": (2,)}
-    added = {f"model.layers.{layer}.mlp.{name}": torch.randn(shape, generator=rng) for layer in (0, 2) for name, shape in shapes.items()}
+    folder = write_original(
+        tmp_path,
+        model,
+        *LAYOUTS["authors, sparse Qwen2"][1:],
+        moe=DEEPSPEED | {"use_residual": True},
+    )
+    tensors, rng = (
+        torch.load(folder / "pytorch_model.bin", weights_only=True),
+        torch.Generator().manual_seed(0),
+    )
+    shapes = {
+        "mlp.gate_proj.weight": (56, 48),
+        "mlp.up_proj.weight": (56, 48),
+        "mlp.down_proj.weight": (48, 56),
+        "coefficient.weight": (2, 48),
+        "coefficient.bias": (2,),
+    }
+    added = {
+        f"model.layers.{layer}.mlp.{name}": torch.randn(shape, generator=rng)
+        for layer in (0, 2)
+        for name, shape in shapes.items()
+    }
     torch.save(tensors | added, folder / "pytorch_model.bin")
     config, loaded = loading.load(folder)
     assert config.decoder.moe.residual
     assert_equal({name: loaded[name] for name in params}, params)
     residual = "language_model.layers.moe.residual."
-    np.testing.assert_array_equal(loaded[residual + "mix.w_d2"][1], added["model.layers.2.mlp.coefficient.weight"].T)
-    np.testing.assert_array_equal(loaded[residual + "mix.b_2"][0], added["model.layers.0.mlp.coefficient.bias"])
-    np.testing.assert_array_equal(loaded[residual + "up.w_df"][0], added["model.layers.0.mlp.mlp.up_proj.weight"].T)
-    np.testing.assert_array_equal(loaded[residual + "down.w_fd"][1], added["model.layers.2.mlp.mlp.down_proj.weight"].T)
-    np.testing.assert_array_equal(loaded[residual + "gate.w_df"][1], added["model.layers.2.mlp.mlp.gate_proj.weight"].T)
+    np.testing.assert_array_equal(
+        loaded[residual + "mix.w_d2"][1], added["model.layers.2.mlp.coefficient.weight"].T
+    )
+    np.testing.assert_array_equal(
+        loaded[residual + "mix.b_2"][0], added["model.layers.0.mlp.coefficient.bias"]
+    )
+    np.testing.assert_array_equal(
+        loaded[residual + "up.w_df"][0], added["model.layers.0.mlp.mlp.up_proj.weight"].T
+    )
+    np.testing.assert_array_equal(
+        loaded[residual + "down.w_fd"][1], added["model.layers.2.mlp.mlp.down_proj.weight"].T
+    )
+    np.testing.assert_array_equal(
+        loaded[residual + "gate.w_df"][1], added["model.layers.2.mlp.mlp.gate_proj.weight"].T
+    )
     with pytest.raises(ConfigError, match="moe.residual = True"):
         huggingface.save(tmp_path / "out", config, loaded)
     assert not (tmp_path / "out").exists()
@@ -258,10 +443,17 @@ def in_shards(folder, shards: int) -> None:
     """Cuts the PyTorch file of a folder."""
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
     (folder / "pytorch_model.bin").unlink()
-    where = {name: f"pytorch_model-{n % shards + 1:05d}-of-{shards:05d}.bin" for n, name in enumerate(tensors)}
+    where = {
+        name: f"pytorch_model-{n % shards + 1:05d}-of-{shards:05d}.bin"
+        for n, name in enumerate(tensors)
+    }
     for shard in set(where.values()):
-        torch.save({name: tensors[name] for name in tensors if where[name] == shard}, folder / shard)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        torch.save(
+            {name: tensors[name] for name in tensors if where[name] == shard}, folder / shard
+        )
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
 
 
 def test_pytorch_files_of_a_llava_hf_folder(stock, tmp_path):
@@ -273,22 +465,42 @@ def test_pytorch_files_of_a_llava_hf_folder(stock, tmp_path):
     assert_equal(loading.load(tmp_path)[1], params)
 
 
-@pytest.mark.parametrize("kind, wanted", [(torch.bfloat16, ml_dtypes.bfloat16), (torch.float16, np.float16), (torch.float32, np.float32)])
+@pytest.mark.parametrize(
+    "kind, wanted",
+    [
+        (torch.bfloat16, ml_dtypes.bfloat16),
+        (torch.float16, np.float16),
+        (torch.float32, np.float32),
+    ],
+)
 def test_pytorch_dtypes_arrive_as_they_are_stored(kind, wanted, stock, tmp_path):
     model = stock(QWEN)[0]
-    tensors = {name: tensor.to(kind) for name, tensor in model.state_dict().items() if not name.startswith("lm_head")}
+    tensors = {
+        name: tensor.to(kind)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("lm_head")
+    }
     as_bin(tmp_path, model, tensors)
     with loading.open_pretrained(tmp_path) as pretrained:
         assert {parameter.dtype for parameter in pretrained.params.values()} == {np.dtype(wanted)}
         embedding = np.asarray(pretrained.params["language_model.embedding.w_vd"])
         assert pretrained.dtype == np.dtype(wanted).name
     assert embedding.dtype == wanted
-    np.testing.assert_array_equal(embedding.astype(np.float32), tensors["model.language_model.embed_tokens.weight"].float())
+    np.testing.assert_array_equal(
+        embedding.astype(np.float32), tensors["model.language_model.embed_tokens.weight"].float()
+    )
 
 
 def test_views_and_shared_tensors_of_a_pytorch_file_read_right(tmp_path):
     whole = torch.arange(24.0).reshape(4, 6)
-    tensors = {"turned": whole.T, "column": whole[:, 2], "part": whole[1:3, 1:4], "tied": whole, "bfloat16": whole.bfloat16().T, "fused": whole.reshape(2, 3, 4).mT}
+    tensors = {
+        "turned": whole.T,
+        "column": whole[:, 2],
+        "part": whole[1:3, 1:4],
+        "tied": whole,
+        "bfloat16": whole.bfloat16().T,
+        "fused": whole.reshape(2, 3, 4).mT,
+    }
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with open_tensors(tmp_path) as opened:
         for name, tensor in tensors.items():
@@ -314,10 +526,18 @@ def test_without_torch_a_pytorch_file_says_what_to_install(stock, tmp_path, monk
 # Adaptors alone, and students from pieces
 
 ADAPTORS = {
-    "original LLaVA's file": lambda folder, model: save_adaptor(folder / "mm_projector.bin", model, TO_ORIGINAL),
-    "original LLaVA's folder": lambda folder, model: save_adaptor(folder / "mm_projector.bin", model, TO_ORIGINAL).parent,
-    "the authors' file": lambda folder, model: save_adaptor(folder / "any_name.bin", model, TO_AUTHORS),
-    "a whole original LLaVA": lambda folder, model: write_original(folder, model, *LAYOUTS["original LLaVA"][1:], own_tower=False),
+    "original LLaVA's file": lambda folder, model: save_adaptor(
+        folder / "mm_projector.bin", model, TO_ORIGINAL
+    ),
+    "original LLaVA's folder": lambda folder, model: (
+        save_adaptor(folder / "mm_projector.bin", model, TO_ORIGINAL).parent
+    ),
+    "the authors' file": lambda folder, model: save_adaptor(
+        folder / "any_name.bin", model, TO_AUTHORS
+    ),
+    "a whole original LLaVA": lambda folder, model: write_original(
+        folder, model, *LAYOUTS["original LLaVA"][1:], own_tower=False
+    ),
     "a whole llava-hf": lambda folder, model: model.save_pretrained(folder) or folder,
     "an imported folder": lambda folder, model: import_stock(folder, model),
 }
@@ -341,14 +561,25 @@ def test_an_adaptor_alone(source, stock, tmp_path):
     model, (_, params) = stock(LLAMA)
     with loading.open_adaptor(ADAPTORS[source](tmp_path, model)) as adaptor:
         assert adaptor.config is None
-        assert_equal(read(adaptor), {name: x for name, x in params.items() if name.startswith("adaptor.")})
+        assert_equal(
+            read(adaptor), {name: x for name, x in params.items() if name.startswith("adaptor.")}
+        )
 
 
 def test_a_folder_without_an_adaptor(stock, tmp_path):
     hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "text")
-    with pytest.raises(ConfigError, match="adaptor = .*text"), loading.open_adaptor(tmp_path / "text"):
+    with (
+        pytest.raises(ConfigError, match="adaptor = .*text"),
+        loading.open_adaptor(tmp_path / "text"),
+    ):
         pass
-    torch.save({"model.mm_projector.0.weight": torch.ones(48, 32), "model.mm_projector.2.weight": torch.ones(48, 3)}, tmp_path / "mm_projector.bin")
+    torch.save(
+        {
+            "model.mm_projector.0.weight": torch.ones(48, 32),
+            "model.mm_projector.2.weight": torch.ones(48, 3),
+        },
+        tmp_path / "mm_projector.bin",
+    )
     listed = r"missing .*linear_1.bias; missing .*linear_2.bias; .*linear_2.weight has the shape \(48, 3\), expected \(48, 48\)"
     with pytest.raises(ConfigError, match=listed), loading.open_adaptor(tmp_path):
         pass
@@ -367,13 +598,23 @@ def test_a_student_from_pieces(with_adaptor, stock, tmp_path):
         loading.open_pretrained(tmp_path / "text") as language_model,
         loading.open_adaptor(tmp_path / "mm_projector.bin") as adaptor,
     ):
-        made = join(tower, language_model, adaptor if with_adaptor else None, 0, load_tokenizer(tmp_path / "text"))
+        made = join(
+            tower,
+            language_model,
+            adaptor if with_adaptor else None,
+            0,
+            load_tokenizer(tmp_path / "text"),
+        )
         assert made.config == wanted
         found, parts = read(made), read(tower) | read(language_model)
     assert_equal({name: found[name] for name in parts}, parts)
-    same = all(np.array_equal(found[name], params[name]) for name in params if name.startswith("adaptor."))
+    same = all(
+        np.array_equal(found[name], params[name]) for name in params if name.startswith("adaptor.")
+    )
     assert same == with_adaptor and found.keys() == params.keys()
-    np.testing.assert_array_equal(found["language_model.norm.scale_d"], text.model.norm.weight.detach())
+    np.testing.assert_array_equal(
+        found["language_model.norm.scale_d"], text.model.norm.weight.detach()
+    )
 
 
 def test_a_recipe_names_such_folders(stock, tmp_path):
@@ -384,16 +625,36 @@ def test_a_recipe_names_such_folders(stock, tmp_path):
     with loading.open_pretrained(folder) as pretrained:
         native.save_native(tmp_path / "imported", pretrained)
     for named in (folder, tmp_path / "imported"):
-        found = load_model(ModelSource(folder=str(named)), load_tokenizer(named), "bfloat16", "dots")
+        found = load_model(
+            ModelSource(folder=str(named)), load_tokenizer(named), "bfloat16", "dots"
+        )
         assert_equal(found.params, params)
-        assert (found.config.dtype, found.config.remat, found.origin) == ("bfloat16", "dots", str(named))
+        assert (found.config.dtype, found.config.remat, found.origin) == (
+            "bfloat16",
+            "dots",
+            str(named),
+        )
     hf_models.build(hf_models.llama()).save_pretrained(tmp_path / "text")
     tokenizer().save_pretrained(tmp_path / "text")
-    parts = ModelSource(language_model=str(tmp_path / "text"), vision_tower=str(folder / "tower"), adaptor=str(folder))
+    parts = ModelSource(
+        language_model=str(tmp_path / "text"),
+        vision_tower=str(folder / "tower"),
+        adaptor=str(folder),
+    )
     student = load_model(parts, load_tokenizer(tmp_path / "text"), "float32", "none")
-    assert_equal({name: student.params[name] for name in params if name.startswith("adaptor.")}, {n: x for n, x in params.items() if n.startswith("adaptor.")})
-    with pytest.raises(ConfigError, match="folder = .*It holds a plain language_model: name it as `language_model`"):
-        load_model(ModelSource(folder=str(tmp_path / "text")), load_tokenizer(tmp_path / "text"), "float32", "none")
+    assert_equal(
+        {name: student.params[name] for name in params if name.startswith("adaptor.")},
+        {n: x for n, x in params.items() if n.startswith("adaptor.")},
+    )
+    with pytest.raises(
+        ConfigError, match="folder = .*It holds a plain language_model: name it as `language_model`"
+    ):
+        load_model(
+            ModelSource(folder=str(tmp_path / "text")),
+            load_tokenizer(tmp_path / "text"),
+            "float32",
+            "none",
+        )
 
 
 # Every family as a part

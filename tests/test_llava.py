@@ -17,10 +17,19 @@ from mod_jax.models.parameters import constant
 from mod_jax.models.vision import patchify
 from mod_jax.sharding import RULES, make_mesh, parameter_shardings, row_sharding
 
-CLIP = VisionConfig(image_size=12, patch_size=6, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=2)
+CLIP = VisionConfig(
+    image_size=12, patch_size=6, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=2
+)
 SIGLIP = dataclasses.replace(CLIP, family="siglip", hidden_act="gelu_tanh", feature_layer=-1)
 DECODER = DecoderConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, moe=MoEConfig()
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    moe=MoEConfig(),
 )
 CONFIG = ModelConfig(CLIP, DECODER)
 DENSE = dataclasses.replace(CONFIG, decoder=dataclasses.replace(DECODER, moe=None))
@@ -43,7 +52,9 @@ def tower(config, params, images):
 
 
 def random_images(*leading, size=12):
-    return jax.random.randint(jax.random.key(2), (*leading, size, size, 3), 0, 256).astype(jnp.uint8)
+    return jax.random.randint(jax.random.key(2), (*leading, size, size, 3), 0, 256).astype(
+        jnp.uint8
+    )
 
 
 def make_batch(pictures=2, rows=ROWS):
@@ -55,15 +66,34 @@ def make_batch(pictures=2, rows=ROWS):
     zeros, ones = jnp.zeros_like(tokens), jnp.ones_like(tokens)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     images = random_images(rows, pictures)
-    return Batch(tokens, tokens, ones.astype(jnp.float32), positions, ones, zeros, index, images, jnp.zeros((rows, 1), jnp.int32))
+    return Batch(
+        tokens,
+        tokens,
+        ones.astype(jnp.float32),
+        positions,
+        ones,
+        zeros,
+        index,
+        images,
+        jnp.zeros((rows, 1), jnp.int32),
+    )
 
 
 def test_patches_are_what_a_strided_convolution_sees():
     """Also where the patches leave a border: 14 pixels hold two patches of 6."""
-    images, kernel = np.random.default_rng(0).normal(size=(2, 14, 14, 3)), np.random.default_rng(1).normal(size=(6, 6, 3, 5))
-    expected = torch.nn.functional.conv2d(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(kernel).permute(3, 2, 0, 1), stride=6)
+    images, kernel = (
+        np.random.default_rng(0).normal(size=(2, 14, 14, 3)),
+        np.random.default_rng(1).normal(size=(6, 6, 3, 5)),
+    )
+    expected = torch.nn.functional.conv2d(
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        torch.from_numpy(kernel).permute(3, 2, 0, 1),
+        stride=6,
+    )
     found = patchify(jnp.asarray(images), 6) @ kernel.reshape(-1, 5)
-    np.testing.assert_allclose(found, expected.flatten(2).transpose(1, 2).numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found, expected.flatten(2).transpose(1, 2).numpy(), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("vision, runs", [(CLIP, 2), (SIGLIP, 3)], ids=["clip -2", "siglip -1"])
@@ -98,31 +128,49 @@ def test_a_picture_token_takes_the_adapted_feature_it_points_at():
     assert features.shape == (ROWS, 2 * FEATURES, 24)
     x = model.embed(batch.tokens, batch.picture_index, features)
     params = {name: np.asarray(a, np.float64) for name, a in params_of(CONFIG).items()}
-    inner = np.asarray(features[0, FEATURES:], np.float64) @ params["adaptor.linear_1.w_io"] + params["adaptor.linear_1.b_o"]
+    inner = (
+        np.asarray(features[0, FEATURES:], np.float64) @ params["adaptor.linear_1.w_io"]
+        + params["adaptor.linear_1.b_o"]
+    )
     inner = torch.nn.functional.gelu(torch.from_numpy(inner)).numpy()
     adapted = inner @ params["adaptor.linear_2.w_io"] + params["adaptor.linear_2.b_o"]
     np.testing.assert_allclose(x[0, 2 : 2 + FEATURES], adapted, rtol=1e-4, atol=1e-5)
     text = np.asarray(batch.picture_index) < 0
-    np.testing.assert_array_equal(np.asarray(x)[text], np.asarray(params_of(CONFIG)["language_model.embedding.w_vd"])[np.asarray(batch.tokens)[text]])
+    np.testing.assert_array_equal(
+        np.asarray(x)[text],
+        np.asarray(params_of(CONFIG)["language_model.embedding.w_vd"])[
+            np.asarray(batch.tokens)[text]
+        ],
+    )
 
 
 def test_a_picture_nobody_points_at_changes_nothing():
     batch = make_batch()
     other = dataclasses.replace(batch, images=batch.images.at[0, 0].set(0).at[1].set(255))
-    np.testing.assert_array_equal(run(CONFIG, params_of(CONFIG), batch)[0], run(CONFIG, params_of(CONFIG), other)[0])
+    np.testing.assert_array_equal(
+        run(CONFIG, params_of(CONFIG), batch)[0], run(CONFIG, params_of(CONFIG), other)[0]
+    )
 
 
 def test_features_computed_once_serve_as_the_pictures():
     model, batch = llava.bind(CONFIG, params_of(CONFIG)), make_batch()
-    hidden, aux = model(dataclasses.replace(batch, images=jnp.zeros_like(batch.images)), model.features(batch.images))
-    np.testing.assert_allclose(hidden, run(CONFIG, params_of(CONFIG), batch)[0], rtol=1e-4, atol=1e-5)
+    hidden, aux = model(
+        dataclasses.replace(batch, images=jnp.zeros_like(batch.images)),
+        model.features(batch.images),
+    )
+    np.testing.assert_allclose(
+        hidden, run(CONFIG, params_of(CONFIG), batch)[0], rtol=1e-4, atol=1e-5
+    )
     assert hidden.shape == (ROWS, LENGTH, 32) and aux.load.shape == (2, 4)
 
 
 def test_rows_without_pictures_are_text():
     """N = 0 runs no tower and no adaptor: their parameters may be anything."""
     text, params = make_batch(pictures=0), params_of(DENSE)
-    broken = {name: a if name.startswith("language_model") else jnp.full_like(a, jnp.nan) for name, a in params.items()}
+    broken = {
+        name: a if name.startswith("language_model") else jnp.full_like(a, jnp.nan)
+        for name, a in params.items()
+    }
     unused = dataclasses.replace(make_batch(), picture_index=text.picture_index)
     hidden, aux = run(DENSE, broken, text)
     np.testing.assert_allclose(hidden, run(DENSE, params, unused)[0], rtol=1e-4, atol=1e-5)
@@ -155,17 +203,30 @@ NAMES = {
 def test_parameters_are_named_as_the_architecture_says():
     shapes = {name: array.shape for name, array in llava.abstract(CONFIG).items()}
     assert NAMES.items() <= shapes.items()
-    assert not any(".moe." in name for name in llava.abstract(DENSE)) and not any("_tower.pre_norm" in n for n in llava.abstract(OTHER))
-    assert llava.abstract(OTHER)["vision_tower.patches.b_d"].shape == (24,) and "language_model.head.w_vd" in llava.abstract(OTHER)
+    assert not any(".moe." in name for name in llava.abstract(DENSE)) and not any(
+        "_tower.pre_norm" in n for n in llava.abstract(OTHER)
+    )
+    assert llava.abstract(OTHER)["vision_tower.patches.b_d"].shape == (
+        24,
+    ) and "language_model.head.w_vd" in llava.abstract(OTHER)
 
 
-OTHER = ModelConfig(SIGLIP, dataclasses.replace(DECODER, qk_norm=True, qkv_bias=False, tie_embeddings=False, moe=MoEConfig(residual=True)))
+OTHER = ModelConfig(
+    SIGLIP,
+    dataclasses.replace(
+        DECODER, qk_norm=True, qkv_bias=False, tie_embeddings=False, moe=MoEConfig(residual=True)
+    ),
+)
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE, OTHER], ids=["clip-sparse", "clip-dense", "siglip-residual"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, DENSE, OTHER], ids=["clip-sparse", "clip-dense", "siglip-residual"]
+)
 def test_init_abstract_and_axes_agree(config):
     params, shapes, axes = params_of(config), llava.abstract(config), llava.axes(config)
-    assert {n: (a.shape, a.dtype) for n, a in params.items()} == {n: (a.shape, a.dtype) for n, a in shapes.items()}
+    assert {n: (a.shape, a.dtype) for n, a in params.items()} == {
+        n: (a.shape, a.dtype) for n, a in shapes.items()
+    }
     assert {a.dtype for a in shapes.values()} == {jnp.dtype("float32")}
     assert {n: len(a.shape) for n, a in shapes.items()} == {n: len(a) for n, a in axes.items()}
     assert {axis for dims in axes.values() for axis in dims} <= set(RULES)
@@ -183,7 +244,10 @@ def test_init_depends_on_the_key_alone():
 def test_bind_names_what_does_not_fit():
     params = dict(params_of(DENSE))
     params["adaptor.linear_3.w_io"] = params.pop("adaptor.linear_2.w_io")
-    with pytest.raises(ValueError, match=r"missing \['adaptor.linear_2.w_io'\], unknown \['adaptor.linear_3.w_io'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing \['adaptor.linear_2.w_io'\], unknown \['adaptor.linear_3.w_io'\]",
+    ):
         llava.bind(DENSE, params)
 
 
@@ -201,7 +265,9 @@ def test_a_parameter_needs_an_axis_for_each_dimension():
 @pytest.mark.parametrize("config", [CONFIG, OTHER], ids=["tied", "untied"])
 def test_head_is_the_decoders(config):
     params = params_of(config)
-    np.testing.assert_array_equal(llava.head(config, params), llava.bind(config, params).language_model.head_w_vd())
+    np.testing.assert_array_equal(
+        llava.head(config, params), llava.bind(config, params).language_model.head_w_vd()
+    )
 
 
 @pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["sparse", "dense"])
@@ -209,7 +275,9 @@ def test_bfloat16_stays_near_float32(config):
     low = run(dataclasses.replace(config, dtype="bfloat16"), params_of(config), make_batch())[0]
     high = run(config, params_of(config), make_batch())[0]
     assert low.dtype == jnp.bfloat16
-    assert float(jnp.abs(low.astype(jnp.float32) - high).mean()) < 0.05 * float(jnp.abs(high).mean())
+    assert float(jnp.abs(low.astype(jnp.float32) - high).mean()) < 0.05 * float(
+        jnp.abs(high).mean()
+    )
 
 
 @pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["sparse", "dense"])
@@ -220,10 +288,16 @@ def test_a_mesh_changes_no_result(config):
 
     @jax.jit
     def loss_and_gradients(params, batch):
-        return jax.value_and_grad(lambda params: (llava.bind(config, params)(batch)[0] ** 3).mean())(params)
+        return jax.value_and_grad(
+            lambda params: (llava.bind(config, params)(batch)[0] ** 3).mean()
+        )(params)
 
     expected = loss_and_gradients(params, batch)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, parameter_shardings(mesh, llava.abstract(config), llava.axes(config)))
+        placed = jax.device_put(
+            params, parameter_shardings(mesh, llava.abstract(config), llava.axes(config))
+        )
         found = loss_and_gradients(placed, jax.device_put(batch, row_sharding(mesh)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected
+    )

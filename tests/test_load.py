@@ -44,27 +44,43 @@ def model(folder):
 
 
 def near(found, wanted) -> bool:
-    return found.shape == wanted.shape and np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    return (
+        found.shape == wanted.shape
+        and np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    )
 
 
 def said_by_stock(prompt: str, pictures) -> str:
     """The greedy answer of transformers' model and processor."""
     inputs = STOCK.processor(text=prompt, images=pictures or None, return_tensors="pt")
-    how = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=STOCK.tokenizer.eos_token_id, pad_token_id=STOCK.tokenizer.eos_token_id)
+    how = GenerationConfig(
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=STOCK.tokenizer.eos_token_id,
+        pad_token_id=STOCK.tokenizer.eos_token_id,
+    )
     with torch.no_grad():
         ids = STOCK.model.generate(**inputs, generation_config=how)
-    return STOCK.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return STOCK.processor.decode(
+        ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 def test_importing_the_package_imports_no_jax():
-    subprocess.run([sys.executable, "-c", "import mod_jax, sys; assert 'jax' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import mod_jax, sys; assert 'jax' not in sys.modules"], check=True
+    )
 
 
 # Logits
 
 
-@pytest.mark.parametrize("text, pictures", [("A cat <image> and <image>", [SEEN, OTHER]), ("What is it?", [])])
-def test_logits_are_those_of_transformers_a_picture_taking_a_position_for_each_feature(text, pictures, model):
+@pytest.mark.parametrize(
+    "text, pictures", [("A cat <image> and <image>", [SEEN, OTHER]), ("What is it?", [])]
+)
+def test_logits_are_those_of_transformers_a_picture_taking_a_position_for_each_feature(
+    text, pictures, model
+):
     inputs = STOCK.processor(text=text, images=pictures or None, return_tensors="pt")
     with torch.no_grad():
         wanted = STOCK.model(**inputs).logits[0].numpy()
@@ -93,7 +109,9 @@ def test_nothing_is_padded_where_an_expert_has_places_for_a_share_of_all_positio
     decoder = dataclasses.replace(model.config.decoder, moe=MoEConfig(capacity_factor=0.5))
     config = dataclasses.replace(model.config, decoder=decoder)
     tight = chat.Chat(config, small.params_of(config), model.processor)
-    wanted = generation.logits(config, tight.params, model.processor.prompts(["How many cats are there?"], [[]]))
+    wanted = generation.logits(
+        config, tight.params, model.processor.prompts(["How many cats are there?"], [[]])
+    )
     np.testing.assert_array_equal(tight.logits("How many cats are there?"), wanted[0])
 
 
@@ -105,7 +123,13 @@ def encoded(image: Image.Image) -> bytes:
 
 def test_a_picture_may_be_pillow_s_an_array_bytes_or_a_file(model, tmp_path):
     SEEN.save(tmp_path / "seen.png")
-    forms = [SEEN, np.asarray(SEEN), encoded(SEEN), tmp_path / "seen.png", str(tmp_path / "seen.png")]
+    forms = [
+        SEEN,
+        np.asarray(SEEN),
+        encoded(SEEN),
+        tmp_path / "seen.png",
+        str(tmp_path / "seen.png"),
+    ]
     first, *others = (model.logits("<image> A cat", [form]) for form in forms)
     assert all(np.array_equal(other, first) for other in others)
     assert not near(model.logits("<image> A cat", [OTHER]), first)
@@ -116,7 +140,13 @@ def test_a_picture_may_be_pillow_s_an_array_bytes_or_a_file(model, tmp_path):
 CONVERSATION = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
     {"role": "assistant", "content": "A cat."},
-    {"role": "user", "content": [{"type": "text", "text": "And this <image>?"}, {"type": "image", "image": OTHER}]},
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "And this <image>?"},
+            {"type": "image", "image": OTHER},
+        ],
+    },
 ]
 ASKED = {
     "a question": ("What is it?", []),
@@ -129,21 +159,30 @@ ASKED = {
 def test_an_answer_is_what_stock_transformers_says_to_the_same_messages(asked, model):
     text, images = ASKED[asked]
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    prompt = STOCK.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = STOCK.processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
     wanted = said_by_stock(prompt, [*images, OTHER] if messages is CONVERSATION else images)
     assert model.generate(text, images, NEW) == wanted and wanted
 
 
 def test_pictures_without_marks_come_before_the_question(model):
-    assert model.generate("Which?", [SEEN, OTHER], NEW) == model.generate("<image>\n<image>\nWhich?", [SEEN, OTHER], NEW)
+    assert model.generate("Which?", [SEEN, OTHER], NEW) == model.generate(
+        "<image>\n<image>\nWhich?", [SEEN, OTHER], NEW
+    )
 
 
 def test_an_answer_ends_at_the_end_token(model):
-    prompts = model.processor.prompts([model.processor.render([{"role": "user", "content": "What is it?"}])], [[]], chat.MULTIPLE)
+    prompts = model.processor.prompts(
+        [model.processor.render([{"role": "user", "content": "What is it?"}])], [[]], chat.MULTIPLE
+    )
     ids = np.asarray(generation.generate(model.config, model.params, prompts, NEW))[0].tolist()
     end = next(token for token in ids if token != ids[0])
     ended = dataclasses.replace(model, config=dataclasses.replace(model.config, end_token_id=end))
-    assert ended.generate("What is it?", max_new_tokens=NEW) == model.processor.tokenizer.decode(ids[: ids.index(end)]).strip()
+    assert (
+        ended.generate("What is it?", max_new_tokens=NEW)
+        == model.processor.tokenizer.decode(ids[: ids.index(end)]).strip()
+    )
 
 
 def test_the_next_question_compiles_nothing(model):
@@ -161,8 +200,13 @@ def test_an_imported_folder_is_the_same_model(folder, model, tmp_path):
     options = convert.parser().parse_args(["import", str(folder), str(tmp_path / "ours")])
     options.run(options)
     ours = mod_jax.load(tmp_path / "ours")
-    assert ours.config == model.config and ours.processor.chat_template == model.processor.chat_template
-    assert ours.params.keys() == model.params.keys() and all(np.array_equal(ours.params[name], x) for name, x in model.params.items())
+    assert (
+        ours.config == model.config
+        and ours.processor.chat_template == model.processor.chat_template
+    )
+    assert ours.params.keys() == model.params.keys() and all(
+        np.array_equal(ours.params[name], x) for name, x in model.params.items()
+    )
     assert ours.generate("Which?", [SEEN], NEW) == model.generate("Which?", [SEEN], NEW)
 
 
@@ -175,7 +219,12 @@ def test_activations_are_float32_or_bfloat16(folder, model):
 
 def test_a_template_can_be_named_and_llava_s_is_taken_where_there_is_none(folder, tmp_path):
     assert mod_jax.load(folder, template="brief").processor.chat_template == chat_template("brief")
-    saved_by_transformers(dataclasses.replace(STOCK, processor=families.FAMILIES["CLIP + Qwen1.5, 2, 2.5"].processor(template=None)), tmp_path)
+    saved_by_transformers(
+        dataclasses.replace(
+            STOCK, processor=families.FAMILIES["CLIP + Qwen1.5, 2, 2.5"].processor(template=None)
+        ),
+        tmp_path,
+    )
     assert not (tmp_path / "chat_template.jinja").exists()
     assert mod_jax.load(tmp_path).processor.chat_template == chat_template("qwen")
     with pytest.raises(ConfigError, match=f"template = 'morse'.*{next(iter(TEMPLATES))}"):
@@ -192,21 +241,28 @@ def test_another_number_of_pictures_than_marks_is_refused(ask, model):
 
 
 @pytest.mark.parametrize("ask", ["logits", "generate"])
-@pytest.mark.parametrize("picture, message", [("nowhere.png", "no such picture file: nowhere.png"), (b"\x89PNG", "unreadable picture")])
+@pytest.mark.parametrize(
+    "picture, message",
+    [("nowhere.png", "no such picture file: nowhere.png"), (b"\x89PNG", "unreadable picture")],
+)
 def test_a_picture_that_cannot_be_read_is_refused(ask, picture, message, model):
     with pytest.raises(BadSample, match=message):
         getattr(model, ask)("<image>", [picture])
 
 
 @pytest.mark.parametrize("ask", ["logits", "generate"])
-@pytest.mark.parametrize("pictures", ["seen.png", SEEN, np.asarray(SEEN)], ids=["a name", "Pillow's", "an array"])
+@pytest.mark.parametrize(
+    "pictures", ["seen.png", SEEN, np.asarray(SEEN)], ids=["a name", "Pillow's", "an array"]
+)
 def test_one_picture_in_the_place_of_a_list_is_refused(ask, pictures, model):
     with pytest.raises(ConfigError, match="images = .*expected a list of pictures"):
         getattr(model, ask)("<image>", pictures)
 
 
 def test_more_positions_than_a_model_was_made_for_are_refused(model):
-    config = dataclasses.replace(model.config, decoder=dataclasses.replace(model.config.decoder, max_positions=50))
+    config = dataclasses.replace(
+        model.config, decoder=dataclasses.replace(model.config.decoder, max_positions=50)
+    )
     short = dataclasses.replace(model, config=config)
     with pytest.raises(ConfigError, match=r"positions = \d+: expected at most 50"):
         short.generate("What is it?", max_new_tokens=50)

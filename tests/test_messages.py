@@ -15,30 +15,56 @@ LLAVA_HF = (
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
 )
 CHATML = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-CARELESS = CHATML.replace("+ message['content'] +", "~ message['content'] ~")  # writes parts as Python does
-PARTS = [{"role": "user", "content": [IMAGE, TEXT("Which?"), IMAGE]}, {"role": "assistant", "content": "This."}, {"role": "user", "content": "And <image>?"}]
+CARELESS = CHATML.replace(
+    "+ message['content'] +", "~ message['content'] ~"
+)  # writes parts as Python does
+PARTS = [
+    {"role": "user", "content": [IMAGE, TEXT("Which?"), IMAGE]},
+    {"role": "assistant", "content": "This."},
+    {"role": "user", "content": "And <image>?"},
+]
 
 
 def shown(jinja: str, messages: list[dict]) -> str:
     def render(messages):
-        return ImmutableSandboxedEnvironment().from_string(jinja).render(messages=messages, eos_token="</s>", add_generation_prompt=False)
+        return (
+            ImmutableSandboxedEnvironment()
+            .from_string(jinja)
+            .render(messages=messages, eos_token="</s>", add_generation_prompt=False)
+        )
 
     return render(for_template(messages, render))
 
 
 def test_pictures_are_those_of_the_parts_and_of_the_list_in_the_order_they_are_shown():
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": "a"}, TEXT("<image> is no picture"), IMAGE, {"type": "image", "path": "c"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "a"},
+                TEXT("<image> is no picture"),
+                IMAGE,
+                {"type": "image", "path": "c"},
+            ],
+        },
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": "<image> or <image>?"},
     ]
     assert pictures_shown(messages, ["b", "d", "e"]) == ["a", "b", "c", "d", "e"]
 
 
-@pytest.mark.parametrize("images, message", [(["a"], "images = '1 pictures': expected 2"), (["a", "b", "c"], "images = '3 pictures': expected 2")])
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (["a"], "images = '1 pictures': expected 2"),
+        (["a", "b", "c"], "images = '3 pictures': expected 2"),
+    ],
+)
 def test_pictures_that_are_missing_or_too_many_are_refused(images, message):
     with pytest.raises(ConfigError, match=message):
-        pictures_shown([{"role": "user", "content": [IMAGE, {"type": "image", "image": "own"}, IMAGE]}], images)
+        pictures_shown(
+            [{"role": "user", "content": [IMAGE, {"type": "image", "image": "own"}, IMAGE]}], images
+        )
 
 
 def test_a_part_of_another_type_is_refused():
@@ -49,9 +75,15 @@ def test_a_part_of_another_type_is_refused():
 @pytest.mark.parametrize(
     "jinja, expected",
     [
-        (chat_template("brief"), "USER: <image>\nWhich?\n<image> ASSISTANT: This.</s>USER: And <image>?"),
+        (
+            chat_template("brief"),
+            "USER: <image>\nWhich?\n<image> ASSISTANT: This.</s>USER: And <image>?",
+        ),
         (LLAVA_HF, "USER: <image>\n<image>\nWhich? ASSISTANT: This. USER: <image>\nAnd  ? "),
-        (CHATML, "<|im_start|>user\n<image>\nWhich?\n<image><|im_end|>\n<|im_start|>assistant\nThis.<|im_end|>\n<|im_start|>user\nAnd <image>?<|im_end|>\n"),
+        (
+            CHATML,
+            "<|im_start|>user\n<image>\nWhich?\n<image><|im_end|>\n<|im_start|>assistant\nThis.<|im_end|>\n<|im_start|>user\nAnd <image>?<|im_end|>\n",
+        ),
     ],
     ids=["ours", "llava-hf", "chatml"],
 )

@@ -21,7 +21,13 @@ from mod_jax.export.model_card import card_of_pretrained, card_of_run
 from mod_jax.interop import huggingface
 from mod_jax.interop.pretrained import InMemory, Pretrained
 
-SCORES = {"by_type": {"count": 0.97, "colour": 0.68}, "hallucination": 0.049, "named": 0.99, "existence": {"yes_rate": 0.45, "f1": 0.98}, "questions": 1280}
+SCORES = {
+    "by_type": {"count": 0.97, "colour": 0.68},
+    "hallucination": 0.049,
+    "named": 0.99,
+    "existence": {"yes_rate": 0.45, "f1": 0.98},
+    "questions": 1280,
+}
 SCORES |= {"parameters": {"total": 1_180_000, "activated": 890_000}}
 
 
@@ -30,11 +36,19 @@ def recipe(tmp_path):
     """What a card reads of the quickstart's run: its configuration, folder and students."""
     config = from_dict(RecipeConfig, quickstart.get_config().to_dict())
     student = lambda model: types.SimpleNamespace(config=model, params=params_of(model))
-    return types.SimpleNamespace(config=config, workdir=tmp_path, student_after=lambda stage: student(SPARSE if stage in ("sparse_mimic", "preference") else DENSE))
+    return types.SimpleNamespace(
+        config=config,
+        workdir=tmp_path,
+        student_after=lambda stage: student(
+            SPARSE if stage in ("sparse_mimic", "preference") else DENSE
+        ),
+    )
 
 
 def write_scores(recipe, **accuracies) -> None:
-    rows = [{"model": name, "accuracy": accuracy, **SCORES} for name, accuracy in accuracies.items()]
+    rows = [
+        {"model": name, "accuracy": accuracy, **SCORES} for name, accuracy in accuracies.items()
+    ]
     (recipe.workdir / "results.json").write_text(json.dumps({"recipe": "quickstart", "rows": rows}))
 
 
@@ -49,7 +63,11 @@ def section(card: str, heading: str) -> str:
 
 
 def table(text: str) -> list[dict[str, str]]:
-    headings, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    headings, rule, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     assert set(rule) == {"---"} and {len(row) for row in rows} == {len(headings)}
     return [dict(zip(headings, row)) for row in rows]
 
@@ -73,7 +91,9 @@ def pretrained(config=SPARSE, prefix: str = "") -> Pretrained:
 )
 def test_hugging_face_reads_library_task_and_tags_but_no_licence(config, prefix, task, tags):
     found = front_matter(card_of_pretrained(pretrained(config, prefix), "float32"))
-    assert found == {"library_name": "transformers", "pipeline_tag": task} | ({"tags": tags} if tags else {})
+    assert found == {"library_name": "transformers", "pipeline_tag": task} | (
+        {"tags": tags} if tags else {}
+    )
 
 
 def test_a_sparse_student_is_described(recipe):
@@ -91,17 +111,39 @@ def test_a_sparse_student_is_described(recipe):
     }
 
 
-@pytest.mark.parametrize("factor, said", [(1.5, "trained with a factor of 1.5, here without one: it differs where tokens were dropped"), (2.0, None), (None, None)])
+@pytest.mark.parametrize(
+    "factor, said",
+    [
+        (
+            1.5,
+            "trained with a factor of 1.5, here without one: it differs where tokens were dropped",
+        ),
+        (2.0, None),
+        (None, None),
+    ],
+)
 def test_a_capacity_that_drops_tokens_is_named(factor, said):
     """2 x 2.0 places of 4 experts are enough for every token."""
-    decoder = dataclasses.replace(SPARSE.decoder, moe=dataclasses.replace(SPARSE.decoder.moe, capacity_factor=factor))
-    assert facts(card_of_pretrained(pretrained(dataclasses.replace(SPARSE, decoder=decoder)), "float32")).get("capacity") == said
+    decoder = dataclasses.replace(
+        SPARSE.decoder, moe=dataclasses.replace(SPARSE.decoder.moe, capacity_factor=factor)
+    )
+    assert (
+        facts(
+            card_of_pretrained(pretrained(dataclasses.replace(SPARSE, decoder=decoder)), "float32")
+        ).get("capacity")
+        == said
+    )
 
 
 def test_the_stages_are_those_on_the_way_in_order(recipe):
     """Not fine_tuned, from which nothing starts."""
     found = table(section(card_of_run(recipe, "preference", "float32"), "How it was trained"))
-    assert [row["stage"] for row in found] == ["adaptor", "dense_mimic", "sparse_mimic (upcycled before)", "preference"]
+    assert [row["stage"] for row in found] == [
+        "adaptor",
+        "dense_mimic",
+        "sparse_mimic (upcycled before)",
+        "preference",
+    ]
     assert [row["objective"] for row in found] == [
         "next token",
         "KL(teacher, student) over answers",
@@ -111,12 +153,18 @@ def test_the_stages_are_those_on_the_way_in_order(recipe):
     assert [(row["steps"], row["rows"], row["learning rate"], row["template"]) for row in found] == [
         ("60", "16", "0.005", "brief"), ("500", "16", "0.003", "brief"), ("400", "16", "0.002", "brief"), ("60", "16", "3e-05", "brief"),
     ]  # fmt: skip
-    assert found[0]["trains"] == "`adaptor.*`" and found[1]["trains"] == "`language_model.*`, `adaptor.*`"
+    assert (
+        found[0]["trains"] == "`adaptor.*`"
+        and found[1]["trains"] == "`language_model.*`, `adaptor.*`"
+    )
     assert found[3]["data"] == "scenes `data/scenes` (preference), weight 1"
 
 
 def test_the_student_and_the_teacher_are_named_if_the_teacher_taught(recipe):
-    named = lambda stage: {row[""]: row["from"] for row in table(section(card_of_run(recipe, stage, "float32"), "Where it came from"))}
+    named = lambda stage: {
+        row[""]: row["from"]
+        for row in table(section(card_of_run(recipe, stage, "float32"), "Where it came from"))
+    }
     parts = "vision_tower `assets/scenes/vision_tower`; language_model `assets/scenes/language_model`; a new adaptor, seed 0"
     assert named("fine_tuned") == {"student": parts}
     assert named("dense_mimic") == {"student": parts, "teacher": "folder `assets/scenes/teacher`"}
@@ -140,14 +188,18 @@ def test_without_scores_the_card_says_so(recipe):
 
 def test_versions_and_origin_are_named(recipe):
     assert mod_jax.__version__ in section(card_of_run(recipe, "adaptor", "float32"), "Made with")
-    assert "`models/one` (float32)" in section(card_of_pretrained(pretrained(), "bfloat16"), "Where it came from")
+    assert "`models/one` (float32)" in section(
+        card_of_pretrained(pretrained(), "bfloat16"), "Where it came from"
+    )
 
 
 def run_code(folder: pathlib.Path, monkeypatch, capsys) -> str:
     """What the card's code prints, run in its folder beside a picture.png."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / "picture.png")
-    code = section((folder / "README.md").read_text(), "Use").split("```python\n")[1].split("```")[0]
+    code = (
+        section((folder / "README.md").read_text(), "Use").split("```python\n")[1].split("```")[0]
+    )
     (folder / "use.py").write_text(code)
     monkeypatch.chdir(folder)
     capsys.readouterr()
@@ -157,14 +209,21 @@ def run_code(folder: pathlib.Path, monkeypatch, capsys) -> str:
 
 def exported(folder: pathlib.Path, config) -> pathlib.Path:
     """A folder that `export` writes, of random weights and the tokenizer of the scenes."""
-    huggingface.save(folder / "source", config, params_of(DENSE), others=scenes_tokenizer().save_pretrained)
+    huggingface.save(
+        folder / "source", config, params_of(DENSE), others=scenes_tokenizer().save_pretrained
+    )
     export(folder / "source", folder / "target")
     return folder / "target"
 
 
 def test_the_code_of_a_language_model_runs(tmp_path, monkeypatch, capsys):
-    assert len(run_code(exported(tmp_path, DENSE.decoder), monkeypatch, capsys)) > 64  # tokens, each of a letter or more
+    assert (
+        len(run_code(exported(tmp_path, DENSE.decoder), monkeypatch, capsys)) > 64
+    )  # tokens, each of a letter or more
 
 
 def test_the_code_of_a_tower_runs(tmp_path, monkeypatch, capsys):
-    assert run_code(exported(tmp_path, DENSE.vision), monkeypatch, capsys) == "torch.Size([1, 5, 16])\n"
+    assert (
+        run_code(exported(tmp_path, DENSE.vision), monkeypatch, capsys)
+        == "torch.Size([1, 5, 16])\n"
+    )

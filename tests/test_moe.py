@@ -31,7 +31,10 @@ def layer(moe):
     config = DecoderConfig(hidden_size=D, intermediate_size=F, moe=moe)
     graph, state = nnx.split(MoE(config, (), nnx.Rngs(0)))
     params = {".".join(path): leaf for path, leaf in nnx.to_flat_state(state)}
-    values = {name: jax.random.normal(jax.random.key(n), leaf.shape) * 0.4 for n, (name, leaf) in enumerate(sorted(params.items()))}
+    values = {
+        name: jax.random.normal(jax.random.key(n), leaf.shape) * 0.4
+        for n, (name, leaf) in enumerate(sorted(params.items()))
+    }
     values["router.w_de"] = values["router.w_de"].at[0].set(2 * jnp.eye(1, moe.num_experts)[0])
     return graph, state, values, {name: leaf.axes for name, leaf in params.items()}
 
@@ -56,9 +59,22 @@ def objective(graph, state, values, x, valid, dy):
 
 def compute(moe, x, valid, dy, values=None):
     graph, state, own, _ = layer(moe)
-    run = jax.jit(jax.value_and_grad(lambda v, x, valid, dy: objective(graph, state, v, x, valid, dy), argnums=(0, 1), has_aux=True))
+    run = jax.jit(
+        jax.value_and_grad(
+            lambda v, x, valid, dy: objective(graph, state, v, x, valid, dy),
+            argnums=(0, 1),
+            has_aux=True,
+        )
+    )
     (_, (y, aux)), (dvalues, dx) = run(values or own, x, valid, dy)
-    return {"y": y, "balance": aux.balance, "z": aux.z, "load": aux.load, "dx": dx, **{f"d {name}": g for name, g in dvalues.items()}}
+    return {
+        "y": y,
+        "balance": aux.balance,
+        "z": aux.z,
+        "load": aux.load,
+        "dx": dx,
+        **{f"d {name}": g for name, g in dvalues.items()},
+    }
 
 
 def swiglu(x, gate, up, down):
@@ -67,7 +83,10 @@ def swiglu(x, gate, up, down):
 
 def by_tokens(moe, values, x, valid, dy):
     """The method's words, one token and one choice at a time. Also returns what happened to each valid token's choices."""
-    p = {name: torch.tensor(np.asarray(v), dtype=torch.float64, requires_grad=True) for name, v in values.items()}
+    p = {
+        name: torch.tensor(np.asarray(v), dtype=torch.float64, requires_grad=True)
+        for name, v in values.items()
+    }
     x, dy = (torch.tensor(np.asarray(a), dtype=torch.float64) for a in (x, dy))
     x.requires_grad_()
     tokens, E, K = x.reshape(-1, D), moe.num_experts, moe.experts_per_token
@@ -75,38 +94,54 @@ def by_tokens(moe, values, x, valid, dy):
     logits = tokens @ p["router.w_de"]
     probabilities = torch.softmax(logits, -1)
     choices = {t: sorted(range(E), key=lambda e: -probabilities[t, e].item())[:K] for t in real}
-    places = math.ceil(K * moe.capacity_factor * len(tokens) / E) if moe.capacity_factor else math.inf
+    places = (
+        math.ceil(K * moe.capacity_factor * len(tokens) / E) if moe.capacity_factor else math.inf
+    )
     load, kept = [0] * E, {t: [] for t in real}
     for k in range(K):
         for t in real:
             if load[choices[t][k]] < places:
                 load[choices[t][k]] += 1
                 kept[t].append(choices[t][k])
-    experts = [[p[f"experts.{name}"][e] for name in ("gate.w_edf", "up.w_edf", "down.w_efd")] for e in range(E)]
+    experts = [
+        [p[f"experts.{name}"][e] for name in ("gate.w_edf", "up.w_edf", "down.w_efd")]
+        for e in range(E)
+    ]
     outputs = []
     for t in range(len(tokens)):
         y = torch.zeros(D, dtype=torch.float64)
         for e in kept.get(t, []):
-            y = y + probabilities[t, e] / sum(probabilities[t, other] for other in kept[t]) * swiglu(tokens[t], *experts[e])
+            y = y + probabilities[t, e] / sum(
+                probabilities[t, other] for other in kept[t]
+            ) * swiglu(tokens[t], *experts[e])
         if moe.residual and t in kept:
             mix = torch.softmax(tokens[t] @ p["residual.mix.w_d2"] + p["residual.mix.b_2"], -1)
-            y = mix[0] * y + mix[1] * swiglu(tokens[t], *(p[f"residual.{name}"] for name in ("gate.w_df", "up.w_df", "down.w_fd")))
+            y = mix[0] * y + mix[1] * swiglu(
+                tokens[t],
+                *(p[f"residual.{name}"] for name in ("gate.w_df", "up.w_df", "down.w_fd")),
+            )
         outputs.append(y)
     y = torch.stack(outputs).reshape(x.shape)
-    first = torch.tensor([[float(choices[t][0] == e) for e in range(E)] for t in real], dtype=torch.float64)
+    first = torch.tensor(
+        [[float(choices[t][0] == e) for e in range(E)] for t in real], dtype=torch.float64
+    )
     balance = E * torch.sum(probabilities[real].mean(0) * first.mean(0))
     z = (torch.logsumexp(logits[real], -1) ** 2).mean()
     (torch.sum(y * dy) + 3 * balance + 0.1 * z).backward()
     gradients = {f"d {name}": v.grad for name, v in p.items()} | {"dx": x.grad}
     results = {"y": y, "balance": balance, "z": z, "load": torch.tensor(load), **gradients}
-    return {name: v.detach().numpy() for name, v in results.items()}, {tuple(e in kept[t] for e in choices[t]) for t in real}
+    return {name: v.detach().numpy() for name, v in results.items()}, {
+        tuple(e in kept[t] for e in choices[t]) for t in real
+    }
 
 
 def assert_close(ours, expected, tolerance=1e-5):
     assert ours.keys() == expected.keys()
     for name in expected:
         scale = max(1.0, np.abs(expected[name]).max())
-        np.testing.assert_allclose(ours[name] / scale, expected[name] / scale, atol=tolerance, rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            ours[name] / scale, expected[name] / scale, atol=tolerance, rtol=0, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("moe", OPTIONS.values(), ids=OPTIONS)
@@ -127,7 +162,9 @@ def test_first_choices_take_their_places_before_any_second_choice():
     valid = jnp.array([[True, True, False, True, True]])
     kept = within_capacity(choices, valid, num_experts=3, places=2)
     # expert 0: first choice of token 3, then second of 0; 1 and 4 come too late. Expert 1: full with the first choices of 0 and 1.
-    assert (kept & valid[..., None]).tolist() == [[[True, True], [True, False], [False, False], [True, False], [True, False]]]
+    assert (kept & valid[..., None]).tolist() == [
+        [[True, True], [True, False], [False, False], [True, False], [True, False]]
+    ]
 
 
 def test_all_tokens_may_want_one_expert():

@@ -19,14 +19,24 @@ from mod_jax.sharding import make_mesh, parameter_shardings
 
 def pretrained(config, dtype=np.float32, folder=None) -> Pretrained:
     """A model that is in memory."""
-    return Pretrained(config, {name: InMemory(x.astype(dtype)) for name, x in params_of(config).items()}, "somewhere", folder)
+    return Pretrained(
+        config,
+        {name: InMemory(x.astype(dtype)) for name, x in params_of(config).items()},
+        "somewhere",
+        folder,
+    )
 
 
 def assert_same(found: Pretrained, wanted: Pretrained) -> None:
     assert found.config == wanted.config and found.params.keys() == wanted.params.keys()
     for name, parameter in wanted.params.items():
-        assert (found.params[name].dtype, found.params[name].shape) == (parameter.dtype, parameter.shape), name
-        np.testing.assert_array_equal(np.asarray(found.params[name]), np.asarray(parameter), err_msg=name)
+        assert (found.params[name].dtype, found.params[name].shape) == (
+            parameter.dtype,
+            parameter.shape,
+        ), name
+        np.testing.assert_array_equal(
+            np.asarray(found.params[name]), np.asarray(parameter), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
@@ -39,10 +49,16 @@ def test_numbers_come_back_bitwise_in_the_dtype_they_came_in(dtype, tmp_path):
         assert {x.dtype for x in read(found).values()} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("part, prefix", [("vision", "vision_tower."), ("decoder", "language_model.")])
+@pytest.mark.parametrize(
+    "part, prefix", [("vision", "vision_tower."), ("decoder", "language_model.")]
+)
 def test_a_part_of_a_model_is_written_alone(part, prefix, tmp_path):
     whole = pretrained(SPARSE)
-    wanted = dataclasses.replace(whole, config=getattr(SPARSE, part), params={n: x for n, x in whole.params.items() if n.startswith(prefix)})
+    wanted = dataclasses.replace(
+        whole,
+        config=getattr(SPARSE, part),
+        params={n: x for n, x in whole.params.items() if n.startswith(prefix)},
+    )
     save_native(tmp_path / "part", wanted)
     with open_native(tmp_path / "part") as found:
         assert_same(found, wanted)
@@ -62,10 +78,18 @@ def test_on_a_mesh_each_parameter_is_cut_as_it_lies_there(mesh, tmp_path):
     shardings = parameter_shardings(mesh, wanted.params, llava.axes(SPARSE))
     for name, array in stored.items():
         shard = shardings[name].shard_shape(array.shape)
-        assert all(n % chunk == 0 for n, chunk in zip(shard, array.storage_metadata.chunk_shape)), name
+        assert all(n % chunk == 0 for n, chunk in zip(shard, array.storage_metadata.chunk_shape)), (
+            name
+        )
     gates = "language_model.layers.moe.experts.gate.w_edf"
     assert stored[gates].storage_metadata.chunk_shape < stored[gates].shape
-    restored = ocp.load(tmp_path / "model" / "params", {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[n]) for n, x in stored.items()})
+    restored = ocp.load(
+        tmp_path / "model" / "params",
+        {
+            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[n])
+            for n, x in stored.items()
+        },
+    )
     for name, array in restored.items():
         assert array.sharding == shardings[name]
         np.testing.assert_array_equal(array, np.asarray(wanted.params[name]), err_msg=name)
@@ -80,14 +104,18 @@ def test_place_gives_every_device_its_block_and_reads_each_once(mesh):
     asked, array = [], np.arange(16 * 6, dtype=np.float32).reshape(16, 6)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("fsdp", "expert")))
     placed = place(Counted(array), sharding)
-    assert placed.sharding == sharding and len(asked) == 4  # of eight devices, two and two hold the same
+    assert (
+        placed.sharding == sharding and len(asked) == 4
+    )  # of eight devices, two and two hold the same
     for shard in placed.addressable_shards:
         np.testing.assert_array_equal(shard.data, array[shard.index])
 
 
 def test_a_size_that_does_not_divide_over_the_mesh_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(ConfigError, match="do not divide over the mesh"):
-        save_native(tmp_path / "model", pretrained(DENSE), make_mesh(MeshConfig(data=1, fsdp=1, tensor=8)))
+        save_native(
+            tmp_path / "model", pretrained(DENSE), make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -107,7 +135,12 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
     whole = pretrained(DENSE)
     last = list(whole.params)[-1]
     with pytest.raises(OSError, match="gone"):
-        save_native(tmp_path / "model", dataclasses.replace(whole, params={**whole.params, last: Broken(np.asarray(whole.params[last]))}))
+        save_native(
+            tmp_path / "model",
+            dataclasses.replace(
+                whole, params={**whole.params, last: Broken(np.asarray(whole.params[last]))}
+            ),
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -116,14 +149,22 @@ def test_the_processors_files_come_along(tmp_path):
     for name in ("tokenizer.json", "preprocessor_config.json", "pytorch_model.bin"):
         (tmp_path / "source" / name).write_text(name)
     save_native(tmp_path / "model", pretrained(DENSE, folder=tmp_path / "source"))
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.json", "params", "tokenizer.json", "preprocessor_config.json"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "model.json",
+        "params",
+        "tokenizer.json",
+        "preprocessor_config.json",
+    }
 
 
 def test_a_folder_of_another_version_is_refused(tmp_path):
     save_native(tmp_path / "model", pretrained(DENSE))
     about = tmp_path / "model" / "model.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"format": 99}))
-    with pytest.raises(ConfigError, match="format of .* = 99: expected 1"), open_native(tmp_path / "model"):
+    with (
+        pytest.raises(ConfigError, match="format of .* = 99: expected 1"),
+        open_native(tmp_path / "model"),
+    ):
         pass
 
 
@@ -144,16 +185,29 @@ class Vocabulary:
 
 
 def test_rows_that_a_tokenizer_lacks_are_added_as_means_that_never_win():
-    untied = dataclasses.replace(DENSE, decoder=dataclasses.replace(DENSE.decoder, tie_embeddings=False))
+    untied = dataclasses.replace(
+        DENSE, decoder=dataclasses.replace(DENSE.decoder, tie_embeddings=False)
+    )
     before, rows = pretrained(untied), DENSE.decoder.vocab_size
     after = with_vocabulary(before, Vocabulary(rows + 1))
-    assert after.config.decoder.vocab_size == -(-(rows + 1) // 64) * 64 and (after.config.image_token_id, after.config.end_token_id) == (rows, 2)
+    assert after.config.decoder.vocab_size == -(-(rows + 1) // 64) * 64 and (
+        after.config.image_token_id,
+        after.config.end_token_id,
+    ) == (rows, 2)
     for name in ("language_model.embedding.w_vd", "language_model.head.w_vd"):
         old, new = np.asarray(before.params[name]), np.asarray(after.params[name])
         assert new.shape == (after.config.decoder.vocab_size, old.shape[1])
         np.testing.assert_array_equal(new[:rows], old)
-        np.testing.assert_allclose(new[rows:], np.broadcast_to(old.astype(np.float64).mean(0), new[rows:].shape), rtol=1e-5, atol=1e-6)
-    logits = np.random.default_rng(0).normal(size=(100, DENSE.decoder.hidden_size)) @ np.asarray(after.params["language_model.head.w_vd"]).T
+        np.testing.assert_allclose(
+            new[rows:],
+            np.broadcast_to(old.astype(np.float64).mean(0), new[rows:].shape),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    logits = (
+        np.random.default_rng(0).normal(size=(100, DENSE.decoder.hidden_size))
+        @ np.asarray(after.params["language_model.head.w_vd"]).T
+    )
     assert logits.argmax(1).max() < rows
 
 

@@ -25,14 +25,24 @@ BETA = 0.3
 
 def make_row(*samples):
     """One row from samples, each a list of (branch, [weight of each position])."""
-    row = {name: np.zeros(S, np.int32) for name in ("segment_ids", "branch_ids")} | {"loss_weights": np.zeros(S, np.float32)}
+    row = {name: np.zeros(S, np.int32) for name in ("segment_ids", "branch_ids")} | {
+        "loss_weights": np.zeros(S, np.float32)
+    }
     at = 0
     for number, sample in enumerate(samples, start=1):
         for branch, weights in sample:
             here = slice(at, at + len(weights))
-            row["segment_ids"][here], row["branch_ids"][here], row["loss_weights"][here] = number, branch, weights
+            row["segment_ids"][here], row["branch_ids"][here], row["loss_weights"][here] = (
+                number,
+                branch,
+                weights,
+            )
             at += len(weights)
-    return row | {"samples": np.array([number if number < len(samples) else -1 for number in range(G)], np.int32)}
+    return row | {
+        "samples": np.array(
+            [number if number < len(samples) else -1 for number in range(G)], np.int32
+        )
+    }
 
 
 def make_batch(*rows):
@@ -41,7 +51,14 @@ def make_batch(*rows):
     zeros = np.zeros((len(rows), S), np.int32)
     columns = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
     images = jnp.zeros((len(rows), 0, 2, 2, 3), jnp.uint8)
-    return Batch(tokens=tokens, targets=jnp.asarray(targets), positions=zeros, picture_index=zeros - 1, images=images, **columns)
+    return Batch(
+        tokens=tokens,
+        targets=jnp.asarray(targets),
+        positions=zeros,
+        picture_index=zeros - 1,
+        images=images,
+        **columns,
+    )
 
 
 def chat(*weights):
@@ -53,14 +70,29 @@ def pair(prefix, chosen, rejected):
     return [(0, [0] * prefix), (1, [1] * chosen), (2, [1] * rejected)]
 
 
-CHATS = make_batch(make_row(chat(0, 0, 1, 1), chat(0, 1, 1, 1, 1)), make_row(chat(0, 0, 0)), make_row(chat(0, 1), chat(0, 0, 1, 1, 1, 0)), make_row())
-PAIRS = make_batch(make_row(pair(2, 3, 2), pair(3, 1, 4)), make_row(pair(4, 2, 2)), make_row(), make_row(pair(1, 3, 3), chat(0, 1, 1), pair(2, 2, 1)))
+CHATS = make_batch(
+    make_row(chat(0, 0, 1, 1), chat(0, 1, 1, 1, 1)),
+    make_row(chat(0, 0, 0)),
+    make_row(chat(0, 1), chat(0, 0, 1, 1, 1, 0)),
+    make_row(),
+)
+PAIRS = make_batch(
+    make_row(pair(2, 3, 2), pair(3, 1, 4)),
+    make_row(pair(4, 2, 2)),
+    make_row(),
+    make_row(pair(1, 3, 3), chat(0, 1, 1), pair(2, 2, 1)),
+)
 
 
 def make_views(batch, seed=1):
     random = np.random.default_rng(seed)
     rows = batch.tokens.shape[0]
-    return [View(*(jnp.asarray(random.normal(size=size), jnp.float32) for size in ((rows, S, D), (V, D)))) for _ in range(2)]
+    return [
+        View(
+            *(jnp.asarray(random.normal(size=size), jnp.float32) for size in ((rows, S, D), (V, D)))
+        )
+        for _ in range(2)
+    ]
 
 
 class Aux(typing.NamedTuple):
@@ -73,7 +105,12 @@ class Aux(typing.NamedTuple):
 
 def make_aux(layers=2, experts=4, seed=2):
     random = np.random.default_rng(seed)
-    return Aux(*(jnp.asarray(random.random(size), jnp.float32) for size in ((layers,), (layers,), (layers, experts))))
+    return Aux(
+        *(
+            jnp.asarray(random.random(size), jnp.float32)
+            for size in ((layers,), (layers,), (layers, experts))
+        )
+    )
 
 
 DENSE = make_aux(layers=0)
@@ -86,7 +123,9 @@ pair_ratios = jax.jit(objectives.pair_ratios)
 @functools.partial(jax.jit, static_argnames="config")
 def ours(config, batch, student, teacher):
     """(loss, metrics, gradient in the student's View) of one batch that is all there is, without experts."""
-    run = lambda student: objectives.loss(config, batch, student, teacher, DENSE, objectives.totals(config, batch))
+    run = lambda student: objectives.loss(
+        config, batch, student, teacher, DENSE, objectives.totals(config, batch)
+    )
     (value, metrics), gradient = jax.value_and_grad(run, has_aux=True)(student)
     return value, metrics, gradient
 
@@ -95,18 +134,31 @@ class Reference:
     """Student and teacher in torch float64."""
 
     def __init__(self, student, teacher):
-        self.leaves = [torch.tensor(np.array(x), dtype=torch.float64, requires_grad=True) for x in (student.hidden, student.head_w_vd)]
+        self.leaves = [
+            torch.tensor(np.array(x), dtype=torch.float64, requires_grad=True)
+            for x in (student.hidden, student.head_w_vd)
+        ]
         self.student = (self.leaves[0] @ self.leaves[1].T).log_softmax(-1)
-        self.teacher = torch.tensor(np.asarray(teacher.hidden, np.float64) @ np.asarray(teacher.head_w_vd, np.float64).T).log_softmax(-1)
+        self.teacher = torch.tensor(
+            np.asarray(teacher.hidden, np.float64) @ np.asarray(teacher.head_w_vd, np.float64).T
+        ).log_softmax(-1)
 
     def log_prob(self, words, batch, row, position):
         return words[row, position, int(batch.targets[row, position])]
 
     def surprise(self, batch):
-        return [-self.log_prob(self.student, batch, row, position) for row, position in np.argwhere(np.asarray(batch.loss_weights))]
+        return [
+            -self.log_prob(self.student, batch, row, position)
+            for row, position in np.argwhere(np.asarray(batch.loss_weights))
+        ]
 
     def divergence(self, mask):
-        return [functional.kl_div(self.student[r, s], self.teacher[r, s], log_target=True, reduction="sum") for r, s in np.argwhere(mask)]
+        return [
+            functional.kl_div(
+                self.student[r, s], self.teacher[r, s], log_target=True, reduction="sum"
+            )
+            for r, s in np.argwhere(mask)
+        ]
 
     def ratios(self, batch):
         """One (chosen, rejected) a pair, each a list of per-token log-ratios."""
@@ -115,9 +167,19 @@ class Reference:
             for segment in range(1, G + 1):
                 answers = []
                 for branch in (1, 2):
-                    here = (batch.segment_ids[row] == segment) & (batch.branch_ids[row] == branch) & (batch.loss_weights[row] > 0)
+                    here = (
+                        (batch.segment_ids[row] == segment)
+                        & (batch.branch_ids[row] == branch)
+                        & (batch.loss_weights[row] > 0)
+                    )
                     positions = np.flatnonzero(here)
-                    answers.append([self.log_prob(self.student, batch, row, p) - self.log_prob(self.teacher, batch, row, p) for p in positions])
+                    answers.append(
+                        [
+                            self.log_prob(self.student, batch, row, p)
+                            - self.log_prob(self.teacher, batch, row, p)
+                            for p in positions
+                        ]
+                    )
                 found += [answers] if all(answers) else []
         return found
 
@@ -145,7 +207,9 @@ def test_mimic_is_the_mean_kl_over_answers(next_token_weight):
     student, teacher = make_views(CHATS)
     reference = Reference(student, teacher)
     value, _, gradient = ours(ObjectiveConfig("mimic", next_token_weight), CHATS, student, teacher)
-    desired = mean(reference.divergence(np.asarray(CHATS.loss_weights))) + next_token_weight * mean(reference.surprise(CHATS))
+    desired = mean(reference.divergence(np.asarray(CHATS.loss_weights))) + next_token_weight * mean(
+        reference.surprise(CHATS)
+    )
     reference.check(value, gradient, desired)
 
 
@@ -153,18 +217,24 @@ def test_all_tokens_compares_every_position_that_the_next_one_continues():
     batch = make_batch(make_row(chat(0, 0, 1, 1), pair(2, 2, 3)), make_row(chat(0, 1, 1)))
     config = ObjectiveConfig("mimic", 0.5, all_tokens=True)
     mask = np.zeros((2, S), bool)
-    mask[0, [0, 1, 2, 4, 5, 6, 8, 9]] = mask[1, [0, 1]] = True  # not the last of a sample, nor of a branch
+    mask[0, [0, 1, 2, 4, 5, 6, 8, 9]] = mask[1, [0, 1]] = (
+        True  # not the last of a sample, nor of a branch
+    )
     student, teacher = make_views(batch)
     reference = Reference(student, teacher)
     value, metrics, gradient = ours(config, batch, student, teacher)
-    reference.check(value, gradient, mean(reference.divergence(mask)) + 0.5 * mean(reference.surprise(batch)))
+    reference.check(
+        value, gradient, mean(reference.divergence(mask)) + 0.5 * mean(reference.surprise(batch))
+    )
     assert (float(metrics["kl"][1]), float(metrics["next_token"][1])) == (10, 9)
 
 
 @pytest.mark.parametrize("all_tokens", [False, True])
 def test_a_student_equal_to_its_teacher_has_nothing_to_mimic(all_tokens):
     student, _ = make_views(CHATS)
-    value, _, gradient = ours(ObjectiveConfig("mimic", all_tokens=all_tokens), CHATS, student, student)
+    value, _, gradient = ours(
+        ObjectiveConfig("mimic", all_tokens=all_tokens), CHATS, student, student
+    )
     assert abs(float(value)) < 1e-6
     np.testing.assert_allclose(gradient.hidden, 0, atol=1e-6)
 
@@ -172,16 +242,24 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_mimic(all_tokens):
 def kto(pairs):
     chosen, rejected = [sum(c) for c, _ in pairs], [sum(r) for _, r in pairs]
     kl_chosen, kl_rejected = (mean(x).clamp(min=0).detach() for x in (chosen, rejected))
-    return mean([1 - torch.sigmoid(BETA * (c - kl_rejected)) for c in chosen] + [1 - torch.sigmoid(BETA * (kl_chosen - r)) for r in rejected])
+    return mean(
+        [1 - torch.sigmoid(BETA * (c - kl_rejected)) for c in chosen]
+        + [1 - torch.sigmoid(BETA * (kl_chosen - r)) for r in rejected]
+    )
 
 
 def smoothed(pairs):
     margins = [BETA * (sum(c) - sum(r)) for c, r in pairs]
-    return mean([-0.9 * functional.logsigmoid(m) - 0.1 * functional.logsigmoid(-m) for m in margins])
+    return mean(
+        [-0.9 * functional.logsigmoid(m) - 0.1 * functional.logsigmoid(-m) for m in margins]
+    )
 
 
 PREFERENCES = {
-    "sigmoid": ({}, lambda pairs: mean([-functional.logsigmoid(BETA * (sum(c) - sum(r))) for c, r in pairs])),
+    "sigmoid": (
+        {},
+        lambda pairs: mean([-functional.logsigmoid(BETA * (sum(c) - sum(r))) for c, r in pairs]),
+    ),
     "smoothed": ({"preference": "sigmoid", "label_smoothing": 0.1}, smoothed),
     "hinge": ({}, lambda pairs: mean([torch.relu(1 - BETA * (sum(c) - sum(r))) for c, r in pairs])),
     "ipo": ({}, lambda pairs: mean([(mean(c) - mean(r) - 1 / (2 * BETA)) ** 2 for c, r in pairs])),
@@ -200,7 +278,9 @@ def test_preference_losses_are_the_published_formulas(name, seed):
     reference = Reference(student, teacher)
     value, metrics, gradient = ours(preference(name), PAIRS, student, teacher)
     reference.check(value, gradient, PREFERENCES[name][1](reference.ratios(PAIRS)))
-    np.testing.assert_allclose(metrics["preference"][0] / metrics["preference"][1], value, rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["preference"][0] / metrics["preference"][1], value, rtol=1e-6
+    )
 
 
 def test_rewards_are_reported_over_pairs():
@@ -219,7 +299,10 @@ def test_rewards_are_reported_over_pairs():
 
 def test_a_student_equal_to_its_teacher_starts_at_the_known_value():
     student, _ = make_views(PAIRS)
-    values = [float(ours(preference(name), PAIRS, student, student)[0]) for name in ("sigmoid", "hinge", "ipo", "kto_pair")]
+    values = [
+        float(ours(preference(name), PAIRS, student, student)[0])
+        for name in ("sigmoid", "hinge", "ipo", "kto_pair")
+    ]
     np.testing.assert_allclose(values, [np.log(2), 1, 1 / (2 * BETA) ** 2, 0.5], rtol=1e-6)
 
 
@@ -234,7 +317,10 @@ def test_packed_pairs_equal_pairs_in_rows_of_their_own(name):
 
     apart = dataclasses.replace(apart, targets=unpack(packed.targets))
     views = [View(unpack(view.hidden), view.head_w_vd) for view in (student, teacher)]
-    together, separate = ours(preference(name), packed, student, teacher)[0], ours(preference(name), apart, *views)[0]
+    together, separate = (
+        ours(preference(name), packed, student, teacher)[0],
+        ours(preference(name), apart, *views)[0],
+    )
     np.testing.assert_allclose(together, separate, rtol=1e-5)
 
 
@@ -243,7 +329,11 @@ def test_a_pair_without_targets_in_one_answer_is_no_pair():
     student, teacher = make_views(batch)
     assert float(ours(preference("hinge"), batch, student, teacher)[1]["preference"][1]) == 1
     chosen, rejected, valid = pair_ratios(batch, student, teacher)
-    assert valid.tolist() == [[True, False, False]] and not np.any(chosen[0, 1:]) and not np.any(rejected[0, 1:])
+    assert (
+        valid.tolist() == [[True, False, False]]
+        and not np.any(chosen[0, 1:])
+        and not np.any(rejected[0, 1:])
+    )
 
 
 CONFIGS = {
@@ -272,7 +362,11 @@ def test_uneven_micro_batches_add_up_to_the_global_batch(name):
         return loss(config, jax.tree.map(lambda x: x[rows], batch), *views, aux, totals, pair_means)
 
     parts = [part(rows) for rows in (slice(0, 2), slice(2, 4))]
-    for actual, desired in zip(jax.tree.leaves(jax.tree.map(lambda a, b: a + b, *parts)), jax.tree.leaves(part(slice(0, 4))), strict=True):
+    for actual, desired in zip(
+        jax.tree.leaves(jax.tree.map(lambda a, b: a + b, *parts)),
+        jax.tree.leaves(part(slice(0, 4))),
+        strict=True,
+    ):
         np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6)
 
 
@@ -280,14 +374,18 @@ def test_uneven_micro_batches_add_up_to_the_global_batch(name):
 def test_a_batch_without_targets_contributes_nothing(name):
     config, batch = CONFIGS[name], make_batch(make_row(), make_row())
     student, teacher = make_views(batch)
-    value, metrics, gradient = ours(config, batch, student, teacher if config.needs_teacher else None)
+    value, metrics, gradient = ours(
+        config, batch, student, teacher if config.needs_teacher else None
+    )
     assert float(value) == 0 and not np.any(gradient.hidden) and not np.any(gradient.head_w_vd)
     assert all(float(total) == 0 and float(count) == 0 for total, count in metrics.values())
 
 
 def test_samples_without_a_target_are_counted():
     student, _ = make_views(CHATS)
-    assert [float(x) for x in ours(ObjectiveConfig(), CHATS, student, None)[1]["samples_without_target"]] == [1, 5]
+    assert [
+        float(x) for x in ours(ObjectiveConfig(), CHATS, student, None)[1]["samples_without_target"]
+    ] == [1, 5]
 
 
 def test_router_losses_are_added_once_with_their_weights():
@@ -296,24 +394,38 @@ def test_router_losses_are_added_once_with_their_weights():
     totals = objectives.totals(config, CHATS)
     with_experts, metrics = loss(config, CHATS, student, None, aux, totals)
     without, _ = loss(config, CHATS, student, None, DENSE, totals)
-    np.testing.assert_allclose(with_experts - without, 0.02 * np.sum(aux.balance) + 0.3 * np.sum(aux.z), rtol=1e-5)
+    np.testing.assert_allclose(
+        with_experts - without, 0.02 * np.sum(aux.balance) + 0.3 * np.sum(aux.z), rtol=1e-5
+    )
     assert float(metrics["balance"][1]) == 20  # routed positions
     load = np.asarray(aux.load)
-    np.testing.assert_allclose(metrics["expert_share_max"][0] / 20, (load / np.maximum(load.sum(1, keepdims=True), 1)).max(), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["expert_share_max"][0] / 20,
+        (load / np.maximum(load.sum(1, keepdims=True), 1)).max(),
+        rtol=1e-6,
+    )
 
 
 def test_compat_masks_the_divergence_by_unshifted_labels_and_reports_a_cross_entropy():
     batch = make_batch(make_row(chat(0, 0, 1, 1, 0), chat(1, 1)), make_row(chat(0, 1, 1)))
     mask = np.zeros((2, S), bool)
-    mask[0, [3, 4, 6]] = mask[1, 2] = True  # the targets' own places; a target that was cut off has none
+    mask[0, [3, 4, 6]] = mask[1, 2] = (
+        True  # the targets' own places; a target that was cut off has none
+    )
     student, teacher = make_views(batch)
     reference = Reference(student, teacher)
     value, _, gradient = ours(ObjectiveConfig("mimic", compat=True), batch, student, teacher)
-    cross_entropies = [-(reference.teacher[r, s].exp() * reference.student[r, s]).sum() for r, s in np.argwhere(mask)]
+    cross_entropies = [
+        -(reference.teacher[r, s].exp() * reference.student[r, s]).sum()
+        for r, s in np.argwhere(mask)
+    ]
     reference.check(value, gradient, mean(cross_entropies))
 
 
-@pytest.mark.parametrize(("config", "times"), [(ObjectiveConfig("mimic", 0.5, compat=True), 2), (ObjectiveConfig("mimic", compat=True), 1)])
+@pytest.mark.parametrize(
+    ("config", "times"),
+    [(ObjectiveConfig("mimic", 0.5, compat=True), 2), (ObjectiveConfig("mimic", compat=True), 1)],
+)
 def test_compat_adds_the_balance_loss_twice_beside_next_token(config, times):
     student, teacher = make_views(CHATS)
     aux, totals = make_aux(), objectives.totals(config, CHATS)
@@ -326,7 +438,9 @@ def test_compat_differentiates_ktos_kl_over_the_batch_at_hand(seed):
     student, teacher = make_views(PAIRS, seed)
     reference = Reference(student, teacher)
     config = dataclasses.replace(preference("kto_pair"), compat=True)
-    run = lambda student: loss(config, PAIRS, student, teacher, DENSE, objectives.totals(config, PAIRS), (7.0, 8.0))[0]
+    run = lambda student: loss(
+        config, PAIRS, student, teacher, DENSE, objectives.totals(config, PAIRS), (7.0, 8.0)
+    )[0]
     value, gradient = jax.jit(jax.value_and_grad(run))(student)
     chosen, rejected = ([sum(answer[i]) for answer in reference.ratios(PAIRS)] for i in (0, 1))
     chosen_terms = [1 - torch.sigmoid(BETA * (c - mean(rejected).clamp(min=0))) for c in chosen]
@@ -337,16 +451,39 @@ def test_compat_differentiates_ktos_kl_over_the_batch_at_hand(seed):
 def test_global_pair_means_replace_those_of_the_batch():
     student, teacher = make_views(PAIRS)
     config = preference("kto_pair")
-    value, _ = loss(config, PAIRS, student, teacher, DENSE, objectives.totals(config, PAIRS), (jnp.float32(0.5), jnp.float32(-3.0)))
-    pairs = [[sum(answer).item() for answer in answers] for answers in Reference(student, teacher).ratios(PAIRS)]
+    value, _ = loss(
+        config,
+        PAIRS,
+        student,
+        teacher,
+        DENSE,
+        objectives.totals(config, PAIRS),
+        (jnp.float32(0.5), jnp.float32(-3.0)),
+    )
+    pairs = [
+        [sum(answer).item() for answer in answers]
+        for answers in Reference(student, teacher).ratios(PAIRS)
+    ]
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
-    desired = np.mean([1 - sigmoid(BETA * (c - 0)) for c, _ in pairs] + [1 - sigmoid(BETA * (0.5 - r)) for _, r in pairs])
+    desired = np.mean(
+        [1 - sigmoid(BETA * (c - 0)) for c, _ in pairs]
+        + [1 - sigmoid(BETA * (0.5 - r)) for _, r in pairs]
+    )
     np.testing.assert_allclose(value, desired, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "given"), [("next_token", True), ("mimic", False), ("preference", False)])
+@pytest.mark.parametrize(
+    ("kind", "given"), [("next_token", True), ("mimic", False), ("preference", False)]
+)
 def test_a_teacher_too_many_or_too_few_is_refused(kind, given):
     config = ObjectiveConfig(kind)
     student, teacher = make_views(CHATS)
     with pytest.raises(ValueError, match=f"teacher: .*{kind}"):
-        loss(config, CHATS, student, teacher if given else None, DENSE, objectives.totals(config, CHATS))
+        loss(
+            config,
+            CHATS,
+            student,
+            teacher if given else None,
+            DENSE,
+            objectives.totals(config, CHATS),
+        )

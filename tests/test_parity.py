@@ -19,8 +19,18 @@ from mod_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from mod_jax.interop import huggingface, loading, names
 from mod_jax.models import llava
 
-TINY_TOWER = VisionConfig(image_size=4, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2)
-TINY_DECODER = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4)
+TINY_TOWER = VisionConfig(
+    image_size=4, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2
+)
+TINY_DECODER = DecoderConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+)
 PATCHES = 9  # of a picture of `hf_models`
 FEATURES_RTOL, LOGITS_RTOL, GRADIENT_RTOL = 1e-5, 1e-5, 1e-4
 
@@ -30,7 +40,9 @@ def assert_near(found, wanted, rtol, floor=0.0, name=""):
     found, wanted = np.asarray(found), np.asarray(wanted)
     assert found.shape == wanted.shape, name
     difference, scale = np.abs(found - wanted).max(), np.abs(wanted).max()
-    assert difference <= rtol * scale + floor, f"{name}: differs by {difference:.2e}, of {scale:.2e}"
+    assert difference <= rtol * scale + floor, (
+        f"{name}: differs by {difference:.2e}, of {scale:.2e}"
+    )
 
 
 def assert_same_gradients(found: dict, model: torch.nn.Module, entries: list, kind: str):
@@ -90,7 +102,9 @@ def logits_and_gradients(config: ModelConfig, params: dict, batch: Batch):
     def loss(params):
         hidden, _ = llava.bind(config, params)(batch)
         logits = hidden @ llava.head(config, params).T
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), batch.tokens[:, 1:, None], axis=-1)
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(logits[:, :-1]), batch.tokens[:, 1:, None], axis=-1
+        )
         return -picked.mean(), logits
 
     (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -112,9 +126,15 @@ def reloaded(folder) -> torch.nn.Module:
     Only a shared expert of size 0 is not in the file: it has no numbers, and vLLM refuses its tensors.
     """
     (named,) = json.loads((folder / "config.json").read_text())["architectures"]
-    model, said = getattr(transformers, named).from_pretrained(folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32)
+    model, said = getattr(transformers, named).from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
     empty = {name for name, parameter in model.named_parameters() if parameter.numel() == 0}
-    assert not said["missing_keys"] - empty and not said["unexpected_keys"] and not said["mismatched_keys"], said
+    assert (
+        not said["missing_keys"] - empty
+        and not said["unexpected_keys"]
+        and not said["mismatched_keys"]
+    ), said
     return model.eval()
 
 
@@ -125,7 +145,10 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("kind, layer", [("clip", -2), ("clip, exact gelu, another layer", -3), ("siglip", -2), ("siglip", -1)])
+@pytest.mark.parametrize(
+    "kind, layer",
+    [("clip", -2), ("clip, exact gelu, another layer", -3), ("siglip", -2), ("siglip", -1)],
+)
 def test_vision_tower(kind, layer, tmp_path):
     model = hf_models.build(TOWERS[kind])
     model.save_pretrained(tmp_path / "theirs")
@@ -133,13 +156,17 @@ def test_vision_tower(kind, layer, tmp_path):
     images, cls = pictures(2), int(vision.family == "clip")
 
     def theirs(model):
-        return model(pixel_values(images, vision), output_hidden_states=True).hidden_states[layer][:, cls:]
+        return model(pixel_values(images, vision), output_hidden_states=True).hidden_states[layer][
+            :, cls:
+        ]
 
     wanted = theirs(model)
     cotangent = np.random.default_rng(1).normal(size=wanted.shape).astype(np.float32)
     (wanted * torch.tensor(cotangent)).sum().backward()
 
-    config = ModelConfig(vision=VisionConfig(**vars(vision) | {"feature_layer": layer}), decoder=TINY_DECODER)
+    config = ModelConfig(
+        vision=VisionConfig(**vars(vision) | {"feature_layer": layer}), decoder=TINY_DECODER
+    )
     params = whole(config, tower)
 
     @jax.jit
@@ -182,7 +209,9 @@ def test_language_model(kind, tmp_path):
 
     config = ModelConfig(vision=TINY_TOWER, decoder=decoder)
     with jax.default_matmul_precision("highest"):
-        logits, gradients = logits_and_gradients(config, whole(config, part), chat(tokens, np.zeros((2, 0, 4, 4, 3), np.uint8)))
+        logits, gradients = logits_and_gradients(
+            config, whole(config, part), chat(tokens, np.zeros((2, 0, 4, 4, 3), np.uint8))
+        )
     assert_near(logits, wanted, LOGITS_RTOL)
     assert_same_gradients(gradients, model, names.decoder_entries(decoder), "language_model")
 
@@ -195,16 +224,29 @@ LLAVAS = {
     "clip + qwen2_moe": hf_models.llava(hf_models.clip(), hf_models.qwen2_moe()),
     "siglip + llama": hf_models.llava(hf_models.siglip(), hf_models.llama()),
 }
-CONTENTS = {"a picture in the middle": [4, "picture", 7], "two pictures": ["picture", 3, "picture", 5], "text only": [14]}
+CONTENTS = {
+    "a picture in the middle": [4, "picture", 7],
+    "two pictures": ["picture", 3, "picture", 5],
+    "text only": [14],
+}
 
 
 def conversation(content: list) -> tuple[np.ndarray, np.ndarray]:
     """tokens i32[1,S] and pictures u8[1,N,H,W,3] of a list of text lengths and pictures."""
-    parts = [np.full((1, PATCHES), hf_models.IMAGE_TOKEN) if part == "picture" else random_tokens(1, part) for part in content]
+    parts = [
+        np.full((1, PATCHES), hf_models.IMAGE_TOKEN)
+        if part == "picture"
+        else random_tokens(1, part)
+        for part in content
+    ]
     return np.concatenate(parts, axis=1).astype(np.int32), pictures(content.count("picture"))[None]
 
 
-@pytest.mark.parametrize("kind, content", [("clip + qwen2", name) for name in CONTENTS] + [(kind, "two pictures") for kind in list(LLAVAS)[1:]])
+@pytest.mark.parametrize(
+    "kind, content",
+    [("clip + qwen2", name) for name in CONTENTS]
+    + [(kind, "two pictures") for kind in list(LLAVAS)[1:]],
+)
 def test_llava(kind, content, tmp_path):
     model = hf_models.build(LLAVAS[kind])
     model.save_pretrained(tmp_path / "theirs")

@@ -46,7 +46,9 @@ def place(folder: pathlib.Path, kind: str) -> str:
         return {"folder": str(folder), "gs": "gs://bucket/pictures"}[kind]
     path = folder.with_name(kind)
     if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if kind == "stored.zip" else zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(
+            path, "w", zipfile.ZIP_STORED if kind == "stored.zip" else zipfile.ZIP_DEFLATED
+        ) as archive:
             for name in NAMES:
                 archive.write(folder / name, name)
     else:
@@ -109,7 +111,10 @@ def test_threads_read_at_once(folder, bucket, kind):
 def test_a_folder_that_vanishes_stops_the_run(folder, bucket, kind):
     pictures = open_pictures(place(folder, kind))
     shutil.rmtree(folder)
-    with pytest.raises(ConfigError, match=r"data\.sources\.images = '.*pictures': expected the folder that was there at first"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.sources\.images = '.*pictures': expected the folder that was there at first",
+    ):
         pictures["a.jpg"]
 
 
@@ -120,7 +125,10 @@ def test_an_archive_that_vanishes_or_changes_is_not_taken_for_the_first(folder, 
     os.utime(path, ns=(0, 0))
     for change in (lambda: None, path.unlink):
         change()
-        with pytest.raises(ConfigError, match=rf"data\.sources\.images = '.*{kind}': expected the file that was there at first"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"data\.sources\.images = '.*{kind}': expected the file that was there at first",
+        ):
             pickle.loads(sent)["a.jpg"]
 
 
@@ -138,7 +146,9 @@ def test_a_tar_cut_anywhere_is_refused(folder):
     end = data.rstrip(b"\0")
     for cut in range(0, len(end) + 1, 256):
         path.write_bytes(data[:cut])
-        with pytest.raises(ConfigError, match=r"data\.sources\.images = '.*plain\.tar': expected a whole tar"):
+        with pytest.raises(
+            ConfigError, match=r"data\.sources\.images = '.*plain\.tar': expected a whole tar"
+        ):
             open_pictures(str(path))
 
 
@@ -177,12 +187,19 @@ def test_a_member_that_unpacks_to_too_much_is_bad(tmp_path, monkeypatch):
 def test_places_that_are_none_are_refused_when_opened(folder, bucket):
     (folder / "a.tar.gz").write_bytes(b"x")
     for name in (str(folder / "none"), "gs://bucket/none", str(folder / "none.zip")):
-        with pytest.raises(ConfigError, match=rf"data\.sources\.images = '{name}': expected an existing folder"):
+        with pytest.raises(
+            ConfigError, match=rf"data\.sources\.images = '{name}': expected an existing folder"
+        ):
             open_pictures(name)
-    with pytest.raises(ConfigError, match=r"expected an archive of \.zip or \.tar\. A compressed tar cannot be read by number: unpack it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected an archive of \.zip or \.tar\. A compressed tar cannot be read by number: unpack it",
+    ):
         open_pictures(str(folder / "a.tar.gz"))
 
 
 def test_without_a_place_a_picture_is_bad():
-    with pytest.raises(BadSample, match=r"picture 'a\.jpg', but no data\.sources\.images to find it in"):
+    with pytest.raises(
+        BadSample, match=r"picture 'a\.jpg', but no data\.sources\.images to find it in"
+    ):
         open_pictures("")["a.jpg"]

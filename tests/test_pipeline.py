@@ -20,32 +20,74 @@ from mod_jax.data.scenes.builder import SceneDifficulty, prepare
 from mod_jax.data.sources.kinds import open_source
 
 TOKENIZER = scenes_tokenizer()
-VISION = VisionConfig(image_size=48, patch_size=12, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2)
-MODEL = ModelConfig(VISION, image_token_id=TOKENIZER.convert_tokens_to_ids("<image>"), end_token_id=TOKENIZER.eos_token_id)
+VISION = VisionConfig(
+    image_size=48, patch_size=12, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2
+)
+MODEL = ModelConfig(
+    VISION,
+    image_token_id=TOKENIZER.convert_tokens_to_ids("<image>"),
+    end_token_id=TOKENIZER.eos_token_id,
+)
 HARD = SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    return str(prepare(tmp_path_factory.mktemp("scenes"), train=60, crowd=10, preference=40, test=10, difficulty=HARD))
+    return str(
+        prepare(
+            tmp_path_factory.mktemp("scenes"),
+            train=60,
+            crowd=10,
+            preference=40,
+            test=10,
+            difficulty=HARD,
+        )
+    )
 
 
 def scene_data(path, *splits, **options):
     sources = tuple(SourceConfig("scenes", path, split=split) for split in splits)
-    return DataConfig(sources, **{"sequence_length": 240, "images_per_row": 4, "samples_per_row": 4, "template": "brief", "look_ahead": 6} | options)
+    return DataConfig(
+        sources,
+        **{
+            "sequence_length": 240,
+            "images_per_row": 4,
+            "samples_per_row": 4,
+            "template": "brief",
+            "look_ahead": 6,
+        }
+        | options,
+    )
 
 
 def texts(tmp_path, answers, **options):
     """A text-only source with one record an answer; an empty answer is a bad record."""
     path = tmp_path / f"{len(answers)}.json"
     turn = [{"from": "human", "value": "how many?"}]
-    path.write_text(json.dumps([{"id": f"r{i}", "conversations": [*turn, {"from": "gpt", "value": a}]} for i, a in enumerate(answers)]))
+    path.write_text(
+        json.dumps(
+            [
+                {"id": f"r{i}", "conversations": [*turn, {"from": "gpt", "value": a}]}
+                for i, a in enumerate(answers)
+            ]
+        )
+    )
     return SourceConfig("chat", str(path), **options)
 
 
 def text_data(*sources, **options):
     """A text a row."""
-    return DataConfig(sources, **{"sequence_length": 16, "images_per_row": 0, "samples_per_row": 1, "template": "brief", "look_ahead": 2} | options)
+    return DataConfig(
+        sources,
+        **{
+            "sequence_length": 16,
+            "images_per_row": 0,
+            "samples_per_row": 1,
+            "template": "brief",
+            "look_ahead": 2,
+        }
+        | options,
+    )
 
 
 def make(config, rows, shard=(0, 1)):
@@ -64,28 +106,46 @@ def numbers(batches):
 
 def assert_equal(a: Batch, b: Batch):
     for field in dataclasses.fields(Batch):
-        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
+        np.testing.assert_array_equal(
+            getattr(a, field.name), getattr(b, field.name), err_msg=field.name
+        )
 
 
 def put_together(hosts):
     """The global batch of the hosts' rows."""
-    return Batch(**{field.name: np.concatenate([getattr(batch, field.name) for batch in hosts]) for field in dataclasses.fields(Batch)})
+    return Batch(
+        **{
+            field.name: np.concatenate([getattr(batch, field.name) for batch in hosts])
+            for field in dataclasses.fields(Batch)
+        }
+    )
 
 
 def test_batches_have_the_promised_form(scenes):
     config = scene_data(scenes, "train", "preference")
     sources = [open_source(s) for s in config.sources]
     for batch in take(config, 3, 6):
-        shapes = {f.name: (getattr(batch, f.name).shape, getattr(batch, f.name).dtype) for f in dataclasses.fields(Batch)}
+        shapes = {
+            f.name: (getattr(batch, f.name).shape, getattr(batch, f.name).dtype)
+            for f in dataclasses.fields(Batch)
+        }
         expected = {f.name: ((3, 240), np.int32) for f in dataclasses.fields(Batch)}
-        assert shapes == expected | {"images": ((3, 4, 48, 48, 3), np.uint8), "samples": ((3, 4), np.int32), "loss_weights": ((3, 240), np.float32)}
+        assert shapes == expected | {
+            "images": ((3, 4, 48, 48, 3), np.uint8),
+            "samples": ((3, 4), np.int32),
+            "loss_weights": ((3, 240), np.float32),
+        }
         assert (batch.targets[batch.loss_weights > 0] != MODEL.image_token_id).all()
         for row in range(3):
             for segment, number in enumerate(batch.samples[row], 1):
                 assert (number == -1) == (not (batch.segment_ids[row] == segment).any())
-            for picture, number in enumerate(batch.samples[row][batch.samples[row] >= 0]):  # one picture a record
+            for picture, number in enumerate(
+                batch.samples[row][batch.samples[row] >= 0]
+            ):  # one picture a record
                 source, local = (sources[0], number) if number < 60 else (sources[1], number - 60)
-                np.testing.assert_array_equal(batch.images[row, picture], Image.open(io.BytesIO(source[local].images[0])))
+                np.testing.assert_array_equal(
+                    batch.images[row, picture], Image.open(io.BytesIO(source[local].images[0]))
+                )
                 mine = batch.segment_ids[row] == picture + 1
                 index = batch.picture_index[row][mine]
                 assert index[index >= 0].tolist() == list(range(16 * picture, 16 * picture + 16))
@@ -93,29 +153,58 @@ def test_batches_have_the_promised_form(scenes):
 
 def test_rows_hold_the_samples_as_they_were_tokenised(scenes):
     config = scene_data(scenes, "preference")
-    source, encoder, chat = open_source(config.sources[0]), text_encoder(TOKENIZER), chat_format(config.template, MODEL, TOKENIZER)
+    source, encoder, chat = (
+        open_source(config.sources[0]),
+        text_encoder(TOKENIZER),
+        chat_format(config.template, MODEL, TOKENIZER),
+    )
     batch = take(config, 2, 1)[0]
     for row, segment in itertools.product(range(2), range(4)):
         if batch.samples[row, segment] >= 0:
-            sample = tokenize(source[int(batch.samples[row, segment])], encoder, chat, config.sequence_length)
+            sample = tokenize(
+                source[int(batch.samples[row, segment])], encoder, chat, config.sequence_length
+            )
             mine = batch.segment_ids[row] == segment + 1
             for name in ("tokens", "targets", "loss_weights", "positions", "branch_ids"):
-                np.testing.assert_array_equal(getattr(batch, name)[row, mine], getattr(sample, name), err_msg=name)
+                np.testing.assert_array_equal(
+                    getattr(batch, name)[row, mine], getattr(sample, name), err_msg=name
+                )
     assert set(np.unique(batch.branch_ids)) == {0, 1, 2}
 
 
 def test_an_epoch_takes_every_record_once_and_the_next_another_order(scenes):
-    order = numbers(take(scene_data(scenes, "train", samples_per_row=1, images_per_row=1, sequence_length=112), 4, 30))
+    order = numbers(
+        take(
+            scene_data(scenes, "train", samples_per_row=1, images_per_row=1, sequence_length=112),
+            4,
+            30,
+        )
+    )
     assert sorted(order[:60]) == sorted(order[60:]) == list(range(60))
     assert order[:60].tolist() != order[60:].tolist()
 
 
 def test_an_epoch_of_a_mixture_in_streams_takes_every_record_once(tmp_path):
     """Two sources of 30 and 60 records, the larger twice as often; three streams, whose packing lets none fall."""
-    sources = texts(tmp_path, ["one " * (1 + i % 8) for i in range(30)], weight=1.0), texts(tmp_path, ["two " * (1 + i % 9) for i in range(60)], weight=2.0)
-    streams = [numbers(take(text_data(*sources, streams=3, samples_per_row=4, sequence_length=40, look_ahead=5), 3, 60, (host, 3))) for host in range(3)]
+    sources = (
+        texts(tmp_path, ["one " * (1 + i % 8) for i in range(30)], weight=1.0),
+        texts(tmp_path, ["two " * (1 + i % 9) for i in range(60)], weight=2.0),
+    )
+    streams = [
+        numbers(
+            take(
+                text_data(*sources, streams=3, samples_per_row=4, sequence_length=40, look_ahead=5),
+                3,
+                60,
+                (host, 3),
+            )
+        )
+        for host in range(3)
+    ]
     assert len({len(stream) for stream in streams}) == 3, "they run apart"
-    first_epochs = [stream[:25] for stream in streams]  # each stream reads 30 of the 90; the last few may wait
+    first_epochs = [
+        stream[:25] for stream in streams
+    ]  # each stream reads 30 of the 90; the last few may wait
     taken = np.concatenate(first_epochs)
     assert len(set(taken.tolist())) == len(taken)
     later = np.concatenate([stream[:36] for stream in streams])
@@ -123,10 +212,15 @@ def test_an_epoch_of_a_mixture_in_streams_takes_every_record_once(tmp_path):
 
 
 def test_sources_of_equal_length_are_in_orders_of_their_own(tmp_path):
-    sources = texts(tmp_path, ["one"] * 50), dataclasses.replace(texts(tmp_path, ["one"] * 50), split="again")
+    sources = (
+        texts(tmp_path, ["one"] * 50),
+        dataclasses.replace(texts(tmp_path, ["one"] * 50), split="again"),
+    )
     order = numbers(take(text_data(*sources, look_ahead=1), 2, 100))
     for epoch in (0, 1):
-        assert [n for n in order[: 100] if n < 50] != [n - 50 for n in order[100 * epoch :][:100] if n >= 50]
+        assert [n for n in order[:100] if n < 50] != [
+            n - 50 for n in order[100 * epoch :][:100] if n >= 50
+        ]
 
 
 def test_the_seed_alone_decides_the_order(scenes):
@@ -166,21 +260,34 @@ def test_resumption_is_exact_on_any_number_of_hosts(scenes, streams, before, aft
 
 def test_streams_divide_over_rows_and_hosts():
     config = DataConfig((SourceConfig(),))
-    assert [count_streams(config, rows, 1) for rows in (1, 2, 6, 8, 96, 256)] == [1, 2, 2, 8, 32, 64]
+    assert [count_streams(config, rows, 1) for rows in (1, 2, 6, 8, 96, 256)] == [
+        1,
+        2,
+        2,
+        8,
+        32,
+        64,
+    ]
     with pytest.raises(ConfigError, match=r"data.streams = 3: expected a divisor of the 8 rows"):
         count_streams(dataclasses.replace(config, streams=3), 8, 1)
-    with pytest.raises(ConfigError, match=r"data.streams = 8: expected a multiple of the 3 processes"):
+    with pytest.raises(
+        ConfigError, match=r"data.streams = 8: expected a multiple of the 3 processes"
+    ):
         count_streams(config, 8, 3)
 
 
 def test_sources_are_mixed_by_weight(tmp_path):
-    config = text_data(texts(tmp_path, ["one"] * 30, weight=3.0), texts(tmp_path, ["two"] * 31, weight=1.0))
+    config = text_data(
+        texts(tmp_path, ["one"] * 30, weight=3.0), texts(tmp_path, ["two"] * 31, weight=1.0)
+    )
     assert (numbers(take(config, 8, 10)) < 30).mean() == pytest.approx(0.75, abs=0.03)
 
 
 def test_text_only_streams_have_no_pictures(scenes):
     source = SourceConfig("scenes", scenes, split="train", text_only=True)
-    batch = take(DataConfig((source,), 240, images_per_row=0, samples_per_row=4, template="brief"), 2, 1)[0]
+    batch = take(
+        DataConfig((source,), 240, images_per_row=0, samples_per_row=4, template="brief"), 2, 1
+    )[0]
     assert batch.images.shape == (2, 0, 48, 48, 3)
     assert (batch.picture_index == -1).all() and not (batch.tokens == MODEL.image_token_id).any()
 
@@ -193,14 +300,19 @@ def test_bad_samples_are_skipped_named_and_counted_once(tmp_path, caplog):
     assert set(seen.tolist()) == set(range(40)) - {7, 31}
     assert dataclasses.astuple(batches.skips.total) == (40, 0, 2), "records, through three epochs"
     assert sorted(record.getMessage() for record in caplog.records) == [
-        "skipped record 31 (r31): question without an answer text", "skipped record 7 (r7): question without an answer text"]
+        "skipped record 31 (r31): question without an answer text",
+        "skipped record 7 (r7): question without an answer text",
+    ]
     again = make(text_data(texts(tmp_path, answers), max_bad_share=0.5), 4)
     again.set_state(batches.get_state())
     assert again.skips.total == batches.skips.total
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
-    with pytest.raises(TooManyBadSamples, match=r"of 5\d records are bad, more than data.max_bad_share = 0.05.*without an answer"):
+    with pytest.raises(
+        TooManyBadSamples,
+        match=r"of 5\d records are bad, more than data.max_bad_share = 0.05.*without an answer",
+    ):
         take(text_data(texts(tmp_path, ["one"] * 80 + [""] * 20), max_bad_share=0.05), 4, 30)
 
 
@@ -215,13 +327,21 @@ def test_a_share_that_is_allowed_never_stops(tmp_path):
 @pytest.mark.parametrize("limit, run", [(0.0, 50), (0.5, 50), (1.0, 2062)])
 def test_a_set_without_a_good_record_stops(tmp_path, limit, run):
     with pytest.raises(TooManyBadSamples, match=f"The last {run} samples are all bad"):
-        take(text_data(texts(tmp_path, [""] * 40 if limit < 1 else [""] * 700), max_bad_share=limit), 1, 1)
+        take(
+            text_data(texts(tmp_path, [""] * 40 if limit < 1 else [""] * 700), max_bad_share=limit),
+            1,
+            1,
+        )
 
 
 def pictured(tmp_path, records):
     """A source of so many records, a small picture each."""
     turns = [{"from": "human", "value": "<image> how many?"}, {"from": "gpt", "value": "one"}]
-    (tmp_path / "chats.json").write_text(json.dumps([{"id": f"r{i}", "image": f"{i}.png", "conversations": turns} for i in range(records)]))
+    (tmp_path / "chats.json").write_text(
+        json.dumps(
+            [{"id": f"r{i}", "image": f"{i}.png", "conversations": turns} for i in range(records)]
+        )
+    )
     (tmp_path / "images").mkdir()
     for i in range(records):
         Image.new("RGB", (48, 48)).save(tmp_path / "images" / f"{i}.png")
@@ -265,10 +385,19 @@ def test_pictures_become_squares_as_configured(tmp_path):
     picture[:, 15:45] = 255  # the middle square
     source = pictured(tmp_path, 1)
     Image.fromarray(picture).save(tmp_path / "images" / "0.png")
-    image = {fit: take(text_data(source, sequence_length=32, images_per_row=1, fit=fit), 1, 1)[0].images[0, 0] for fit in ("pad", "crop", "stretch")}
+    image = {
+        fit: take(text_data(source, sequence_length=32, images_per_row=1, fit=fit), 1, 1)[0].images[
+            0, 0
+        ]
+        for fit in ("pad", "crop", "stretch")
+    }
     assert (image["crop"][:, 2:-2] == 255).all()
     assert (image["stretch"][:, 16:32] == 255).all() and not image["stretch"][:, :8].any()
-    assert (image["pad"][:8] == image["pad"][0, 0]).all() and image["pad"][0, 0].tolist() == [122, 116, 104] and not image["pad"][24, :8].any()
+    assert (
+        (image["pad"][:8] == image["pad"][0, 0]).all()
+        and image["pad"][0, 0].tolist() == [122, 116, 104]
+        and not image["pad"][24, :8].any()
+    )
 
 
 def test_impossible_configurations_are_refused_at_once(scenes):
@@ -281,15 +410,34 @@ def test_impossible_configurations_are_refused_at_once(scenes):
 def test_memory_stays_flat_over_200_000_samples(tmp_path):
     """Nothing is kept of a sample that has gone; the file itself is mapped, not held."""
     Image.new("RGB", (48, 48), (10, 200, 30)).save(tmp_path / "picture.png")
-    human = [{"from": "human", "value": "how many?"}, {"from": "human", "value": "<image> how many?"}]
+    human = [
+        {"from": "human", "value": "how many?"},
+        {"from": "human", "value": "<image> how many?"},
+    ]
     with (tmp_path / "chats.json").open("w") as file:
         for i in range(200_000):
             turns = [human[i % 2], {"from": "gpt", "value": "one " * (1 + i % 7)}]
-            entry = {"id": f"chat-{i}", "conversations": turns} | ({"image": "picture.png"} if i % 2 else {})
+            entry = {"id": f"chat-{i}", "conversations": turns} | (
+                {"image": "picture.png"} if i % 2 else {}
+            )
             file.write(("," if i else "[") + json.dumps(entry))
         file.write("]")
     source = SourceConfig("chat", str(tmp_path / "chats.json"), str(tmp_path))
-    batches, process, used = make(text_data(source, sequence_length=120, images_per_row=4, samples_per_row=8, look_ahead=16, streams=8), 64), psutil.Process(), []
+    batches, process, used = (
+        make(
+            text_data(
+                source,
+                sequence_length=120,
+                images_per_row=4,
+                samples_per_row=8,
+                look_ahead=16,
+                streams=8,
+            ),
+            64,
+        ),
+        psutil.Process(),
+        [],
+    )
     while batches.skips.total.seen < 200_000:
         next(batches)
         if len(used) <= batches.skips.total.seen // 20_000:
@@ -303,15 +451,33 @@ def test_a_corrupt_picture_in_each_thousand_is_named_and_no_other_takes_its_plac
     whole = io.BytesIO()
     Image.new("RGB", (12, 12), "red").save(whole, "png")
     turns = [{"from": "human", "value": "<image> how many?"}, {"from": "gpt", "value": "one"}]
-    (tmp_path / "chat.json").write_text(json.dumps([{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(records)]))
+    (tmp_path / "chat.json").write_text(
+        json.dumps(
+            [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(records)]
+        )
+    )
     for n in range(records):
         (tmp_path / f"{n}.png").write_bytes(whole.getvalue()[: 40 if str(n) in corrupt else None])
     source = SourceConfig("chat", str(tmp_path / "chat.json"), str(tmp_path))
-    config = DataConfig((source,), sequence_length=40, images_per_row=1, samples_per_row=1, template="brief", look_ahead=1, streams=1)
+    config = DataConfig(
+        (source,),
+        sequence_length=40,
+        images_per_row=1,
+        samples_per_row=1,
+        template="brief",
+        look_ahead=1,
+        streams=1,
+    )
     batches = make(config, rows=1)
     seen = numbers(itertools.islice(batches, records - len(corrupt)))
     batches.close()
-    assert sorted(seen) == sorted(set(range(records)) - {int(name) for name in corrupt})  # an epoch: each good one once
+    assert sorted(seen) == sorted(
+        set(range(records)) - {int(name) for name in corrupt}
+    )  # an epoch: each good one once
     total = batches.skips.total
     assert total.bad == len(corrupt) and total.seen >= records
-    assert {line.partition("(")[2].partition(")")[0] for line in caplog.messages if line.startswith("skipped")} == corrupt
+    assert {
+        line.partition("(")[2].partition(")")[0]
+        for line in caplog.messages
+        if line.startswith("skipped")
+    } == corrupt

@@ -20,19 +20,27 @@ from mod_jax.data.sources.record import BadSample
 
 CLIP_FILL = (122, 116, 104)
 
-pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Image size")  # pytest takes away the filters that `images` sets
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF", "ignore:Image size"
+)  # pytest takes away the filters that `images` sets
 
 
 def photo(height, width, seed=0):
     """Smooth colours with a little noise, u8[H,W,3]."""
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / 7), np.cos(y / 5), np.sin((x + y) / 11)], -1)
-    return (128 + 90 * waves + np.random.default_rng(seed).normal(0, 8, waves.shape)).clip(0, 255).astype(np.uint8)
+    return (
+        (128 + 90 * waves + np.random.default_rng(seed).normal(0, 8, waves.shape))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def encoded(image, form="PNG", **options):
     file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        file, form, **options
+    )
     return file.getvalue()
 
 
@@ -41,29 +49,55 @@ def tower(size, mean=CLIP_MEAN):
 
 
 STOCK = {
-    "pad": lambda size, mean: LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": size}, image_mean=list(mean), **square(size)),
+    "pad": lambda size, mean: LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": size}, image_mean=list(mean), **square(size)
+    ),
     "crop": lambda size, mean: CLIPImageProcessorPil(size={"shortest_edge": size}, **square(size)),
-    "stretch": lambda size, mean: SiglipImageProcessorPil(size={"height": size, "width": size}, do_rescale=False, do_normalize=False),
+    "stretch": lambda size, mean: SiglipImageProcessorPil(
+        size={"height": size, "width": size}, do_rescale=False, do_normalize=False
+    ),
 }
 
 
 def square(size):
-    return {"crop_size": {"height": size, "width": size}, "do_rescale": False, "do_normalize": False}
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": False,
+        "do_normalize": False,
+    }
 
 
 @pytest.mark.parametrize("mean", [CLIP_MEAN, (0.5, 0.5, 0.5)])
 @pytest.mark.parametrize("fit", STOCK)
-@pytest.mark.parametrize("shape", [(60, 91), (91, 60), (40, 40), (7, 300), (28, 28), (29, 28), (5, 3), (1, 1), (1, 400), (400, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (60, 91),
+        (91, 60),
+        (40, 40),
+        (7, 300),
+        (28, 28),
+        (29, 28),
+        (5, 3),
+        (1, 1),
+        (1, 400),
+        (400, 1),
+    ],
+)
 def test_agrees_with_the_processor_of_transformers(shape, fit, mean):
     """Their PIL backend; a SigLIP tower's padding is gray."""
     source = photo(*shape)
-    expected = np.asarray(STOCK[fit](28, mean)(Image.fromarray(source)).pixel_values[0]).transpose(1, 2, 0)
+    expected = np.asarray(STOCK[fit](28, mean)(Image.fromarray(source)).pixel_values[0]).transpose(
+        1, 2, 0
+    )
     made = load_image(encoded(source), tower(28, mean), fit)
     assert made.shape == (28, 28, 3) and made.dtype == np.uint8
     np.testing.assert_array_equal(made, expected)
 
 
-@pytest.mark.parametrize("shape", [(60, 91), (91, 60), (40, 40), (7, 300), (300, 7), (1, 5), (5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(60, 91), (91, 60), (40, 40), (7, 300), (300, 7), (1, 5), (5, 1)]
+)
 def test_padding_strip_by_strip_is_padding_at_once(shape, monkeypatch):
     whole = load_image(photo(*shape), tower(28))
     for strip in (1, 1000, 10_000):
@@ -74,13 +108,18 @@ def test_padding_strip_by_strip_is_padding_at_once(shape, monkeypatch):
 @pytest.mark.parametrize("width, height", [(20_000, 300), (2, 8000), (30_000, 1)])
 def test_a_panorama_is_padded_without_a_square_of_its_side(width, height, monkeypatch):
     made, sizes = Image.new, []
-    monkeypatch.setattr(Image, "new", lambda mode, size, *color: sizes.append(size) or made(mode, size, *color))
+    monkeypatch.setattr(
+        Image, "new", lambda mode, size, *color: sizes.append(size) or made(mode, size, *color)
+    )
     picture = load_image(made("RGB", (width, height), "red"), tower(28)).astype(int)
     assert max(w * h for w, h in sizes) <= pixels.STRIP_PIXELS
     band = picture if width > height else picture.transpose(1, 0, 2)
     assert (band[:10] == CLIP_FILL).all() and (band[-10:] == CLIP_FILL).all()
     wanted = 28 * min(width, height) / max(width, height)  # rows of the band
-    assert abs(((band - CLIP_FILL) / (np.array([255, 0, 0]) - CLIP_FILL)).mean((1, 2)).sum() - wanted) < 0.03
+    assert (
+        abs(((band - CLIP_FILL) / (np.array([255, 0, 0]) - CLIP_FILL)).mean((1, 2)).sum() - wanted)
+        < 0.03
+    )
 
 
 def test_a_line_of_a_picture_is_too_long_to_be_cropped():
@@ -103,25 +142,41 @@ def test_a_picture_of_the_right_size_is_untouched():
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_white(mode):
     """As transformers 5 does with a picture that it is handed."""
-    source = np.concatenate([photo(20, 30), np.linspace(0, 255, 600, dtype=np.uint8).reshape(20, 30, 1)], -1)
-    image = Image.fromarray(source).convert(mode) if mode != "P" else Image.fromarray(source[..., 0], "L").convert("P")
+    source = np.concatenate(
+        [photo(20, 30), np.linspace(0, 255, 600, dtype=np.uint8).reshape(20, 30, 1)], -1
+    )
+    image = (
+        Image.fromarray(source).convert(mode)
+        if mode != "P"
+        else Image.fromarray(source[..., 0], "L").convert("P")
+    )
     if mode == "P":
         image.info["transparency"] = 77
-    expected = np.asarray(STOCK["pad"](24, CLIP_MEAN)(image, do_convert_rgb=True).pixel_values[0]).transpose(1, 2, 0)
+    expected = np.asarray(
+        STOCK["pad"](24, CLIP_MEAN)(image, do_convert_rgb=True).pixel_values[0]
+    ).transpose(1, 2, 0)
     np.testing.assert_array_equal(load_image(image, tower(24)), expected)
     np.testing.assert_array_equal(load_image(encoded(image), tower(24)), expected)
 
 
 def test_padding_is_centred_and_has_the_mean_colour():
     made = load_image(encoded(np.zeros((10, 40, 3), np.uint8)), tower(40))
-    assert (made[:15] == CLIP_FILL).all() and (made[25:] == CLIP_FILL).all() and (made[15:25] == 0).all()
+    assert (
+        (made[:15] == CLIP_FILL).all()
+        and (made[25:] == CLIP_FILL).all()
+        and (made[15:25] == 0).all()
+    )
 
 
 def test_colour_modes_become_rgb():
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     for image in (red.convert("RGBA"), red.convert("P"), red.convert("CMYK")):
         form = "TIFF" if image.mode == "CMYK" else "PNG"
-        np.testing.assert_allclose(load_image(encoded(image, form), tower(8)), np.broadcast_to((255, 0, 0), (8, 8, 3)), atol=1)
+        np.testing.assert_allclose(
+            load_image(encoded(image, form), tower(8)),
+            np.broadcast_to((255, 0, 0), (8, 8, 3)),
+            atol=1,
+        )
     assert (load_image(encoded(Image.new("L", (8, 8), 77)), tower(8)) == 77).all()
 
 
@@ -142,9 +197,17 @@ UPRIGHT = {  # EXIF's orientation -> what turns the picture upright
 def test_the_camera_s_rotation_is_applied(orientation, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    lossless = {"quality": 100, "subsampling": 0} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
+    lossless = (
+        {"quality": 100, "subsampling": 0}
+        if form == "JPEG"
+        else {"lossless": True}
+        if form == "WEBP"
+        else {}
+    )
     made = load_image(encoded(photo(16, 16), form, exif=exif, **lossless), tower(16)).astype(int)
-    np.testing.assert_allclose(made, UPRIGHT[orientation](photo(16, 16)), atol=4 if form == "JPEG" else 0)
+    np.testing.assert_allclose(
+        made, UPRIGHT[orientation](photo(16, 16)), atol=4 if form == "JPEG" else 0
+    )
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -154,19 +217,41 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(width, height, *, depth=8, colour=2, chunks=b"", row=b"") -> bytes:
     """A PNG that claims a size and has `height` times the bytes of a row, or none."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunks + chunk(b"IDAT", zlib.compress((b"\0" + row) * height if row else b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunks
+        + chunk(b"IDAT", zlib.compress((b"\0" + row) * height if row else b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def tiff(width, height) -> bytes:
     """A TIFF that claims a size and has no pixels."""
-    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: width * height}
+    tags = {
+        256: width,
+        257: height,
+        258: 8,
+        259: 1,
+        262: 1,
+        273: 8,
+        277: 1,
+        278: height,
+        279: width * height,
+    }
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(100)
 
 
 def gif(width, height, frame_width, frame_height) -> bytes:
     screen = struct.pack("<HH", width, height) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
-    return b"GIF89a" + screen + b"," + struct.pack("<HHHH", 0, 0, frame_width, frame_height) + b"\0\2\2\x4c\1\0;"
+    return (
+        b"GIF89a"
+        + screen
+        + b","
+        + struct.pack("<HHHH", 0, 0, frame_width, frame_height)
+        + b"\0\2\2\x4c\1\0;"
+    )
 
 
 def in_png(*chunks: bytes) -> bytes:
@@ -192,10 +277,19 @@ ODD = {  # and how far a pixel may be from the photo's
     "progressive JPEG": (jpeg(progressive=True), 25),
     "EXIF of garbage": (jpeg(exif=b"Exif\0\0garbage"), 25),
     "EXIF that points nowhere": (jpeg(exif=b"Exif\0\0II*\0\xff\xff\xff\x7f"), 25),
-    "EXIF with a broken tag": (jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\1\7\0\xff\xff\xff\xff"), 25),
-    "EXIF that is no EXIF": (in_png(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      4\nnone")), 0),
+    "EXIF with a broken tag": (
+        jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\1\7\0\xff\xff\xff\xff"),
+        25,
+    ),
+    "EXIF that is no EXIF": (
+        in_png(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      4\nnone")),
+        0,
+    ),
     "huge colour profile": (jpeg(icc_profile=bytes(3_000_000)), 25),
-    "colour profile in PNG": (in_png(chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(900_000)))), 0),
+    "colour profile in PNG": (
+        in_png(chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(900_000)))),
+        0,
+    ),
     "long text": (in_png(chunk(b"tEXt", b"comment\0" + b"x" * 2_000_000)), 0),
     "MPO": (two_frames("MPO", quality=95), 25),
     "animated PNG": (two_frames("PNG"), 0),
@@ -222,9 +316,15 @@ def test_cmyk_is_inked_white_paper():
     cmyk = np.random.default_rng(0).integers(0, 256, (6, 8, 4)).astype(np.uint8)
     paper = 255 - cmyk.astype(int)
     expected = paper[..., :3] * paper[..., 3:] / 255
-    np.testing.assert_allclose(pixels.decode(encoded(Image.fromarray(cmyk, "CMYK"), "TIFF")), expected, atol=1)
+    np.testing.assert_allclose(
+        pixels.decode(encoded(Image.fromarray(cmyk, "CMYK"), "TIFF")), expected, atol=1
+    )
     flat = Image.new("CMYK", (16, 16), (0, 200, 100, 30))
-    np.testing.assert_allclose(np.asarray(pixels.decode(encoded(flat, "JPEG", quality=100)))[8, 8], (225, 48.5, 136.8), atol=3)
+    np.testing.assert_allclose(
+        np.asarray(pixels.decode(encoded(flat, "JPEG", quality=100)))[8, 8],
+        (225, 48.5, 136.8),
+        atol=3,
+    )
 
 
 def test_sixteen_bits_become_the_upper_eight_in_gray_as_in_colour():
@@ -233,17 +333,25 @@ def test_sixteen_bits_become_the_upper_eight_in_gray_as_in_colour():
     for picture in (encoded(deep), encoded(deep, "TIFF"), deep):
         np.testing.assert_array_equal(pixels.decode(picture), expected)
     colours = b"\x80\0\x40\xff\x20\1" * 3
-    np.testing.assert_array_equal(pixels.decode(png(3, 2, depth=16, row=colours)), np.broadcast_to((0x80, 0x40, 0x20), (2, 3, 3)))
+    np.testing.assert_array_equal(
+        pixels.decode(png(3, 2, depth=16, row=colours)),
+        np.broadcast_to((0x80, 0x40, 0x20), (2, 3, 3)),
+    )
 
 
 def test_one_bit_is_black_and_white():
     bits = np.random.default_rng(0).integers(0, 2, (9, 17)).astype(bool)
-    np.testing.assert_array_equal(pixels.decode(encoded(Image.fromarray(bits))), np.repeat(255 * bits[..., None], 3, -1))
+    np.testing.assert_array_equal(
+        pixels.decode(encoded(Image.fromarray(bits))), np.repeat(255 * bits[..., None], 3, -1)
+    )
 
 
 def test_a_transparent_colour_is_white():
     key = chunk(b"tRNS", struct.pack(">HHH", 5, 6, 7))
-    np.testing.assert_array_equal(pixels.decode(png(2, 1, chunks=key, row=b"\5\6\7\x80\x81\x82")), [[(255, 255, 255), (0x80, 0x81, 0x82)]])
+    np.testing.assert_array_equal(
+        pixels.decode(png(2, 1, chunks=key, row=b"\5\6\7\x80\x81\x82")),
+        [[(255, 255, 255), (0x80, 0x81, 0x82)]],
+    )
 
 
 def half(data: bytes) -> bytes:
@@ -260,10 +368,16 @@ REFUSED = {
     "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "none of .*ftypheic"),
     "head of a JPEG": (LARGE["JPEG"][:300], "Truncated"),
     "half a JPEG": (half(LARGE["JPEG"]), "truncated"),
-    "half a progressive JPEG": (half(encoded(photo(200, 200), "JPEG", progressive=True)), "truncated"),
+    "half a progressive JPEG": (
+        half(encoded(photo(200, 200), "JPEG", progressive=True)),
+        "truncated",
+    ),
     "head of a PNG": (LARGE["PNG"][:30], "none of .*PNG"),
     "half a PNG": (half(LARGE["PNG"]), "truncated"),
-    "PNG with a wrong byte": (LARGE["PNG"][:50_000] + bytes([LARGE["PNG"][50_000] ^ 1]) + LARGE["PNG"][50_001:], "broken"),
+    "PNG with a wrong byte": (
+        LARGE["PNG"][:50_000] + bytes([LARGE["PNG"][50_000] ^ 1]) + LARGE["PNG"][50_001:],
+        "broken",
+    ),
     "half a WEBP": (half(LARGE["WEBP"]), "decoder"),
     "half a GIF": (half(encoded(RGB, "GIF")), "truncated"),
     "half a TIFF": (half(encoded(RGB, "TIFF")), "truncated"),
@@ -274,10 +388,22 @@ REFUSED = {
     "bomb in the frame of a GIF": (gif(5, 5, 50_000, 50_000), "2500000000 pixels.*bomb"),
     "too large": (png(12_000, 12_000), "picture too large: 12000 x 12000 px, more than 100000000"),
     "too long": (png(10, 30_001), "picture too large: 10 x 30001 px, .* 30000 on a side"),
-    "text bomb": (in_png(chunk(b"zTXt", b"text\0\0" + zlib.compress(bytes(2_000_000)))), "too large.*MAX_TEXT_CHUNK"),
-    "colour profile bomb": (in_png(chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(2_000_000)))), "too large.*MAX_TEXT_CHUNK"),
-    "huge text": (in_png(chunk(b"tEXt", b"text\0" + bytes(PngImagePlugin.MAX_TEXT_MEMORY + 1))), "Too much memory used in text"),
-    "floats": (encoded(PHOTO.convert("F"), "TIFF"), "pixels of 32 bits, of which nothing says what is white"),
+    "text bomb": (
+        in_png(chunk(b"zTXt", b"text\0\0" + zlib.compress(bytes(2_000_000)))),
+        "too large.*MAX_TEXT_CHUNK",
+    ),
+    "colour profile bomb": (
+        in_png(chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(2_000_000)))),
+        "too large.*MAX_TEXT_CHUNK",
+    ),
+    "huge text": (
+        in_png(chunk(b"tEXt", b"text\0" + bytes(PngImagePlugin.MAX_TEXT_MEMORY + 1))),
+        "Too much memory used in text",
+    ),
+    "floats": (
+        encoded(PHOTO.convert("F"), "TIFF"),
+        "pixels of 32 bits, of which nothing says what is white",
+    ),
     "32-bit integers": (encoded(PHOTO.convert("I"), "TIFF"), "pixels of 32 bits"),
 }
 
@@ -293,11 +419,19 @@ def said_of(folder, *statements: str) -> str:
     """What is written of a folder's pictures where Python is asked to show all warnings."""
     code = "\n".join(["import contextlib, pathlib, sys", "from PIL import Image", *statements])
     loop = "\nfor path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n    with contextlib.suppress(Exception): decode(path)"
-    return subprocess.run([sys.executable, "-W", "always", "-c", code + loop, str(folder)], capture_output=True, text=True, check=True).stderr
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code + loop, str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
 
 
 def test_pillow_s_warnings_do_not_fill_the_log(tmp_path):
-    for name, data in {"large.png": png(9500, 9500), "exif.jpg": jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\1\7")}.items():
+    for name, data in {
+        "large.png": png(9500, 9500),
+        "exif.jpg": jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\1\7"),
+    }.items():
         (tmp_path / name).write_bytes(data)
     alone = said_of(tmp_path, "decode = lambda path: Image.open(path).getexif()")
     assert "DecompressionBombWarning" in alone and "EXIF" in alone

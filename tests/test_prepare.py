@@ -49,7 +49,13 @@ def others(tmp_path_factory):
 
 
 def options(source: SourceConfig, output, *more: str) -> list[str]:
-    named = {"kind": source.kind, "source": source.path, "images": source.images, "split": source.split, "output": output}
+    named = {
+        "kind": source.kind,
+        "source": source.path,
+        "images": source.images,
+        "split": source.split,
+        "output": output,
+    }
     return [f"--{name}={value}" for name, value in named.items()] + [f"--shards={SHARDS}", *more]
 
 
@@ -65,23 +71,39 @@ def plain(number: int) -> dict:
     """A chat as it has to be stored."""
     record = chat(number)
     texts = [message["value"] for message in record["conversations"]]
-    images = {1: [picture(number)], 2: [picture(number), picture(100 + number, "PNG")], 3: [picture(number)]}
-    return {"id": f"r{number}", "turns": [list(turn) for turn in zip(texts[::2], texts[1::2])], "rejected": "", "images": images.get(number % 4, [])}
+    images = {
+        1: [picture(number)],
+        2: [picture(number), picture(100 + number, "PNG")],
+        3: [picture(number)],
+    }
+    return {
+        "id": f"r{number}",
+        "turns": [list(turn) for turn in zip(texts[::2], texts[1::2])],
+        "rejected": "",
+        "images": images.get(number % 4, []),
+    }
 
 
 # what it holds
 
 
 def test_every_record_is_there_once_with_the_pictures_own_bytes(whole):
-    assert sorted(stored(whole), key=lambda record: int(record["id"][1:])) == [plain(number) for number in range(23)]
+    assert sorted(stored(whole), key=lambda record: int(record["id"][1:])) == [
+        plain(number) for number in range(23)
+    ]
 
 
-@pytest.mark.parametrize("kind", ["chat", "lines", "preference", "rlaif", "tfds", "scenes", "prepared"])
+@pytest.mark.parametrize(
+    "kind", ["chat", "lines", "preference", "rlaif", "tfds", "scenes", "prepared"]
+)
 def test_reading_it_gives_what_its_source_gives(kind, others, tmp_path):
     prepare_here(*make_plan(others[kind], str(tmp_path), shards=2, seed=3))
     raw, prepared = open_source(others[kind]), open_source(SourceConfig("prepared", str(tmp_path)))
     contents = lambda image: image if isinstance(image, bytes) else image.read_bytes()
-    records = lambda source: sorted((r.id, tuple(map(contents, r.images)), r.turns, r.rejected) for r in (source[number] for number in range(len(source))))
+    records = lambda source: sorted(
+        (r.id, tuple(map(contents, r.images)), r.turns, r.rejected)
+        for r in (source[number] for number in range(len(source)))
+    )
     assert records(prepared) == records(raw) and len(prepared) == len(raw) > 1
 
 
@@ -97,21 +119,49 @@ def test_reading_it_in_order_is_a_random_order_of_the_seed(chats, whole, tmp_pat
 
 
 def test_the_index_tells_where_it_comes_from(chats, whole):
-    assert {path.name for path in whole.iterdir()} == {"index.json", *(f"data-0000{n}-of-00005.array_record" for n in range(5))}
+    assert {path.name for path in whole.iterdir()} == {
+        "index.json",
+        *(f"data-0000{n}-of-00005.array_record" for n in range(5)),
+    }
     index = json.loads((whole / "index.json").read_text())
-    assert index["records"] == 23 and [shard["records"] for shard in index["shards"]] == [4, 5, 4, 5, 5]
+    assert index["records"] == 23 and [shard["records"] for shard in index["shards"]] == [
+        4,
+        5,
+        4,
+        5,
+        5,
+    ]
     file = "data-00001-of-00005.array_record"
-    assert index["shards"][1] == {"file": file, "records": 5, "bytes": (whole / file).stat().st_size}
+    assert index["shards"][1] == {
+        "file": file,
+        "records": 5,
+        "bytes": (whole / file).stat().st_size,
+    }
     stat = os.stat(chats.path)
-    assert index["source"] == {"kind": "chat", "path": chats.path, "images": chats.images, "split": "", "files": 1, "bytes": stat.st_size,
-                               "modified": stat.st_mtime_ns, "format": 1, "seed": 0, "shards": 5}
+    assert index["source"] == {
+        "kind": "chat",
+        "path": chats.path,
+        "images": chats.images,
+        "split": "",
+        "files": 1,
+        "bytes": stat.st_size,
+        "modified": stat.st_mtime_ns,
+        "format": 1,
+        "seed": 0,
+        "shards": 5,
+    }
 
 
 def test_a_shard_holds_4096_records_unless_it_is_said(tmp_path):
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
     for count, shards in ((4096, 1), (4097, 2)):
-        (tmp_path / f"{count}.jsonl").write_text((json.dumps({"conversations": turns}) + "\n") * count)
-        assert make_plan(SourceConfig("chat", str(tmp_path / f"{count}.jsonl")), "out")[0].shards == shards
+        (tmp_path / f"{count}.jsonl").write_text(
+            (json.dumps({"conversations": turns}) + "\n") * count
+        )
+        assert (
+            make_plan(SourceConfig("chat", str(tmp_path / f"{count}.jsonl")), "out")[0].shards
+            == shards
+        )
 
 
 # bad records
@@ -134,16 +184,25 @@ def bad(tmp_path_factory):
 
 def test_bad_records_are_left_out_and_named_with_their_reasons(bad, tmp_path):
     index = prepare_here(*make_plan(bad, str(tmp_path), SHARDS))
-    assert sorted(record["id"] for record in stored(tmp_path)) == sorted(f"r{n}" for n in range(23) if n not in (1, 2, 4, 5, 7))
+    assert sorted(record["id"] for record in stored(tmp_path)) == sorted(
+        f"r{n}" for n in range(23) if n not in (1, 2, 4, 5, 7)
+    )
     named = {reason: [name for name, _ in records] for reason, records in index["skipped"].items()}
-    assert named == {"no such picture file": ["r1"], "unreadable picture": ["r2", "r5", "r7"], "question without an answer text": ["r4"]}
+    assert named == {
+        "no such picture file": ["r1"],
+        "unreadable picture": ["r2", "r5", "r7"],
+        "question without an answer text": ["r4"],
+    }
     assert index["skipped"]["no such picture file"] == [["r1", f"{bad.images}/1.jpg"]]
     assert all("truncated" in detail for _, detail in index["skipped"]["unreadable picture"][:2])
     assert index["records"] == 18
 
 
 def test_too_many_bad_records_stop_it_and_a_larger_share_continues(bad, tmp_path):
-    with pytest.raises(ConfigError, match=r"--max-bad-share = 0.1: .* found \d of 23: .*begin in another folder, or allow more") as raised:
+    with pytest.raises(
+        ConfigError,
+        match=r"--max-bad-share = 0.1: .* found \d of 23: .*begin in another folder, or allow more",
+    ) as raised:
         run(bad, tmp_path, "--workers=1", "--max-bad-share=0.1")
     assert "\n" not in str(raised.value) and not (tmp_path / "index.json").exists()
     with pytest.raises(ConfigError, match="index.json is written last"):
@@ -156,7 +215,9 @@ def test_too_many_bad_records_stop_it_and_a_larger_share_continues(bad, tmp_path
 def test_a_source_without_a_single_good_record_is_refused(tmp_path):
     (tmp_path / "chat.json").write_text(json.dumps([{"id": "a", "conversations": []}]))
     with pytest.raises(ConfigError, match="found 1 of 1: 1 no turns: a"):
-        prepare_here(*make_plan(SourceConfig("chat", str(tmp_path / "chat.json")), str(tmp_path / "out")))
+        prepare_here(
+            *make_plan(SourceConfig("chat", str(tmp_path / "chat.json")), str(tmp_path / "out"))
+        )
 
 
 # nothing but the source and the settings decides
@@ -176,7 +237,9 @@ def test_a_run_that_was_stopped_after_any_shard_is_continued(done, chats, whole,
     finished = [SHARDS - 1 - shard for shard in range(done)]  # in whatever sequence
     for shard in finished:
         write_shard(source, plan, shard)
-    (tmp_path / "data-00000-of-00005.array_record-abc.partial").mkdir()  # of a worker that was killed
+    (
+        tmp_path / "data-00000-of-00005.array_record-abc.partial"
+    ).mkdir()  # of a worker that was killed
     (tmp_path / "data-00000-of-00005.array_record-abc.partial" / "data").write_text("half")
     before = {shard: (tmp_path / plan.file(shard)).stat().st_ino for shard in finished}
     prepare_here(*make_plan(chats, str(tmp_path), SHARDS))
@@ -204,9 +267,18 @@ def test_a_whole_folder_is_left_as_it_is(chats, whole):
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
-@pytest.mark.parametrize("change, told", [("seed", "seed 0 instead of 1"), ("shards", "shards 5 instead of 4"), ("touch", "modified .* instead of"),
-                                          ("split", "split '' instead of 'test'")])
-def test_a_folder_of_other_settings_is_refused_with_what_differs(change, told, is_whole, chats, tmp_path):
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ("seed", "seed 0 instead of 1"),
+        ("shards", "shards 5 instead of 4"),
+        ("touch", "modified .* instead of"),
+        ("split", "split '' instead of 'test'"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused_with_what_differs(
+    change, told, is_whole, chats, tmp_path
+):
     plan, source = make_plan(chats, str(tmp_path / "out"), SHARDS)
     prepare_here(plan, source) if is_whole else begin(plan)
     copy = shutil.copy2(chats.path, tmp_path / "kept")
@@ -214,8 +286,15 @@ def test_a_folder_of_other_settings_is_refused_with_what_differs(change, told, i
         if change == "touch":
             pathlib.Path(chats.path).touch()
         split = "test" if change == "split" else ""
-        other = make_plan(SourceConfig("chat", chats.path, chats.images, split), str(tmp_path / "out"), SHARDS - (change == "shards"), int(change == "seed"))[0]
-        with pytest.raises(ConfigError, match=f"--output.*begun with the same settings; it has {told}"):
+        other = make_plan(
+            SourceConfig("chat", chats.path, chats.images, split),
+            str(tmp_path / "out"),
+            SHARDS - (change == "shards"),
+            int(change == "seed"),
+        )[0]
+        with pytest.raises(
+            ConfigError, match=f"--output.*begun with the same settings; it has {told}"
+        ):
             begin(other)
     finally:
         shutil.copystat(copy, chats.path)
@@ -255,7 +334,9 @@ def wait_for(condition) -> None:
 @contextlib.contextmanager
 def begun(arguments: list[str]):
     """The command, running, with its error output to be read; in a session of its own, as in a terminal."""
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             yield process
         finally:
@@ -266,7 +347,9 @@ def begun(arguments: list[str]):
 def test_a_clear_stop_that_the_same_command_continues(fault, stuck, tmp_path):
     output = tmp_path / "out"
     with begun(command(stuck, output, "--workers=2")) as process:
-        wait_for(lambda: len(list(output.glob("*.json"))) == SHARDS)  # the reports of all shards but one, and the settings
+        wait_for(
+            lambda: len(list(output.glob("*.json"))) == SHARDS
+        )  # the reports of all shards but one, and the settings
         workers = workers_of(psutil.Process(process.pid))
         assert len(workers) == 2
         if fault == "a worker is killed":
@@ -276,25 +359,51 @@ def test_a_clear_stop_that_the_same_command_continues(fault, stuck, tmp_path):
         if fault == "the command is killed":
             process.kill()
         told = process.communicate(timeout=60)[1].strip().splitlines()
-    wait_for(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers))
+    wait_for(
+        lambda: (
+            not any(
+                worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+                for worker in workers
+            )
+        )
+    )
     if fault != "the command is killed":
-        expected = {"a worker is killed": "error: --workers = 2: expected processes that live", "ctrl-C": "error: interrupted."}
-        assert process.returncode == 1 and told[-1].startswith(expected[fault]) and told[-1].endswith("it continues.")
+        expected = {
+            "a worker is killed": "error: --workers = 2: expected processes that live",
+            "ctrl-C": "error: interrupted.",
+        }
+        assert (
+            process.returncode == 1
+            and told[-1].startswith(expected[fault])
+            and told[-1].endswith("it continues.")
+        )
         assert not any("Traceback" in line for line in told)
     assert not (output / "index.json").exists()
     pathlib.Path(stuck.images, "9.jpg").unlink()
     pathlib.Path(stuck.images, "9.jpg").write_bytes(picture(9))
     kept = {path: path.stat().st_ino for path in output.glob("*.array_record")}
     prepare_here(*make_plan(stuck, str(output), SHARDS))
-    assert {path: path.stat().st_ino for path in kept} == kept and not list(output.glob("*.partial"))
-    assert sorted(record["id"] for record in stored(output)) == sorted(f"r{number}" for number in range(23))
+    assert {path: path.stat().st_ino for path in kept} == kept and not list(
+        output.glob("*.partial")
+    )
+    assert sorted(record["id"] for record in stored(output)) == sorted(
+        f"r{number}" for number in range(23)
+    )
 
 
 def test_too_many_bad_records_stop_it_before_its_end(stuck, tmp_path):
     pathlib.Path(stuck.images, "1.jpg").unlink()
-    ended = subprocess.run(command(stuck, tmp_path / "out", "--workers=2", "--max-bad-share=0"), check=False, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command(stuck, tmp_path / "out", "--workers=2", "--max-bad-share=0"),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("error: --max-bad-share = 0.0: expected no more bad records, found 1 of 23: 1 no such picture file: r1 (")
+    assert ended.stderr.splitlines()[-1].startswith(
+        "error: --max-bad-share = 0.0: expected no more bad records, found 1 of 23: 1 no such picture file: r1 ("
+    )
 
 
 @contextlib.contextmanager
@@ -315,7 +424,13 @@ def test_a_full_disk_stops_it_and_leaves_no_half_shard(size, chats, whole, tmp_p
     begin(plan)
     write_shard(source, plan, 0)
     before = contents(tmp_path)
-    with files_of_at_most(size), pytest.raises(ConfigError, match=r"--output = .*expected a disk that takes the data \(.*File too large.*\)\. Make room"):
+    with (
+        files_of_at_most(size),
+        pytest.raises(
+            ConfigError,
+            match=r"--output = .*expected a disk that takes the data \(.*File too large.*\)\. Make room",
+        ),
+    ):
         write_shard(source, plan, 1)
     assert contents(tmp_path) == before
     prepare_here(plan, source)
@@ -323,17 +438,29 @@ def test_a_full_disk_stops_it_and_leaves_no_half_shard(size, chats, whole, tmp_p
 
 
 def test_a_full_disk_is_one_line_of_the_command(chats, tmp_path):
-    ended = subprocess.run(command(chats, tmp_path, "--workers=1"), check=False, capture_output=True, text=True,
-                           preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (30_000, 30_000)))
-    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith(f"error: --output = {str(tmp_path)!r}: expected a disk that takes the data")
-    assert "Traceback" not in ended.stderr and {path.name for path in tmp_path.iterdir()} == {"preparing.json"}
+    ended = subprocess.run(
+        command(chats, tmp_path, "--workers=1"),
+        check=False,
+        capture_output=True,
+        text=True,
+        preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (30_000, 30_000)),
+    )
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith(
+        f"error: --output = {str(tmp_path)!r}: expected a disk that takes the data"
+    )
+    assert "Traceback" not in ended.stderr and {path.name for path in tmp_path.iterdir()} == {
+        "preparing.json"
+    }
 
 
-@pytest.mark.parametrize("what, how, told", [
-    ("images", "is gone", "data.sources.images|--images"),
-    ("chat.json", "is gone", "data.sources.path|--source"),
-    ("chat.json", "is another", "data.sources.path|--source"),
-])
+@pytest.mark.parametrize(
+    "what, how, told",
+    [
+        ("images", "is gone", "data.sources.images|--images"),
+        ("chat.json", "is gone", "data.sources.path|--source"),
+        ("chat.json", "is another", "data.sources.path|--source"),
+    ],
+)
 def test_a_source_that_does_not_stay_is_a_clear_stop(what, how, told, tmp_path):
     plan, source = make_plan(save_chats(tmp_path / "source"), str(tmp_path / "out"), 1)
     begin(plan)
@@ -356,7 +483,10 @@ def test_a_source_that_changed_between_two_shards_is_not_mixed(tmp_path):
     begin(plan)
     write_shard(source, plan, 0)
     pathlib.Path(config.path).touch()
-    with pytest.raises(ConfigError, match=r"--source = .*a source that stays as it is; it has modified \d+ instead of \d+\. Begin again, in another folder"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--source = .*a source that stays as it is; it has modified \d+ instead of \d+\. Begin again, in another folder",
+    ):
         write_shard(open_source(config), plan, 1)
     assert not (tmp_path / "out" / plan.file(1)).exists()
 
@@ -365,26 +495,43 @@ def test_a_source_that_changed_between_two_shards_is_not_mixed(tmp_path):
 
 
 def test_the_command_prepares_and_tells_what_it_skipped(bad, tmp_path):
-    ended = subprocess.run(command(bad, tmp_path, "--workers=2", "--max-bad-share=0.5"), check=False, capture_output=True, text=True)
+    ended = subprocess.run(
+        command(bad, tmp_path, "--workers=2", "--max-bad-share=0.5"),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0
     lines = ended.stdout.splitlines()
     assert lines[0].startswith(f"{tmp_path}: 18 of 23 records written, 5 skipped, 5 shards, ")
     assert lines[1].startswith("  skipped 3 unreadable picture: r2 (image file is truncated")
-    assert {line.split(":")[0] for line in lines[2:]} == {"  skipped 1 no such picture file", "  skipped 1 question without an answer text"}
+    assert {line.split(":")[0] for line in lines[2:]} == {
+        "  skipped 1 no such picture file",
+        "  skipped 1 question without an answer text",
+    }
     assert "23/23 records" in ended.stderr
 
 
-@pytest.mark.parametrize("argument, told", [
-    ("--shards=24", "--shards = 24: expected a number within 1..23"),
-    ("--shards=-1", "--shards = -1"),
-    ("--seed=-1", "--seed = -1: expected a number within 0..2"),
-    ("--workers=0", "--workers = 0: expected a positive number"),
-    ("--max-bad-share=2", "--max-bad-share = 2.0: expected a share within 0..1"),
-    ("--kind=parquet", "data.sources.kind = 'parquet': expected one of"),
-    ("--source=/nowhere.json", "data.sources.path = '/nowhere.json': expected an existing JSON file"),
-    ("--images=/nowhere", "data.sources.images = '/nowhere'"),
-    ("--max-bad-shares=1", "command line = '--max-bad-shares=1': expected no more options without --beam"),
-])
+@pytest.mark.parametrize(
+    "argument, told",
+    [
+        ("--shards=24", "--shards = 24: expected a number within 1..23"),
+        ("--shards=-1", "--shards = -1"),
+        ("--seed=-1", "--seed = -1: expected a number within 0..2"),
+        ("--workers=0", "--workers = 0: expected a positive number"),
+        ("--max-bad-share=2", "--max-bad-share = 2.0: expected a share within 0..1"),
+        ("--kind=parquet", "data.sources.kind = 'parquet': expected one of"),
+        (
+            "--source=/nowhere.json",
+            "data.sources.path = '/nowhere.json': expected an existing JSON file",
+        ),
+        ("--images=/nowhere", "data.sources.images = '/nowhere'"),
+        (
+            "--max-bad-shares=1",
+            "command line = '--max-bad-shares=1': expected no more options without --beam",
+        ),
+    ],
+)
 def test_impossible_options_are_one_line(argument, told, chats, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare", *options(chats, tmp_path / "out"), argument])
     with pytest.raises(SystemExit) as raised:
@@ -406,6 +553,8 @@ def test_beam_is_asked_for_where_it_is_missing(chats, tmp_path):
 
 def test_the_folder_may_be_in_a_bucket(chats, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with mock_epath():  # a bucket is a local folder then; array_record itself knows local files only
+    with (
+        mock_epath()
+    ):  # a bucket is a local folder then; array_record itself knows local files only
         prepare_here(*make_plan(chats, "gs://bucket/chat", SHARDS))
     assert contents(tmp_path / "gs:/bucket/chat") == contents(whole)

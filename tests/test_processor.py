@@ -27,7 +27,13 @@ from transformers import (
 )
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig
-from mod_jax.data.samples.tokenizer import TextEncoder, byte_tokenizer, load_tokenizer, scenes_tokenizer, text_encoder
+from mod_jax.data.samples.tokenizer import (
+    TextEncoder,
+    byte_tokenizer,
+    load_tokenizer,
+    scenes_tokenizer,
+    text_encoder,
+)
 from mod_jax.data.samples.tokens import TEMPLATES, chat_format, tokenize, tokenize_prompt
 from mod_jax.data.sources.record import BadSample, Record
 from mod_jax.inference.processor import Processor, read_processor
@@ -35,12 +41,23 @@ from mod_jax.interop.image_processor import image_processor_to_json
 from mod_jax.interop.processor import chat_template, read_template, template_of, write_processor
 
 GRAY = (0.5, 0.5, 0.5)
-TOWERS = {"clip": VisionConfig("clip", 28, 14, 16, 32, 2, 2), "siglip": VisionConfig("siglip", 30, 14, 16, 32, 2, 2, pixel_mean=GRAY, pixel_std=GRAY)}
+TOWERS = {
+    "clip": VisionConfig("clip", 28, 14, 16, 32, 2, 2),
+    "siglip": VisionConfig("siglip", 30, 14, 16, 32, 2, 2, pixel_mean=GRAY, pixel_std=GRAY),
+}
 VISION_CONFIGS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
 # A folder each: tokenizer, tower, and the text model that config.json names.
 FOLDERS = {
-    "qwen": (lambda: small_tokenizers.qwen(small_tokenizers.QWEN_VOCABULARY), "clip", Qwen2MoeConfig),
-    "instructed": (lambda: small_tokenizers.qwen_instructed(small_tokenizers.QWEN_VOCABULARY), "clip", Qwen2Config),
+    "qwen": (
+        lambda: small_tokenizers.qwen(small_tokenizers.QWEN_VOCABULARY),
+        "clip",
+        Qwen2MoeConfig,
+    ),
+    "instructed": (
+        lambda: small_tokenizers.qwen_instructed(small_tokenizers.QWEN_VOCABULARY),
+        "clip",
+        Qwen2Config,
+    ),
     "bytes": (byte_tokenizer, "siglip", Qwen2Config),
     "llama": (small_tokenizers.llama, "clip", LlamaConfig),
     "llama_first": (small_tokenizers.llama_first, "siglip", LlamaConfig),
@@ -62,9 +79,13 @@ def write_folder(folder, kind: str, template: str) -> ModelConfig:
     make, tower, text_config = FOLDERS[kind]
     make().save_pretrained(folder / "source")
     tokenizer, vision = load_tokenizer(folder / "source"), TOWERS[tower]
-    config = ModelConfig(vision, DecoderConfig(), tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id)
+    config = ModelConfig(
+        vision, DecoderConfig(), tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
+    )
     theirs = VISION_CONFIGS[tower](image_size=vision.image_size, patch_size=vision.patch_size)
-    LlavaConfig(vision_config=theirs, text_config=text_config(), image_token_id=config.image_token_id).save_pretrained(folder)
+    LlavaConfig(
+        vision_config=theirs, text_config=text_config(), image_token_id=config.image_token_id
+    ).save_pretrained(folder)
     write_processor(folder, config, tokenizer, template)
     return config
 
@@ -79,7 +100,9 @@ def both(tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             config = write_folder(folder, kind, chat_template("qwen"))
             ours = read_processor(folder, config)
-            made[kind] = Both(folder, ours, AutoProcessor.from_pretrained(folder), text_encoder(ours.tokenizer))
+            made[kind] = Both(
+                folder, ours, AutoProcessor.from_pretrained(folder), text_encoder(ours.tokenizer)
+            )
         return made[kind]
 
     return of
@@ -87,7 +110,9 @@ def both(tmp_path_factory):
 
 def ask(*parts) -> dict:
     """A user's message: a string as it is, or parts, of which None is a picture."""
-    in_parts = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in parts]
+    in_parts = [
+        {"type": "image"} if text is None else {"type": "text", "text": text} for text in parts
+    ]
     return {"role": "user", "content": parts[0] if len(parts) == 1 else in_parts}
 
 
@@ -102,13 +127,28 @@ CONVERSATIONS = {
         [ask(None, None, "Compare."), say("Two cats."), ask("This:", None, "or", None)],
         ["<image>\n<image>\nCompare.", "This:\n<image>\nor\n<image>"],
     ),
-    "pictures within a string": ([ask("Is <image> like<image>?"), say("No."), ask("<image>")], ["Is <image> like<image>?", "<image>"]),
+    "pictures within a string": (
+        [ask("Is <image> like<image>?"), say("No."), ask("<image>")],
+        ["Is <image> like<image>?", "<image>"],
+    ),
     "text only": ([ask("How many legs has a cat?")], ["How many legs has a cat?"]),
-    "unicode": ([ask(None, "这是什么？ 🐈‍⬛ e\u0301 ﬁ"), say("猫 — é"), ask("ça va?")], ["<image>\n这是什么？ 🐈‍⬛ e\u0301 ﬁ", "ça va?"]),
-    "turns": ([ask("<image> What?"), say("It's a cat."), ask("Sure?"), say("Yes, \"I am\"."), ask("Why?")], ["<image> What?", "Sure?", "Why?"]),
+    "unicode": (
+        [ask(None, "这是什么？ 🐈‍⬛ e\u0301 ﬁ"), say("猫 — é"), ask("ça va?")],
+        ["<image>\n这是什么？ 🐈‍⬛ e\u0301 ﬁ", "ça va?"],
+    ),
+    "turns": (
+        [ask("<image> What?"), say("It's a cat."), ask("Sure?"), say('Yes, "I am".'), ask("Why?")],
+        ["<image> What?", "Sure?", "Why?"],
+    ),
     "empty answer": ([ask("Say nothing."), say(""), ask("And now?")], ["Say nothing.", "And now?"]),
-    "a picture token in a user's text": ([ask(None, "What does <image> mean?")], ["<image>\nWhat does < image> mean?"]),
-    "very long": ([ask(None, "Tell me of cats and dogs. " * 300)], ["<image>\n" + "Tell me of cats and dogs. " * 300]),
+    "a picture token in a user's text": (
+        [ask(None, "What does <image> mean?")],
+        ["<image>\nWhat does < image> mean?"],
+    ),
+    "very long": (
+        [ask(None, "Tell me of cats and dogs. " * 300)],
+        ["<image>\n" + "Tell me of cats and dogs. " * 300],
+    ),
     "white space": (
         [ask("  <image>\n\n <image>  \tlook "), say(" a \n"), ask("\n<image>")],
         ["  <image>\n\n <image>  \tlook ", "\n<image>"],
@@ -119,7 +159,11 @@ CONVERSATIONS = {
 
 def stock_ids(stock: LlavaProcessor, text: str) -> list[int]:
     pictures = text.count("<image>")
-    return list(stock(text=text, images=[Image.new("RGB", (20, 10))] * pictures if pictures else None)["input_ids"][0])
+    return list(
+        stock(text=text, images=[Image.new("RGB", (20, 10))] * pictures if pictures else None)[
+            "input_ids"
+        ][0]
+    )
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -131,57 +175,109 @@ def test_a_prompt_s_ids_are_those_of_stock_and_of_training(both, kind, name):
     ids, is_picture = ours.encode(text)
     assert text == theirs.apply_chat_template(messages, add_generation_prompt=True)
     assert ids.tolist() == stock_ids(theirs, text)
-    assert text.endswith(" ASSISTANT:") and is_picture.sum() == text.count("<image>") * ours.config.vision.num_features
+    assert (
+        text.endswith(" ASSISTANT:")
+        and is_picture.sum() == text.count("<image>") * ours.config.vision.num_features
+    )
     begin = both(kind).encoder.begin
-    assert tuple(ids[: len(begin)]) == begin and not np.isin(ids[len(begin) :], begin).any(), "begun once"
+    assert tuple(ids[: len(begin)]) == begin and not np.isin(ids[len(begin) :], begin).any(), (
+        "begun once"
+    )
     if questions:
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        prompt, marks = tokenize_prompt(tuple(zip(questions, (*answers, None))), both(kind).encoder, chat_format("qwen", ours.config, ours.tokenizer))
+        prompt, marks = tokenize_prompt(
+            tuple(zip(questions, (*answers, None))),
+            both(kind).encoder,
+            chat_format("qwen", ours.config, ours.tokenizer),
+        )
         assert ids.tolist() == prompt.tolist() and is_picture.tolist() == marks.tolist()
 
 
-@pytest.mark.parametrize("name", [name for name, (_, questions) in CONVERSATIONS.items() if questions])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, questions) in CONVERSATIONS.items() if questions]
+)
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_an_answered_conversation_s_ids_are_those_of_stock_and_of_training(both, kind, name):
     ours, theirs = both(kind).ours, both(kind).theirs
     messages, questions = CONVERSATIONS[name]
     messages = [*messages, say("It is so.")]
     text = ours.render(messages, add_generation_prompt=False)
-    assert text == theirs.apply_chat_template(messages) and text.endswith(f" ASSISTANT: It is so.{theirs.tokenizer.eos_token}")
+    assert text == theirs.apply_chat_template(messages) and text.endswith(
+        f" ASSISTANT: It is so.{theirs.tokenizer.eos_token}"
+    )
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    learnt = tokenize(Record("r", (), tuple(zip(questions, answers))), both(kind).encoder, chat_format("qwen", ours.config, ours.tokenizer), 10**5)
-    assert ours.encode(text)[0].tolist() == stock_ids(theirs, text) == [*learnt.tokens, learnt.targets[-1]]
+    learnt = tokenize(
+        Record("r", (), tuple(zip(questions, answers))),
+        both(kind).encoder,
+        chat_format("qwen", ours.config, ours.tokenizer),
+        10**5,
+    )
+    assert (
+        ours.encode(text)[0].tolist()
+        == stock_ids(theirs, text)
+        == [*learnt.tokens, learnt.targets[-1]]
+    )
 
 
 def test_stock_tokenizes_a_template_in_one_step_to_the_same_ids(both):
-    messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (20, 10))}, {"type": "text", "text": "What?"}]}]
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": Image.new("RGB", (20, 10))},
+                {"type": "text", "text": "What?"},
+            ],
+        }
+    ]
     for kind in FOLDERS:
-        ids = both(kind).theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        ids = both(kind).theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True
+        )
         assert both(kind).ours.encode(both(kind).ours.render(messages))[0].tolist() == ids[0]
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_stock_knows_the_special_tokens(both, kind):
     ours, tokenizer = both(kind).ours, both(kind).theirs.tokenizer
-    assert tokenizer.image_token == "<image>" and tokenizer.image_token_id == ours.config.image_token_id
-    specials = [(t.bos_token, t.eos_token, t.pad_token, t.unk_token, t.padding_side) for t in (tokenizer, ours.tokenizer)]
+    assert (
+        tokenizer.image_token == "<image>"
+        and tokenizer.image_token_id == ours.config.image_token_id
+    )
+    specials = [
+        (t.bos_token, t.eos_token, t.pad_token, t.unk_token, t.padding_side)
+        for t in (tokenizer, ours.tokenizer)
+    ]
     assert specials[0][:4] == specials[1][:4] and specials[0][4] == "left"
     generation = GenerationConfig.from_pretrained(both(kind).folder)
     ids = (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id)
-    assert ids == (tokenizer.bos_token_id, ours.config.end_token_id, tokenizer.pad_token_id) and not generation.do_sample
+    assert (
+        ids == (tokenizer.bos_token_id, ours.config.end_token_id, tokenizer.pad_token_id)
+        and not generation.do_sample
+    )
     text = "What is it? Two cats."
-    assert tokenizer.decode(ours.encode(text)[0], skip_special_tokens=True) == ours.tokenizer.decode(ours.encode(text)[0], skip_special_tokens=True)
+    assert tokenizer.decode(
+        ours.encode(text)[0], skip_special_tokens=True
+    ) == ours.tokenizer.decode(ours.encode(text)[0], skip_special_tokens=True)
 
 
 def test_stock_reads_a_plain_language_model_s_tokenizer_as_it_is_written(both, tmp_path):
     """transformers 5 makes Qwen's tokenizer of whatever a plain qwen2 folder holds; every other family's is read."""
-    for kind, text_config in {"qwen": Qwen2Config, "words": Qwen2MoeConfig, "llama": LlamaConfig}.items():
+    for kind, text_config in {
+        "qwen": Qwen2Config,
+        "words": Qwen2MoeConfig,
+        "llama": LlamaConfig,
+    }.items():
         folder = tmp_path / kind
         folder.mkdir()
-        write_processor(folder, both(kind).ours.config, both(kind).ours.tokenizer, chat_template("qwen"))
+        write_processor(
+            folder, both(kind).ours.config, both(kind).ours.tokenizer, chat_template("qwen")
+        )
         text_config().save_pretrained(folder)
         text = "USER: What is it? ASSISTANT: It's a cat — 猫."
-        assert AutoTokenizer.from_pretrained(folder)(text).input_ids == both(kind).ours.encode(text)[0].tolist()
+        assert (
+            AutoTokenizer.from_pretrained(folder)(text).input_ids
+            == both(kind).ours.encode(text)[0].tolist()
+        )
 
 
 # Templates
@@ -192,12 +288,21 @@ def test_a_template_renders_what_is_tokenised_for_training(both, name):
     template, known = TEMPLATES[name], both("instructed" if TEMPLATES[name].end else "llama")
     ours = dataclasses.replace(known.ours, chat_template=chat_template(name))
     encoder, chat = known.encoder, chat_format(name, ours.config, ours.tokenizer)
-    messages, turns = [ask("<image>\nWhat?"), say("A cat."), ask("Sure?")], (("<image>\nWhat?", "A cat."), ("Sure?", None))
-    assert ours.encode(ours.render(messages))[0].tolist() == tokenize_prompt(turns, encoder, chat)[0].tolist()
+    messages, turns = (
+        [ask("<image>\nWhat?"), say("A cat."), ask("Sure?")],
+        (("<image>\nWhat?", "A cat."), ("Sure?", None)),
+    )
+    assert (
+        ours.encode(ours.render(messages))[0].tolist()
+        == tokenize_prompt(turns, encoder, chat)[0].tolist()
+    )
     learnt = tokenize(Record("r", (), turns[:1]), encoder, chat, 1000)
     text = ours.render(messages[:2], False)
     assert text.endswith(template.after_answer)
-    assert ours.encode(text.removesuffix(template.after_answer))[0].tolist() == [*learnt.tokens, learnt.targets[-1]]
+    assert ours.encode(text.removesuffix(template.after_answer))[0].tolist() == [
+        *learnt.tokens,
+        learnt.targets[-1],
+    ]
 
 
 @pytest.mark.parametrize("system", [None, "Be brief.", ""])
@@ -206,7 +311,13 @@ def test_chatml_is_an_instructed_qwen_s_own(both, system):
     ours = dataclasses.replace(both("instructed").ours, chat_template=chat_template("chatml"))
     said = [] if system is None else [{"role": "system", "content": system}]
     messages = [*said, ask(None, "What is it?"), say(" A cat.\n"), ask("\nSure?"), say("Yes")]
-    texts = ["You are a helpful assistant." if system is None else system, "<image>\nWhat is it?", " A cat.\n", "\nSure?", "Yes"]
+    texts = [
+        "You are a helpful assistant." if system is None else system,
+        "<image>\nWhat is it?",
+        " A cat.\n",
+        "\nSure?",
+        "Yes",
+    ]
     roles = ("system", "user", "assistant", "user", "assistant")
     written = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(roles, texts))
     assert ours.render(messages, add_generation_prompt=False) == written
@@ -218,7 +329,10 @@ def test_chatml_is_an_instructed_qwen_s_own(both, system):
 
 def test_a_template_of_another_model_is_refused(both, tmp_path):
     ours = both("qwen").ours
-    with pytest.raises(ConfigError, match=r"template = 'chatml': expected one for this model, whose answers end with <\|endoftext\|>"):
+    with pytest.raises(
+        ConfigError,
+        match=r"template = 'chatml': expected one for this model, whose answers end with <\|endoftext\|>",
+    ):
         dataclasses.replace(ours, chat_template=chat_template("chatml"))
     with pytest.raises(ConfigError, match="template = 'chatml'"):
         write_processor(tmp_path, ours.config, ours.tokenizer, chat_template("chatml"))
@@ -227,14 +341,23 @@ def test_a_template_of_another_model_is_refused(both, tmp_path):
 
 def test_plain_is_pictures_and_captions_whatever_is_asked(both):
     plain = dataclasses.replace(both("qwen").ours, chat_template=chat_template("plain"))
-    messages = [{"role": "system", "content": "Be brief."}, ask(None, "What does <image> show?", None), say("Two cats.")]
-    assert plain.render(messages, add_generation_prompt=False) == "<image><image>Two cats.<|endoftext|>"
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        ask(None, "What does <image> show?", None),
+        say("Two cats."),
+    ]
+    assert (
+        plain.render(messages, add_generation_prompt=False)
+        == "<image><image>Two cats.<|endoftext|>"
+    )
 
 
 def test_a_system_message_stands_in_the_place_of_the_template_s(both):
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     assert both("qwen").ours.render([system, ask("Hi")]) == "Be brief. USER: Hi ASSISTANT:"
-    assert both("qwen").ours.render([ask("Hi")]) == TEMPLATES["qwen"].system + " USER: Hi ASSISTANT:"
+    assert (
+        both("qwen").ours.render([ask("Hi")]) == TEMPLATES["qwen"].system + " USER: Hi ASSISTANT:"
+    )
 
 
 def test_what_a_template_cannot_show_is_refused(both):
@@ -250,17 +373,32 @@ def test_what_a_template_cannot_show_is_refused(both):
 
 
 def test_a_template_is_known_again():
-    assert all(TEMPLATES[template_of(chat_template(name))] == template for name, template in TEMPLATES.items())
+    assert all(
+        TEMPLATES[template_of(chat_template(name))] == template
+        for name, template in TEMPLATES.items()
+    )
     assert template_of(chat_template("qwen") + "\n") is None and template_of(None) is None
 
 
-@pytest.mark.parametrize("files, expected", [
-    ({"chat_template.jinja": "own", "chat_template.json": '{"chat_template": "old"}'}, "own"),
-    ({"chat_template.json": '{"chat_template": "old"}', "tokenizer_config.json": '{"chat_template": "tokenizer\'s"}'}, "old"),
-    ({"tokenizer_config.json": '{"chat_template": "tokenizer\'s"}'}, "tokenizer's"),
-    ({"tokenizer_config.json": '{"chat_template": [{"name": "tool_use", "template": "a"}]}'}, None),
-    ({}, None),
-])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"chat_template.jinja": "own", "chat_template.json": '{"chat_template": "old"}'}, "own"),
+        (
+            {
+                "chat_template.json": '{"chat_template": "old"}',
+                "tokenizer_config.json": '{"chat_template": "tokenizer\'s"}',
+            },
+            "old",
+        ),
+        ({"tokenizer_config.json": '{"chat_template": "tokenizer\'s"}'}, "tokenizer's"),
+        (
+            {"tokenizer_config.json": '{"chat_template": [{"name": "tool_use", "template": "a"}]}'},
+            None,
+        ),
+        ({}, None),
+    ],
+)
 def test_a_folder_s_template_is_in_one_of_three_files(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -271,7 +409,9 @@ def test_a_template_that_begins_the_text_itself_has_one_beginning(both):
     """Mistral's writes <s>."""
     own = "{{ bos_token }}" + chat_template("brief")
     ours, messages = dataclasses.replace(both("llama").ours, chat_template=own), [ask("Hi")]
-    ids = both("llama").theirs.apply_chat_template(messages, own, add_generation_prompt=True, tokenize=True)[0]
+    ids = both("llama").theirs.apply_chat_template(
+        messages, own, add_generation_prompt=True, tokenize=True
+    )[0]
     assert ours.encode(ours.render(messages))[0].tolist() == ids and ids.count(ids[0]) == 1
 
 
@@ -281,7 +421,9 @@ def test_a_template_that_begins_the_text_itself_has_one_beginning(both):
 def pictures() -> dict[str, Image.Image]:
     rng = np.random.default_rng(0)
     colours = lambda *shape: rng.integers(0, 256, shape, np.uint8)
-    photo = Image.fromarray(colours(9, 12, 3)).resize((200, 150), Image.Resampling.BICUBIC)  # smooth
+    photo = Image.fromarray(colours(9, 12, 3)).resize(
+        (200, 150), Image.Resampling.BICUBIC
+    )  # smooth
     return {
         "wide": photo.resize((300, 40)),
         "tall": photo.resize((40, 301)),
@@ -300,7 +442,10 @@ def pictures() -> dict[str, Image.Image]:
 
 def normalised(pixels: np.ndarray, vision: VisionConfig) -> np.ndarray:
     """u8[N,H,W,3] as the tower computes with it, f32[N,3,H,W]."""
-    return ((pixels.astype(np.float32) / 255 - np.float32(vision.pixel_mean)) / np.float32(vision.pixel_std)).transpose(0, 3, 1, 2)
+    return (
+        (pixels.astype(np.float32) / 255 - np.float32(vision.pixel_mean))
+        / np.float32(vision.pixel_std)
+    ).transpose(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("kind", ["qwen", "bytes"])
@@ -308,13 +453,19 @@ def test_pixels_are_those_of_the_stock_processor(both, kind):
     shown, ours = pictures(), both(kind).ours
     theirs = AutoImageProcessor.from_pretrained(both(kind).folder, backend="pil")
     assert isinstance(theirs, LlavaImageProcessorPil)
-    for (name, picture), pixels in zip(shown.items(), normalised(ours.pixels(shown.values()), ours.config.vision), strict=True):
-        np.testing.assert_allclose(pixels, theirs(picture)["pixel_values"][0], rtol=0, atol=1e-6, err_msg=name)
+    for (name, picture), pixels in zip(
+        shown.items(), normalised(ours.pixels(shown.values()), ours.config.vision), strict=True
+    ):
+        np.testing.assert_allclose(
+            pixels, theirs(picture)["pixel_values"][0], rtol=0, atol=1e-6, err_msg=name
+        )
 
 
 CLIP = {"image_mean": TOWERS["clip"].pixel_mean, "image_std": TOWERS["clip"].pixel_std}
 STOCK_FITS = {
-    "crop": lambda size: CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+    "crop": lambda size: CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    ),
     "stretch": lambda size: SiglipImageProcessorPil(size={"height": size, "width": size}, **CLIP),
 }
 
@@ -325,16 +476,29 @@ def test_a_stock_folder_s_own_fit_is_kept(both, tmp_path, fit, layout):
     """llava-1.5-hf crops as CLIP does; LLaVA models with SigLIP stretch. 5.x writes one processor_config.json, 4.x two files."""
     theirs, shown = STOCK_FITS[fit](28), pictures()
     known = both("llama")
-    LlavaProcessor(theirs, known.theirs.tokenizer, 14, "default", chat_template="{{ messages }}", num_additional_image_tokens=1).save_pretrained(tmp_path)
+    LlavaProcessor(
+        theirs,
+        known.theirs.tokenizer,
+        14,
+        "default",
+        chat_template="{{ messages }}",
+        num_additional_image_tokens=1,
+    ).save_pretrained(tmp_path)
     if layout == "4.x":
         whole = json.loads((tmp_path / "processor_config.json").read_text())
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(whole.pop("image_processor")))
         (tmp_path / "processor_config.json").write_text(json.dumps(whole))
     ours = read_processor(tmp_path, known.ours.config)
     assert (ours.fit, ours.chat_template) == (fit, "{{ messages }}")
-    for (name, picture), pixels in zip(shown.items(), normalised(ours.pixels(shown.values()), ours.config.vision), strict=True):
-        np.testing.assert_allclose(pixels, theirs(picture)["pixel_values"][0], rtol=0, atol=1e-6, err_msg=name)
-    assert ours.encode("<image>\nWhat?")[0].tolist() == stock_ids(AutoProcessor.from_pretrained(tmp_path), "<image>\nWhat?")
+    for (name, picture), pixels in zip(
+        shown.items(), normalised(ours.pixels(shown.values()), ours.config.vision), strict=True
+    ):
+        np.testing.assert_allclose(
+            pixels, theirs(picture)["pixel_values"][0], rtol=0, atol=1e-6, err_msg=name
+        )
+    assert ours.encode("<image>\nWhat?")[0].tolist() == stock_ids(
+        AutoProcessor.from_pretrained(tmp_path), "<image>\nWhat?"
+    )
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
@@ -370,7 +534,9 @@ def test_prompts_are_padded_on_the_left(both):
         assert (index[:padding] == -1).all() and ((index[padding:] >= 0) == is_picture).all()
         assert index[index >= 0].tolist() == list(range(4 * len(pixels)))
         np.testing.assert_array_equal(prompts.images[row, : len(pixels)], ours.pixels(pixels))
-    with pytest.raises(ValueError, match=r"text '<image> and <image>' marks 2 pictures with <image>, expected 1"):
+    with pytest.raises(
+        ValueError, match=r"text '<image> and <image>' marks 2 pictures with <image>, expected 1"
+    ):
         ours.prompts(["<image> and <image>"], [shown[:1]])
     with pytest.raises(BadSample, match="unreadable"):
         ours.prompts(["<image>"], [[b"no picture"]])
@@ -378,22 +544,36 @@ def test_prompts_are_padded_on_the_left(both):
 
 def test_a_tokenizer_of_another_model_is_refused(both, tmp_path):
     config = both("qwen").ours.config
-    with pytest.raises(ConfigError, match=r"id of <image> in the tokenizer of .* = \d+: expected the model's, 151646"):
+    with pytest.raises(
+        ConfigError,
+        match=r"id of <image> in the tokenizer of .* = \d+: expected the model's, 151646",
+    ):
         read_processor(both("llama").folder, config)
     with pytest.raises(ConfigError, match="expected the model's, 151646"):
         write_processor(tmp_path, config, both("llama").ours.tokenizer, chat_template("qwen"))
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [
-    {"do_resize": False}, {"resample": 2}, {"do_normalize": False}, {"rescale_factor": 1},
-    {"size": {"shortest_edge": 56}}, {"crop_size": {"height": 24, "width": 24}},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_resize": False},
+        {"resample": 2},
+        {"do_normalize": False},
+        {"rescale_factor": 1},
+        {"size": {"shortest_edge": 56}},
+        {"crop_size": {"height": 24, "width": 24}},
+    ],
+)
 def test_pictures_prepared_in_another_way_are_refused(both, tmp_path, change):
     ours = both("llama").ours
     write_processor(tmp_path, ours.config, ours.tokenizer, ours.chat_template)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(image_processor_to_json(ours.config.vision) | change))
-    with pytest.raises(ConfigError, match="image processor = .*: expected one of .*pad.*crop.*stretch"):
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(image_processor_to_json(ours.config.vision) | change)
+    )
+    with pytest.raises(
+        ConfigError, match="image processor = .*: expected one of .*pad.*crop.*stretch"
+    ):
         read_processor(tmp_path, ours.config)
 
 

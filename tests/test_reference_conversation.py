@@ -33,7 +33,11 @@ CONVERSATIONS = {
     "two pictures": only("<image>\n<image>\nCompare.", "Two cats."),
     "pictures side by side": only("<image><image>", "Two."),
     "pictures apart": only("Is <image> like<image>or <image> ?", "No."),
-    "pictures in turns": (("<image>\nWhat?", "A cat."), ("And <image>?", "A dog."), ("Both?", "Yes.")),
+    "pictures in turns": (
+        ("<image>\nWhat?", "A cat."),
+        ("And <image>?", "A dog."),
+        ("Both?", "Yes."),
+    ),
     "a picture in the second turn": (("Hello", "Hi."), ("<image>\nWhat?", "A cat.")),
     "Chinese": only("<image>\n这是什么？", "猫。"),
     "characters that compose": only("cafe\u0301?", "nai\u0308ve ﬁ"),
@@ -72,13 +76,17 @@ encoder_of = functools.cache(text_encoder)
 
 
 def ours(turns, tokenizer, longest: int = 10**9) -> Tokens:
-    chat = ChatFormat("qwen", PATCHES, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id)
+    chat = ChatFormat(
+        "qwen", PATCHES, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
+    )
     return tokenize(Record("r", (), turns), encoder_of(tokenizer), chat, longest)
 
 
 def theirs(turns, tokenizer, longest: int = 10**9) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels, the picture's positions filled in."""
-    labelled = reference.label(turns, tokenizer, any("<image>" in question for question, _ in turns), longest)
+    labelled = reference.label(
+        turns, tokenizer, any("<image>" in question for question, _ in turns), longest
+    )
     ids, repeats = np.array(labelled.ids), np.where(np.array(labelled.ids) == PICTURE, PATCHES, 1)
     ids[ids == PICTURE] = tokenizer.convert_tokens_to_ids("<image>")
     return np.repeat(ids, repeats), np.repeat(labelled.labels, repeats)
@@ -109,9 +117,32 @@ def test_ids_and_learnt_tokens_are_the_reference_s(kind, name):
 @given(st.data())
 def test_any_texts_are_the_reference_s(kind, data):
     tokenizer = small_tokenizers.loaded(KINDS[kind])
-    words = st.sampled_from([" ", "  ", "\n", "\t", "\r\n", "USER:", "ASSISTANT", "cat", "Cats", "12", ".", ":", "'s", "é", "猫", "🐈", "e\u0301", "\u00a0"])
+    words = st.sampled_from(
+        [
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "\r\n",
+            "USER:",
+            "ASSISTANT",
+            "cat",
+            "Cats",
+            "12",
+            ".",
+            ":",
+            "'s",
+            "é",
+            "猫",
+            "🐈",
+            "e\u0301",
+            "\u00a0",
+        ]
+    )
     text = lambda some: st.lists(some, min_size=1, max_size=6).map("".join)
-    turns = st.lists(st.tuples(text(words | st.just("<image>")), text(words)), min_size=1, max_size=3).map(tuple)
+    turns = st.lists(
+        st.tuples(text(words | st.just("<image>")), text(words)), min_size=1, max_size=3
+    ).map(tuple)
     turns = data.draw(turns)
     assert_same(ours(turns, tokenizer), *theirs(turns, tokenizer))
 
@@ -131,7 +162,10 @@ def test_a_text_that_is_too_long_is_cut_where_the_reference_cuts_it(kind, longes
 LOST = {
     "the answerer's name in a question": only("Who says ASSISTANT: here?", "You."),
     "in an answer": only("Who?", "It says ASSISTANT: and stops."),
-    "in the last of several turns": (("What is it?", "A cat."), ("Who says ASSISTANT: here?", "You.")),
+    "in the last of several turns": (
+        ("What is it?", "A cat."),
+        ("Who says ASSISTANT: here?", "You."),
+    ),
     "an empty question": only("", "A cat."),
     "an empty question later": (("What is it?", "A cat."), ("", "Yes.")),
     "the end token in a question": only("What is {end} for?", "It ends."),
@@ -144,11 +178,19 @@ LOST = {
 def test_what_the_reference_keeps_without_learning_it_is_learnt(kind, name):
     """It finds rounds and answers by searching the text for names and ends; ours come from construction, and the ends in a text are text."""
     tokenizer = small_tokenizers.loaded(KINDS[kind])
-    turns = tuple((question.replace("{end}", tokenizer.eos_token), answer.replace("{end}", tokenizer.eos_token)) for question, answer in LOST[name])
+    turns = tuple(
+        (
+            question.replace("{end}", tokenizer.eos_token),
+            answer.replace("{end}", tokenizer.eos_token),
+        )
+        for question, answer in LOST[name]
+    )
     _, labels = theirs(turns, tokenizer)
     assert (labels == IGNORED).all()
     made = ours(turns, tokenizer)
-    assert [text.strip() for text in answers_learnt(made, tokenizer)] == [answer + tokenizer.eos_token for _, answer in turns]
+    assert [text.strip() for text in answers_learnt(made, tokenizer)] == [
+        answer + tokenizer.eos_token for _, answer in turns
+    ]
     assert np.count_nonzero(made.targets == tokenizer.eos_token_id) == len(turns)
 
 
@@ -158,8 +200,13 @@ def test_a_question_that_ends_in_the_answerer_s_name_makes_the_reference_learn_t
     turns = only("Who speaks? ASSISTANT:", "Yes.")
     made, (ids, labels) = ours(turns, tokenizer), theirs(turns, tokenizer)
     assert made.targets.tolist() == ids[1:].tolist()
-    assert tokenizer.decode(labels[labels != IGNORED]).strip() == f"ASSISTANT: Yes.{tokenizer.eos_token}"
-    assert [text.strip() for text in answers_learnt(made, tokenizer)] == [f"Yes.{tokenizer.eos_token}"]
+    assert (
+        tokenizer.decode(labels[labels != IGNORED]).strip()
+        == f"ASSISTANT: Yes.{tokenizer.eos_token}"
+    )
+    assert [text.strip() for text in answers_learnt(made, tokenizer)] == [
+        f"Yes.{tokenizer.eos_token}"
+    ]
 
 
 def test_a_tokenizer_that_marks_only_a_text_s_beginning_is_miscounted_by_the_reference():
@@ -169,9 +216,13 @@ def test_a_tokenizer_that_marks_only_a_text_s_beginning_is_miscounted_by_the_ref
     ids, labels = theirs(turns, tokenizer)
     made = ours(turns, tokenizer)
     assert made.targets.tolist() == ids[1:].tolist() and (labels == IGNORED).all()
-    assert [text.strip() for text in answers_learnt(made, tokenizer)] == [answer + "</s>" for _, answer in turns]
+    assert [text.strip() for text in answers_learnt(made, tokenizer)] == [
+        answer + "</s>" for _, answer in turns
+    ]
     turns = CONVERSATIONS["a picture first"]
-    whole = tokenizer(reference.write(turns, "</s>").replace("<image>", "<image>" * PATCHES)).input_ids
+    whole = tokenizer(
+        reference.write(turns, "</s>").replace("<image>", "<image>" * PATCHES)
+    ).input_ids
     assert ours(turns, tokenizer).targets.tolist() == whole[1:]
     assert len(theirs(turns, tokenizer)[0]) == len(whole) + 1
 

@@ -11,13 +11,33 @@ from PIL import Image
 
 from mod_jax.config import ConfigError
 from mod_jax.data.samples.tokenizer import load_tokenizer, scenes_tokenizer
-from mod_jax.data.scenes.builder import KINDS, SPLITS, absent_objects, load_scenes, make_record, named_objects, prepare, read_objects, read_turns
+from mod_jax.data.scenes.builder import (
+    KINDS,
+    SPLITS,
+    absent_objects,
+    load_scenes,
+    make_record,
+    named_objects,
+    prepare,
+    read_objects,
+    read_turns,
+)
 from mod_jax.data.scenes.chats import CHAT, NUMBERS, caption
-from mod_jax.data.scenes.drawing import COLOURS, SHAPES, SceneDifficulty, SceneObject, coverage, draw
+from mod_jax.data.scenes.drawing import (
+    COLOURS,
+    SHAPES,
+    SceneDifficulty,
+    SceneObject,
+    coverage,
+    draw,
+)
 
 EASY = SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)
 HARD = SceneDifficulty(grid=5, max_objects=9, jitter=4, shapes=8, colours=8, noise=25)
-RED_RING, SMALL_BLUE_SQUARE = SceneObject("ring", "red", "large", 0, 1), SceneObject("square", "blue", "small", 2, 3)
+RED_RING, SMALL_BLUE_SQUARE = (
+    SceneObject("ring", "red", "large", 0, 1),
+    SceneObject("square", "blue", "small", 2, 3),
+)
 
 
 def truth(kind, question, objects):
@@ -33,10 +53,22 @@ def truth(kind, question, objects):
         return colour
     if kind == "existence":
         return "yes" if any((o.colour, o.shape) == tuple(words[-2:]) for o in objects) else "no"
-    first, second = ([o for o in objects if (o.colour, o.shape) == tuple(pair)] for pair in (words[2:4], words[-2:]))
+    first, second = (
+        [o for o in objects if (o.colour, o.shape) == tuple(pair)]
+        for pair in (words[2:4], words[-2:])
+    )
     assert len(first) == len(second) == 1, "a relation is asked of unambiguous objects"
     a, b = first[0], second[0]
-    return "yes" if {"left": a.column < b.column, "right": a.column > b.column, "above": a.row < b.row, "below": a.row > b.row}[words[4]] else "no"
+    return (
+        "yes"
+        if {
+            "left": a.column < b.column,
+            "right": a.column > b.column,
+            "above": a.row < b.row,
+            "below": a.row > b.row,
+        }[words[4]]
+        else "no"
+    )
 
 
 @pytest.mark.parametrize("difficulty", [EASY, HARD])
@@ -58,7 +90,9 @@ def test_a_chat_has_six_questions_and_one_picture():
         asked.update(kind for kind, _, _ in turns)
     assert set(asked) == set(KINDS)
     assert asked["caption"] == 300
-    assert all(abs(asked[kind] - 300 * CHAT.count(kind)) < 90 for kind in KINDS)  # few fall back to a neighbouring kind
+    assert all(
+        abs(asked[kind] - 300 * CHAT.count(kind)) < 90 for kind in KINDS
+    )  # few fall back to a neighbouring kind
 
 
 def test_yes_and_no_are_balanced_and_half_of_the_absent_objects_are_near_misses():
@@ -71,9 +105,13 @@ def test_yes_and_no_are_balanced_and_half_of_the_absent_objects_are_near_misses(
                 answers[kind, answer] += 1
             if kind == "existence" and answer == "no":
                 colour, shape = named_objects(question)[0]
-                near.append(colour in {o.colour for o in objects} and shape in {o.shape for o in objects})
+                near.append(
+                    colour in {o.colour for o in objects} and shape in {o.shape for o in objects}
+                )
     for kind in ("existence", "relation"):
-        assert answers[kind, "yes"] / (answers[kind, "yes"] + answers[kind, "no"]) == pytest.approx(0.5, abs=0.07)
+        assert answers[kind, "yes"] / (answers[kind, "yes"] + answers[kind, "no"]) == pytest.approx(
+            0.5, abs=0.07
+        )
     assert 0.4 < np.mean(near) < 0.65
 
 
@@ -91,8 +129,12 @@ def test_crowd_answers_are_wrong_as_often_as_asked_and_lean_to_yes():
                 assert absent_objects(answer, objects), "a wrong caption names what is not there"
     assert np.mean(wrong) == pytest.approx(0.25, abs=0.03)
     assert false_yes > 2.5 * false_no
-    assert not any(np.any([a != truth(k, q, read_objects(r["objects"])) for k, q, a in read_turns(r["turns"])])
-                   for r in (make_record(0, "crowd", i, EASY, wrong_share=0.0, habit_share=0.0) for i in range(50)))
+    assert not any(
+        np.any([a != truth(k, q, read_objects(r["objects"])) for k, q, a in read_turns(r["turns"])])
+        for r in (
+            make_record(0, "crowd", i, EASY, wrong_share=0.0, habit_share=0.0) for i in range(50)
+        )
+    )
 
 
 def test_captions_by_habit_name_a_companion_that_is_not_there():
@@ -102,9 +144,15 @@ def test_captions_by_habit_name_a_companion_that_is_not_there():
         objects = read_objects(record["objects"])
         for kind, question, answer in read_turns(record["turns"]):
             right, last = truth(kind, question, objects), objects[-1]
-            if kind == "caption" and last.shape == "cross" and (last.colour, "circle") not in {(o.colour, o.shape) for o in objects}:
+            if (
+                kind == "caption"
+                and last.shape == "cross"
+                and (last.colour, "circle") not in {(o.colour, o.shape) for o in objects}
+            ):
                 by_habit.append(answer != right)
-                assert answer == right or absent_objects(answer, objects) == [(last.colour, "circle")]
+                assert answer == right or absent_objects(answer, objects) == [
+                    (last.colour, "circle")
+                ]
             else:
                 assert answer == right
     assert len(by_habit) > 60 and np.mean(by_habit) == pytest.approx(0.7, abs=0.15)
@@ -114,17 +162,25 @@ def test_preference_pairs():
     """Two captions: the right one, and one that names an object which is not there."""
     for index in range(300):
         record = make_record(0, "preference", index, EASY)
-        objects, ((kind, question, chosen),) = read_objects(record["objects"]), read_turns(record["turns"])
+        objects, ((kind, question, chosen),) = (
+            read_objects(record["objects"]),
+            read_turns(record["turns"]),
+        )
         assert kind == "caption" and question == "<image>\nDescribe the picture."
         assert chosen == truth(kind, question, objects)
-        assert absent_objects(chosen, objects) == [] and len(absent_objects(record["rejected"], objects)) == 1
+        assert (
+            absent_objects(chosen, objects) == []
+            and len(absent_objects(record["rejected"], objects)) == 1
+        )
 
 
 def test_records_depend_on_seed_split_and_index_alone():
     first = {(split, i): make_record(7, split, i, EASY) for split in SPLITS for i in range(20)}
     again = {key: make_record(7, *key, EASY) for key in reversed(first)}
     assert first == again
-    assert len({record["image"] for record in first.values()}) == len(first), "no picture twice, not even across splits"
+    assert len({record["image"] for record in first.values()}) == len(first), (
+        "no picture twice, not even across splits"
+    )
     assert make_record(8, "train", 0, EASY)["image"] != first["train", 0]["image"]
 
 
@@ -155,11 +211,16 @@ def test_captions_are_read_back():
     assert text == "a red ring, a small blue square and a small orange circle"
     assert caption(objects[:1]) == "a red ring"
     assert named_objects(text) == [("red", "ring"), ("blue", "square"), ("orange", "circle")]
-    assert absent_objects("A red circle , a red ring and a blue blue square", objects) == [("red", "circle")]
+    assert absent_objects("A red circle , a red ring and a blue blue square", objects) == [
+        ("red", "circle")
+    ]
     assert named_objects("red and ring, bluesquare") == []
 
 
-@pytest.mark.parametrize("wrong", [{"max_objects": 17}, {"shapes": 9}, {"colours": 1}, {"sizes": 0}, {"shapes": 2, "colours": 2}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_objects": 17}, {"shapes": 9}, {"colours": 1}, {"sizes": 0}, {"shapes": 2, "colours": 2}],
+)
 def test_impossible_difficulties_are_refused(wrong):
     with pytest.raises(ConfigError, match="difficulty"):
         SceneDifficulty(**wrong)
@@ -172,7 +233,12 @@ def test_the_tokenizer_knows_every_word(tmp_path):
         for index in range(150):
             record = make_record(0, split, index, HARD)
             texts = [text for turn in read_turns(record["turns"]) for text in turn[1:]]
-            assert tokenizer.unk_token_id not in tokenizer(" ".join([*texts, record["rejected"], "USER: ASSISTANT:"])).input_ids
+            assert (
+                tokenizer.unk_token_id
+                not in tokenizer(
+                    " ".join([*texts, record["rejected"], "USER: ASSISTANT:"])
+                ).input_ids
+            )
     tokenizer.save_pretrained(tmp_path)
     loaded, text = load_tokenizer(tmp_path), "a red circle, a small blue square and a ring"
     ids = tokenizer("<image>\n" + text + "<|endoftext|>").input_ids
@@ -202,18 +268,26 @@ SIZES = {"train": 12, "crowd": 6, "preference": 6, "test": 4}
 def test_prepare_and_load(tmp_path):
     folder = prepare(tmp_path, **SIZES, difficulty=EASY)
     stamp = (folder / "dataset_info.json").stat().st_mtime_ns
-    assert prepare(tmp_path, **SIZES, difficulty=EASY) == folder and (folder / "dataset_info.json").stat().st_mtime_ns == stamp, "made once"
+    assert (
+        prepare(tmp_path, **SIZES, difficulty=EASY) == folder
+        and (folder / "dataset_info.json").stat().st_mtime_ns == stamp
+    ), "made once"
     for split in SPLITS:
         records = load_scenes(tmp_path, split)
         assert len(records) == SIZES[split]
         made = make_record(0, split, 3, EASY)
-        stored = {key: value if isinstance(value, bytes) else value.encode() for key, value in made.items()}
+        stored = {
+            key: value if isinstance(value, bytes) else value.encode()
+            for key, value in made.items()
+        }
         assert dict(records[3]) == stored
         assert Image.open(io.BytesIO(records[3]["image"])).size == (48, 48)
     with pytest.raises(ConfigError, match="validation"):
         load_scenes(tmp_path, "validation")
     other = prepare(tmp_path, **SIZES, difficulty=HARD)
-    assert other != folder and Image.open(io.BytesIO(load_scenes(other, "test")[0]["image"])).size == (60, 60)
+    assert other != folder and Image.open(
+        io.BytesIO(load_scenes(other, "test")[0]["image"])
+    ).size == (60, 60)
     with pytest.raises(ConfigError, match="Name one"):
         load_scenes(tmp_path, "train")
 

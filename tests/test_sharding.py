@@ -6,7 +6,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mod_jax.config import ConfigError, MeshConfig
-from mod_jax.sharding import AXES, RULES, check_rows, constrain_rows, make_mesh, parameter_shardings, replicated, row_sharding
+from mod_jax.sharding import (
+    AXES,
+    RULES,
+    check_rows,
+    constrain_rows,
+    make_mesh,
+    parameter_shardings,
+    replicated,
+    row_sharding,
+)
 
 MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 
@@ -17,7 +26,12 @@ def shape(*sizes) -> jax.ShapeDtypeStruct:
 
 @pytest.mark.parametrize(
     "config, sizes",
-    [(MeshConfig(), (8, 1, 1, 1)), (MeshConfig(data=1, fsdp=-1), (1, 8, 1, 1)), (MeshConfig(2, -1, 2, 1), (2, 2, 2, 1)), (MESH, (1, 2, 2, 2))],
+    [
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1), (1, 8, 1, 1)),
+        (MeshConfig(2, -1, 2, 1), (2, 2, 2, 1)),
+        (MESH, (1, 2, 2, 2)),
+    ],
 )
 def test_one_axis_takes_what_is_left(config, sizes):
     mesh = make_mesh(config)
@@ -32,7 +46,10 @@ def test_a_mesh_of_some_devices():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (MeshConfig(data=1, fsdp=3), r"mesh = \{'data': 1, 'fsdp': 3, .*expected sizes with the product 8, .*Set one axis to -1"),
+        (
+            MeshConfig(data=1, fsdp=3),
+            r"mesh = \{'data': 1, 'fsdp': 3, .*expected sizes with the product 8, .*Set one axis to -1",
+        ),
         (MeshConfig(data=-1, fsdp=3), "expected sizes whose product divides the 8 devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one of them -1"),
         (MeshConfig(data=0), "expected positive sizes"),
@@ -46,8 +63,18 @@ def test_a_mesh_that_does_not_fit_is_refused(config, message):
 
 def test_parameters_lie_where_their_logical_axes_say():
     """A dense weight over fsdp x expert and tensor, an expert's over expert, fsdp and tensor; layers and norms of heads whole."""
-    axes = {"dense": ("layers", "embed", "heads", None), "expert": ("layers", "expert", "expert_embed", "mlp"), "head": ("vocab", "embed"), "scalar": ()}
-    shapes = {"dense": shape(3, 8, 4, 5), "expert": shape(3, 4, 6, 10), "head": shape(6, 4), "scalar": shape()}
+    axes = {
+        "dense": ("layers", "embed", "heads", None),
+        "expert": ("layers", "expert", "expert_embed", "mlp"),
+        "head": ("vocab", "embed"),
+        "scalar": (),
+    }
+    shapes = {
+        "dense": shape(3, 8, 4, 5),
+        "expert": shape(3, 4, 6, 10),
+        "head": shape(6, 4),
+        "scalar": shape(),
+    }
     mesh = make_mesh(MESH)
     found = parameter_shardings(mesh, shapes, axes)
     assert {name: s.spec for name, s in found.items()} == {
@@ -61,19 +88,38 @@ def test_parameters_lie_where_their_logical_axes_say():
 
 
 def test_every_dimension_that_does_not_divide_is_named():
-    axes = {"a.w_dnh": ("embed", "heads", None), "b.w_edf": ("expert", "expert_embed", "mlp"), "fine": ("embed",)}
+    axes = {
+        "a.w_dnh": ("embed", "heads", None),
+        "b.w_edf": ("expert", "expert_embed", "mlp"),
+        "fine": ("embed",),
+    }
     shapes = {"a.w_dnh": shape(6, 3, 5), "b.w_edf": shape(4, 2, 7), "fine": shape(4)}
     with pytest.raises(ConfigError) as error:
         parameter_shardings(make_mesh(MESH), shapes, axes)
-    wrong = ["a.w_dnh: embed of size 6 over ('fsdp', 'expert') = 4 devices", "a.w_dnh: heads of size 3 over tensor = 2 devices",
-             "b.w_edf: mlp of size 7 over tensor = 2 devices"]
-    assert str(error.value) == "these sizes do not divide over the mesh; choose other mesh sizes: " + "; ".join(wrong)
+    wrong = [
+        "a.w_dnh: embed of size 6 over ('fsdp', 'expert') = 4 devices",
+        "a.w_dnh: heads of size 3 over tensor = 2 devices",
+        "b.w_edf: mlp of size 7 over tensor = 2 devices",
+    ]
+    assert str(
+        error.value
+    ) == "these sizes do not divide over the mesh; choose other mesh sizes: " + "; ".join(wrong)
 
 
 def test_no_two_dimensions_of_a_weight_share_a_mesh_axis():
     """Vocabulary x width, width x heads, experts x width x feed-forward: the pairs that models have."""
-    for axes in [("vocab", "embed"), ("embed", "heads"), ("embed", "kv_heads"), ("embed", "mlp"), ("expert", "expert_embed", "mlp")]:
-        used = [a for axis in axes for a in ((RULES[axis],) if isinstance(RULES[axis], str) else RULES[axis])]
+    for axes in [
+        ("vocab", "embed"),
+        ("embed", "heads"),
+        ("embed", "kv_heads"),
+        ("embed", "mlp"),
+        ("expert", "expert_embed", "mlp"),
+    ]:
+        used = [
+            a
+            for axis in axes
+            for a in ((RULES[axis],) if isinstance(RULES[axis], str) else RULES[axis])
+        ]
         assert len(used) == len(set(used)), axes
 
 
@@ -82,7 +128,10 @@ def test_rows_are_split_over_all_axes_but_tensor():
     assert row_sharding(mesh).shard_shape((8, 3)) == (2, 3)
     assert replicated(mesh).shard_shape((8, 3)) == (8, 3)
     check_rows(mesh, 8, 2)
-    with pytest.raises(ConfigError, match=r"rows / accumulation = 2: expected a multiple of data x fsdp x expert = 4"):
+    with pytest.raises(
+        ConfigError,
+        match=r"rows / accumulation = 2: expected a multiple of data x fsdp x expert = 4",
+    ):
         check_rows(mesh, 8, 4)
 
 

@@ -73,7 +73,9 @@ def refused(config: SourceConfig, message: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_are_named_as_they_are_and_numbers_end(configs, kind):
     source = open_source(configs[kind])
-    assert [source.name(number) for number in range(len(source))] == [record.id for record in source]  # iteration ends by IndexError
+    assert [source.name(number) for number in range(len(source))] == [
+        record.id for record in source
+    ]  # iteration ends by IndexError
     with pytest.raises(IndexError):
         source[len(source)]
 
@@ -96,19 +98,34 @@ def test_threads_read_at_once(configs, kind):
     source = open_source(configs[kind])
     records, numbers = read_all(source), random.Random(0).choices(range(len(source)), k=200)
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(pickle.loads(pickle.dumps(source)).__getitem__, numbers)) == [records[number] for number in numbers]
+        assert list(threads.map(pickle.loads(pickle.dumps(source)).__getitem__, numbers)) == [
+            records[number] for number in numbers
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_alone_have_no_pictures_and_no_markers(configs, kind):
-    whole, source = open_source(configs[kind]), open_source(dataclasses.replace(configs[kind], text_only=True))
+    whole, source = (
+        open_source(configs[kind]),
+        open_source(dataclasses.replace(configs[kind], text_only=True)),
+    )
     for record, text in zip(whole, source, strict=True):
-        turns = tuple((question.replace("<image>", "").strip(), answer) for question, answer in record.turns)
+        turns = tuple(
+            (question.replace("<image>", "").strip(), answer) for question, answer in record.turns
+        )
         assert text == Record(record.id, (), turns, record.rejected)
 
 
 def test_sources_know_whether_they_hold_pairs_and_configurations_of_most_kinds_do(configs):
-    pairs = {"chat": False, "lines": False, "preference": True, "rlaif": True, "tfds": False, "prepared": False, "scenes": True}
+    pairs = {
+        "chat": False,
+        "lines": False,
+        "preference": True,
+        "rlaif": True,
+        "tfds": False,
+        "prepared": False,
+        "scenes": True,
+    }
     assert {kind: open_source(config).holds_pairs for kind, config in configs.items()} == pairs
     assert {kind: config.holds_pairs for kind, config in configs.items()} == {
         "chat": False, "lines": False, "preference": True, "rlaif": True, "tfds": None, "prepared": None, "scenes": True}  # fmt: skip
@@ -123,7 +140,9 @@ def test_chats_have_pictures_anywhere_several_or_none(configs, kind):
 
 
 def test_pairs_are_conversations_or_plain_texts(configs):
-    assert read_all(open_source(configs["preference"])) == pair_records(paths(configs["preference"].images))
+    assert read_all(open_source(configs["preference"])) == pair_records(
+        paths(configs["preference"].images)
+    )
 
 
 def paths(folder: str) -> dict[str, pathlib.Path]:
@@ -133,20 +152,28 @@ def paths(folder: str) -> dict[str, pathlib.Path]:
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_a_record_that_is_no_utf8_is_bad_alone(tmp_path, suffix):
     path = tmp_path / f"chats.{suffix}"
-    write_json(path, [{"id": name, "conversations": [human("Q"), gpt(f"ü{name}")]} for name in "abc"])
+    write_json(
+        path, [{"id": name, "conversations": [human("Q"), gpt(f"ü{name}")]} for name in "abc"]
+    )
     path.write_bytes(path.read_bytes().replace("üb".encode(), b"\xff\xfe["))
     source = open_source(SourceConfig("chat", str(path)))
     assert [source[number].turns[0][1] for number in (0, 2)] == ["üa", "üc"]
-    (name, reason), = faults(source).items()
+    ((name, reason),) = faults(source).items()
     assert name == "1" and "can't decode byte 0xff" in reason
 
 
 def test_a_broken_line_is_bad_alone(tmp_path):
     good = json.dumps({"id": "good", "conversations": [human("Q"), gpt("A")]})
-    (tmp_path / "chats.jsonl").write_text("\n".join([good, good[:-9], "[" * 100_000, '"text"', good]))
+    (tmp_path / "chats.jsonl").write_text(
+        "\n".join([good, good[:-9], "[" * 100_000, '"text"', good])
+    )
     found = faults(open_source(SourceConfig("chat", str(tmp_path / "chats.jsonl"))))
     assert list(found) == ["1", "2", "3"]
-    assert found["1"].startswith("not JSON: ") and found["2"].startswith("not JSON: ") and found["3"] == "record is not a JSON object"
+    assert (
+        found["1"].startswith("not JSON: ")
+        and found["2"].startswith("not JSON: ")
+        and found["3"] == "record is not a JSON object"
+    )
 
 
 @pytest.mark.parametrize("entry, reason", [
@@ -160,8 +187,10 @@ def test_a_broken_line_is_bad_alone(tmp_path):
 ])  # fmt: skip
 def test_bad_chats_say_why(tmp_path, entry, reason):
     path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"id": "bad \udc80", "conversations": [human("<image>"), gpt("A")]} | entry))
-    (name, why), = faults(open_source(SourceConfig("chat", str(path), str(tmp_path)))).items()
+    path.write_text(
+        json.dumps({"id": "bad \udc80", "conversations": [human("<image>"), gpt("A")]} | entry)
+    )
+    ((name, why),) = faults(open_source(SourceConfig("chat", str(path), str(tmp_path)))).items()
     assert name == r"bad \udc80" and why.startswith(reason)
 
 
@@ -173,7 +202,9 @@ def test_bad_chats_say_why(tmp_path, entry, reason):
 ])  # fmt: skip
 def test_bad_plain_pairs_say_why(tmp_path, entry, reason):
     write_json(tmp_path / "pairs.json", [entry])
-    assert faults(open_source(SourceConfig("preference", str(tmp_path / "pairs.json"), str(tmp_path)))) == {"0": reason}
+    assert faults(
+        open_source(SourceConfig("preference", str(tmp_path / "pairs.json"), str(tmp_path)))
+    ) == {"0": reason}
 
 
 def test_a_json_file_that_is_gone_or_changed_is_not_taken_for_the_first(tmp_path):
@@ -184,7 +215,10 @@ def test_a_json_file_that_is_gone_or_changed_is_not_taken_for_the_first(tmp_path
     for change in (lambda: None, path.unlink):
         change()
         source = pickle.loads(sent)
-        with pytest.raises(ConfigError, match=r"data\.sources\.path = '.*chats\.json': expected the file that was there at first"):
+        with pytest.raises(
+            ConfigError,
+            match=r"data\.sources\.path = '.*chats\.json': expected the file that was there at first",
+        ):
             source[0]
         assert source.name(0) == "0"
 
@@ -192,9 +226,14 @@ def test_a_json_file_that_is_gone_or_changed_is_not_taken_for_the_first(tmp_path
 def test_a_folder_of_pictures_that_vanishes_stops_the_run_by_name(tmp_path):
     (tmp_path / "images").mkdir()
     write_json(tmp_path / "chats.json", CHATS)
-    source = open_source(SourceConfig("chat", str(tmp_path / "chats.json"), str(tmp_path / "images")))
+    source = open_source(
+        SourceConfig("chat", str(tmp_path / "chats.json"), str(tmp_path / "images"))
+    )
     shutil.rmtree(tmp_path / "images")
-    with pytest.raises(ConfigError, match=r"data\.sources\.images = '.*/images': expected the folder that was there at first"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.sources\.images = '.*/images': expected the folder that was there at first",
+    ):
         source[0]
 
 
@@ -203,7 +242,15 @@ def test_a_folder_of_pictures_that_vanishes_stops_the_run_by_name(tmp_path):
 
 def rlaif_records(path) -> list[Record]:
     rows = pq.read_table(path).to_pylist()
-    return [Record(f"{path.name}:{number}", (row["image"]["bytes"],), (("<image>\n" + row["question"], row["chosen"]),), row["rejected"]) for number, row in enumerate(rows)]
+    return [
+        Record(
+            f"{path.name}:{number}",
+            (row["image"]["bytes"],),
+            (("<image>\n" + row["question"], row["chosen"]),),
+            row["rejected"],
+        )
+        for number, row in enumerate(rows)
+    ]
 
 
 def test_rlaif_is_a_file_a_folder_or_a_pattern(tmp_path):
@@ -213,33 +260,69 @@ def test_rlaif_is_a_file_a_folder_or_a_pattern(tmp_path):
             write_rlaif(tmp_path / name, [rlaif_row(number) for number in range(size[0])], size[1])
         else:
             (tmp_path / name).write_text("other")
-    everything = [record for name in "abc" for record in rlaif_records(tmp_path / f"{name}.parquet")]
-    for path, records in ((tmp_path, everything), (tmp_path / "*.parquet", everything), (tmp_path / "[bc].parquet", everything[100:]), (tmp_path / "c.parquet", everything[-1:])):
+    everything = [
+        record for name in "abc" for record in rlaif_records(tmp_path / f"{name}.parquet")
+    ]
+    for path, records in (
+        (tmp_path, everything),
+        (tmp_path / "*.parquet", everything),
+        (tmp_path / "[bc].parquet", everything[100:]),
+        (tmp_path / "c.parquet", everything[-1:]),
+    ):
         assert read_all(open_source(SourceConfig("rlaif", str(path)))) == records
-    source, numbers = open_source(SourceConfig("rlaif", str(tmp_path))), random.Random(0).choices(range(171), k=100)
+    source, numbers = (
+        open_source(SourceConfig("rlaif", str(tmp_path))),
+        random.Random(0).choices(range(171), k=100),
+    )
     assert [source[number] for number in numbers] == [everything[number] for number in numbers]
 
 
 def test_a_question_has_its_picture_in_front_unless_it_says_where(tmp_path):
-    rows = [rlaif_row(0, question="Q <image>"), rlaif_row(1, question=" Q"), rlaif_row(2, image=None), rlaif_row(3, image={"bytes": None, "path": "x"})]
+    rows = [
+        rlaif_row(0, question="Q <image>"),
+        rlaif_row(1, question=" Q"),
+        rlaif_row(2, image=None),
+        rlaif_row(3, image={"bytes": None, "path": "x"}),
+    ]
     write_rlaif(tmp_path / "rows.parquet", rows, 10)
     source = open_source(SourceConfig("rlaif", str(tmp_path / "rows.parquet")))
-    assert [(record.turns[0][0], len(record.images)) for record in source] == [("Q <image>", 1), ("<image>\nQ", 1), ("What is 2?", 0), ("What is 3?", 0)]
+    assert [(record.turns[0][0], len(record.images)) for record in source] == [
+        ("Q <image>", 1),
+        ("<image>\nQ", 1),
+        ("What is 2?", 0),
+        ("What is 3?", 0),
+    ]
 
 
 def test_rows_without_texts_are_bad_by_name(tmp_path):
-    write_rlaif(tmp_path / "rows.parquet", [rlaif_row(0), rlaif_row(1, chosen=None), rlaif_row(2, rejected="")], 2)
+    write_rlaif(
+        tmp_path / "rows.parquet",
+        [rlaif_row(0), rlaif_row(1, chosen=None), rlaif_row(2, rejected="")],
+        2,
+    )
     assert faults(open_source(SourceConfig("rlaif", str(tmp_path / "rows.parquet")))) == {
         "rows.parquet:1": "question, chosen and rejected are not three texts", "rows.parquet:2": "chosen or rejected without an answer text"}  # fmt: skip
 
 
 def test_other_parquet_is_refused(tmp_path):
-    pq.write_table(pa.table({"question": ["Q"], "chosen": ["A"], "image": [png("red")]}), tmp_path / "other.parquet")
-    refused(SourceConfig("rlaif", str(tmp_path / "other.parquet")), r"other\.parquet': expected the columns .*'rejected', 'image\.bytes'\]; it has \['question', 'chosen', 'image'\]")
+    pq.write_table(
+        pa.table({"question": ["Q"], "chosen": ["A"], "image": [png("red")]}),
+        tmp_path / "other.parquet",
+    )
+    refused(
+        SourceConfig("rlaif", str(tmp_path / "other.parquet")),
+        r"other\.parquet': expected the columns .*'rejected', 'image\.bytes'\]; it has \['question', 'chosen', 'image'\]",
+    )
     write_rlaif(tmp_path / "cut.parquet", [rlaif_row(0)], 1)
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-20])
-    refused(SourceConfig("rlaif", str(tmp_path / "cut.parquet")), r"cut\.parquet': expected a whole parquet file")
-    refused(SourceConfig("rlaif", str(tmp_path / "*.arrow")), "expected a parquet file, a folder of them, or a pattern that names some")
+    refused(
+        SourceConfig("rlaif", str(tmp_path / "cut.parquet")),
+        r"cut\.parquet': expected a whole parquet file",
+    )
+    refused(
+        SourceConfig("rlaif", str(tmp_path / "*.arrow")),
+        "expected a parquet file, a folder of them, or a pattern that names some",
+    )
     write_rlaif(tmp_path / "empty.parquet", [], 1)
     refused(SourceConfig("rlaif", str(tmp_path / "empty.parquet")), "at least one row")
 
@@ -253,14 +336,23 @@ def test_a_corrupt_stretch_of_parquet_is_bad_and_the_other_groups_are_read(tmp_p
     data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     path.write_bytes(data)
     found = faults(open_source(SourceConfig("rlaif", str(path))))
-    assert list(found) == [f"rows.parquet:{number}" for number in range(10, 20)] and all(reason.startswith("unreadable row: ") for reason in found.values())
+    assert list(found) == [f"rows.parquet:{number}" for number in range(10, 20)] and all(
+        reason.startswith("unreadable row: ") for reason in found.values()
+    )
 
 
 def test_a_parquet_file_of_one_row_group_is_streamed(tmp_path):
     path, picture = tmp_path / "rows.parquet", random.Random(0).randbytes(100_000)
-    rows = [rlaif_row(number, image={"path": "", "bytes": picture + bytes([number])}) for number in range(200)]
+    rows = [
+        rlaif_row(number, image={"path": "", "bytes": picture + bytes([number])})
+        for number in range(200)
+    ]
     write_rlaif(path, rows, 1000, use_dictionary=False, write_batch_size=10)
-    source, before, peak = open_source(SourceConfig("rlaif", str(path))), pa.total_allocated_bytes(), 0
+    source, before, peak = (
+        open_source(SourceConfig("rlaif", str(path))),
+        pa.total_allocated_bytes(),
+        0,
+    )
     for number in range(200):
         assert source[number].images[0][-1] == number
         peak = max(peak, pa.total_allocated_bytes() - before)
@@ -270,7 +362,13 @@ def test_a_parquet_file_of_one_row_group_is_streamed(tmp_path):
 def test_rows_in_about_their_order_are_read_once(tmp_path, monkeypatch):
     write_rlaif(tmp_path / "rows.parquet", [rlaif_row(number) for number in range(200)], 1000)
     source, opened = open_source(SourceConfig("rlaif", str(tmp_path / "rows.parquet"))), []
-    monkeypatch.setattr(pq, "ParquetFile", lambda *arguments, real=pq.ParquetFile, **options: opened.append(1) or real(*arguments, **options))
+    monkeypatch.setattr(
+        pq,
+        "ParquetFile",
+        lambda *arguments, real=pq.ParquetFile, **options: (
+            opened.append(1) or real(*arguments, **options)
+        ),
+    )
     for number in range(0, 200, 20):
         for near in random.Random(number).sample(range(number, number + 20), 20):
             assert source[near].rejected == f"bad {near}"
@@ -284,7 +382,10 @@ TEXT, PICTURE = tfds.features.Text(), tfds.features.Image()
 
 def test_a_data_set_of_chats_is_read(configs):
     pictures = {name: data for name, data in zip(("a.png", "b.png"), (png("red"), png("blue")))}
-    records = [dataclasses.replace(record, id=str(number)) for number, record in enumerate(chat_records(pictures))]
+    records = [
+        dataclasses.replace(record, id=str(number))
+        for number, record in enumerate(chat_records(pictures))
+    ]
     assert read_all(open_source(configs["tfds"])) == records
 
 
@@ -293,50 +394,98 @@ def test_a_data_set_of_chats_is_read(configs):
     ({"question": TEXT, "chosen": TEXT, "rejected": TEXT, "extra": PICTURE}, {"question": "Q", "chosen": "A", "rejected": "B", "extra": io.BytesIO(png("blue"))}),
 ])  # fmt: skip
 def test_data_sets_of_pairs_are_read(tmp_path, features, example):
-    folder = write_tfds(tmp_path, features | {"id": tfds.features.Scalar(np.int64), "image": PICTURE}, [example | {"id": 7, "image": io.BytesIO(png("red"))}])
-    assert read_all(open_source(SourceConfig("tfds", folder, split="train"))) == [Record("7", (png("red"),), (("<image>\nQ", "A"),), "B")]
+    folder = write_tfds(
+        tmp_path,
+        features | {"id": tfds.features.Scalar(np.int64), "image": PICTURE},
+        [example | {"id": 7, "image": io.BytesIO(png("red"))}],
+    )
+    assert read_all(open_source(SourceConfig("tfds", folder, split="train"))) == [
+        Record("7", (png("red"),), (("<image>\nQ", "A"),), "B")
+    ]
 
 
 def test_a_data_set_is_found_by_its_name(tmp_path, monkeypatch):
-    folder = write_tfds(tmp_path, {"id": TEXT, "conversations": MESSAGES}, [{"id": "ü", "conversations": [human("Q"), gpt("A")]}])
+    folder = write_tfds(
+        tmp_path,
+        {"id": TEXT, "conversations": MESSAGES},
+        [{"id": "ü", "conversations": [human("Q"), gpt("A")]}],
+    )
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     name = pathlib.Path(folder).parent.name
-    assert read_all(open_source(SourceConfig("tfds", name, split="train"))) == [Record("ü", (), (("Q", "A"),))]
+    assert read_all(open_source(SourceConfig("tfds", name, split="train"))) == [
+        Record("ü", (), (("Q", "A"),))
+    ]
 
 
 def test_other_data_sets_are_refused_with_what_they_hold(tmp_path):
     folder = write_tfds(tmp_path, {"caption": TEXT}, [{"caption": "c"}])
-    refused(SourceConfig("tfds", folder, split="train"), r"expected a data set with the features conversations, or .*; it has FeaturesDict\(\{ 'caption': Text")
-    folder = write_tfds(tmp_path, {"conversations": MESSAGES, "image": TEXT}, [{"conversations": [], "image": "c"}])
+    refused(
+        SourceConfig("tfds", folder, split="train"),
+        r"expected a data set with the features conversations, or .*; it has FeaturesDict\(\{ 'caption': Text",
+    )
+    folder = write_tfds(
+        tmp_path, {"conversations": MESSAGES, "image": TEXT}, [{"conversations": [], "image": "c"}]
+    )
     refused(SourceConfig("tfds", folder, split="train"), "it has .*'image': Text")
-    refused(SourceConfig("tfds", folder, split="test"), r"data\.sources\.split = 'test': expected one of \['train'\]")
-    refused(SourceConfig("tfds", str(tmp_path), split="train"), "expected the folder or the name of a prepared TFDS data set")
-    refused(SourceConfig("tfds", "no_such_data", split="train"), r"data\.sources\.path = 'no_such_data': expected the folder or the name of a prepared")
+    refused(
+        SourceConfig("tfds", folder, split="test"),
+        r"data\.sources\.split = 'test': expected one of \['train'\]",
+    )
+    refused(
+        SourceConfig("tfds", str(tmp_path), split="train"),
+        "expected the folder or the name of a prepared TFDS data set",
+    )
+    refused(
+        SourceConfig("tfds", "no_such_data", split="train"),
+        r"data\.sources\.path = 'no_such_data': expected the folder or the name of a prepared",
+    )
 
 
 def test_a_data_set_that_cannot_be_read_by_number_is_refused(tmp_path):
-    folder = write_tfds(tmp_path, {"conversations": MESSAGES}, [{"conversations": [human("Q"), gpt("A")]}])
+    folder = write_tfds(
+        tmp_path, {"conversations": MESSAGES}, [{"conversations": [human("Q"), gpt("A")]}]
+    )
     info = pathlib.Path(folder, "dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    refused(SourceConfig("tfds", folder, split="train"), r"expected array_record, found .*\. Prepare it with: tfds build --file_format=array_record")
+    refused(
+        SourceConfig("tfds", folder, split="train"),
+        r"expected array_record, found .*\. Prepare it with: tfds build --file_format=array_record",
+    )
 
 
 # Prepared folders
 
 
 def test_prepared_records_are_what_was_prepared(configs):
-    assert read_all(open_source(configs["prepared"])) == chat_records({"a.png": png("red"), "b.png": png("blue")})
+    assert read_all(open_source(configs["prepared"])) == chat_records(
+        {"a.png": png("red"), "b.png": png("blue")}
+    )
 
 
 def test_a_record_is_encoded_as_a_plain_map_with_its_pictures(tmp_path):
     write_pictures(tmp_path)
     record = Record("r", (tmp_path / "a.png", b"x"), (("<image><image>ü", "A"), ("Q", "B")), "C")
     data = encode_record(record)
-    assert msgpack.unpackb(data) == {"id": "r", "turns": [["<image><image>ü", "A"], ["Q", "B"]], "rejected": "C", "images": [png("red"), b"x"]}
+    assert msgpack.unpackb(data) == {
+        "id": "r",
+        "turns": [["<image><image>ü", "A"], ["Q", "B"]],
+        "rejected": "C",
+        "images": [png("red"), b"x"],
+    }
     assert decode_record(data) == dataclasses.replace(record, images=(png("red"), b"x"))
 
 
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"x" * 50, msgpack.packb([1, 2]), msgpack.packb({"id": "a"}), msgpack.packb({"id": "a", "turns": [["q"]], "images": [], "rejected": ""})])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"x" * 50,
+        msgpack.packb([1, 2]),
+        msgpack.packb({"id": "a"}),
+        msgpack.packb({"id": "a", "turns": [["q"]], "images": [], "rejected": ""}),
+    ],
+)
 def test_other_bytes_are_no_record(data):
     with pytest.raises(BadSample, match="not a prepared record: "):
         decode_record(data)
@@ -344,22 +493,33 @@ def test_other_bytes_are_no_record(data):
 
 @pytest.fixture
 def prepared(tmp_path):
-    records = [Record(f"r{number}", (random.Random(number).randbytes(3000),), (("<image>", "A"),)) for number in range(100)]
+    records = [
+        Record(f"r{number}", (random.Random(number).randbytes(3000),), (("<image>", "A"),))
+        for number in range(100)
+    ]
     write_prepared(tmp_path / "prepared", [records[:60], records[60:]])
     return tmp_path / "prepared"
 
 
 def test_a_folder_without_an_index_is_not_whole(prepared):
     (prepared / "index.json").unlink()
-    refused(SourceConfig("prepared", str(prepared)), r"expected a prepared folder, whole: index\.json is written last, and is not there\. Make it with: python -m mod_jax\.prepare")
+    refused(
+        SourceConfig("prepared", str(prepared)),
+        r"expected a prepared folder, whole: index\.json is written last, and is not there\. Make it with: python -m mod_jax\.prepare",
+    )
     refused(SourceConfig("prepared", str(prepared / "none")), "expected an existing local folder")
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"records": 99}, {"shards": []}, {"shards": [{"file": "x"}]}])
+@pytest.mark.parametrize(
+    "change", [{"format": 2}, {"records": 99}, {"shards": []}, {"shards": [{"file": "x"}]}]
+)
 def test_an_index_of_another_form_is_refused(prepared, change):
     index = json.loads((prepared / "index.json").read_text())
     (prepared / "index.json").write_text(json.dumps(index | change))
-    refused(SourceConfig("prepared", str(prepared)), "expected an index of format 1 with at least one record")
+    refused(
+        SourceConfig("prepared", str(prepared)),
+        "expected an index of format 1 with at least one record",
+    )
 
 
 def test_an_index_that_is_cut_is_refused(prepared):
@@ -371,7 +531,10 @@ def test_an_index_that_is_cut_is_refused(prepared):
 def test_a_shard_that_is_cut_or_missing_is_refused_by_name(prepared, left):
     shard = prepared / "data-00001-of-00002.array_record"
     shard.unlink() if left is None else shard.write_bytes(shard.read_bytes()[:left])
-    refused(SourceConfig("prepared", str(prepared)), r"the shards its index names, whole; data-00001-of-00002\.array_record has 0 records, not 40\. Copy it again")
+    refused(
+        SourceConfig("prepared", str(prepared)),
+        r"the shards its index names, whole; data-00001-of-00002\.array_record has 0 records, not 40\. Copy it again",
+    )
 
 
 def test_a_corrupt_record_of_a_shard_is_bad_alone(prepared):
@@ -387,7 +550,10 @@ def test_a_prepared_folder_that_vanishes_stops_the_run(prepared):
     sent = pickle.dumps(open_source(SourceConfig("prepared", str(prepared))))
     shutil.rmtree(prepared)
     source = pickle.loads(sent)
-    with pytest.raises(ConfigError, match=r"data\.sources\.path = '.*prepared': expected the folder that was there at first"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.sources\.path = '.*prepared': expected the folder that was there at first",
+    ):
         source[0]
     assert source.name(0) == "0"
 
@@ -409,4 +575,6 @@ def test_memory_is_flat_however_many_samples_are_read(tmp_path, count):
     opened = resident()
     for number in range(count):
         source[number]
-    assert opened - before < 60 and resident() - opened < 3, "a window of the file at opening, nothing that stays by reading"
+    assert opened - before < 60 and resident() - opened < 3, (
+        "a window of the file at opening, nothing that stays by reading"
+    )

@@ -11,7 +11,15 @@ import pytest
 from small import DENSE, SPARSE, TEACHER, chats, pairs, params_of
 
 from mod_jax import objectives
-from mod_jax.config import ConfigError, DataConfig, MeshConfig, ObjectiveConfig, OptimizerConfig, SourceConfig, StageConfig
+from mod_jax.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SourceConfig,
+    StageConfig,
+)
 from mod_jax.models.vision import VisionTower
 from mod_jax.sharding import check_rows, make_mesh
 from mod_jax.training import step
@@ -24,17 +32,27 @@ LANGUAGE = ("language_model.*", "adaptor.*")
 EXPERTS = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor.*")
 CASES = {
     "dense mimic": (DENSE, LANGUAGE, ObjectiveConfig("mimic")),
-    "sparse mimic": (SPARSE, EXPERTS, ObjectiveConfig("mimic", next_token_weight=1.0, balance_weight=0.1)),
+    "sparse mimic": (
+        SPARSE,
+        EXPERTS,
+        ObjectiveConfig("mimic", next_token_weight=1.0, balance_weight=0.1),
+    ),
     "dense preference": (DENSE, LANGUAGE, ObjectiveConfig("preference", preference="sigmoid")),
     "sparse preference": (SPARSE, EXPERTS, ObjectiveConfig("preference", preference="kto_pair")),
 }
-MESHES = {"8 fsdp": MeshConfig(1, 8, 1, 1), "2 fsdp x 4 expert": MeshConfig(1, 2, 4, 1), "2 data x 2 expert x 2 tensor": MeshConfig(2, 1, 2, 2)}
+MESHES = {
+    "8 fsdp": MeshConfig(1, 8, 1, 1),
+    "2 fsdp x 4 expert": MeshConfig(1, 2, 4, 1),
+    "2 data x 2 expert x 2 tensor": MeshConfig(2, 1, 2, 2),
+}
 RTOL = 1e-5  # of a tensor's largest absolute value
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.01)
 
 
 def make_stage(trains, objective, **options) -> StageConfig:
-    return StageConfig(trains, objective, DataConfig((SourceConfig(),)), steps=100, optimizer=OPTIMIZER, **options)
+    return StageConfig(
+        trains, objective, DataConfig((SourceConfig(),)), steps=100, optimizer=OPTIMIZER, **options
+    )
 
 
 def parts(case: str):
@@ -42,21 +60,40 @@ def parts(case: str):
     student, trains, objective = CASES[case]
     params, teacher = params_of(student), TEACHER if objective.needs_teacher else None
     trained, frozen = split_trained(params, trains)
-    taught = {n: p for n, p in params_of(TEACHER, 1).items() if not n.startswith("vision_tower.")} if teacher else {}
+    taught = (
+        {n: p for n, p in params_of(TEACHER, 1).items() if not n.startswith("vision_tower.")}
+        if teacher
+        else {}
+    )
     batch = pairs() if objective.kind == "preference" else chats()
     read = Frozen({n: params[n] for n in frozen}, taught)
-    return make_stage(trains, objective), student, teacher, {n: params[n] for n in trained}, read, batch
+    return (
+        make_stage(trains, objective),
+        student,
+        teacher,
+        {n: params[n] for n in trained},
+        read,
+        batch,
+    )
 
 
 @functools.cache
 def after_one_step(case: str, mesh_name: str):
     """(state, metrics, frozen) after one step, as numpy; "1" is one of the eight devices."""
-    mesh = make_mesh(MESHES[mesh_name]) if mesh_name in MESHES else make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = (
+        make_mesh(MESHES[mesh_name])
+        if mesh_name in MESHES
+        else make_mesh(MeshConfig(), jax.devices()[:1])
+    )
     stage, student, teacher, trained, frozen, batch = parts(case)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     with jax.set_mesh(mesh):
-        run, state_shardings, frozen_shardings = step.make_train_step(stage, student, teacher, optimizer, mesh, trained, frozen)
-        state = jax.device_put(new_state(jax.tree.map(np.copy, trained), optimizer), state_shardings)
+        run, state_shardings, frozen_shardings = step.make_train_step(
+            stage, student, teacher, optimizer, mesh, trained, frozen
+        )
+        state = jax.device_put(
+            new_state(jax.tree.map(np.copy, trained), optimizer), state_shardings
+        )
         placed = jax.device_put(frozen, frozen_shardings)
         state, metrics = run(state, placed, to_devices(batch, mesh))
     return jax.tree.map(np.asarray, (state, metrics, placed))
@@ -70,7 +107,9 @@ def first_moments(state) -> dict:
 def assert_near(found: dict, wanted: dict, rtol=RTOL):
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=rtol * np.abs(array).max(), err_msg=name)
+        np.testing.assert_allclose(
+            found[name], array, rtol=0, atol=rtol * np.abs(array).max(), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -88,7 +127,9 @@ def test_every_mesh_takes_the_step_of_one_device(case, mesh):
     lr = float(wanted["lr"][0])
     for name, array in alone.params.items():
         clear = np.abs(gradient[name]) > 10 * RTOL * np.abs(gradient[name]).max()
-        np.testing.assert_allclose(state.params[name][clear], array[clear], rtol=1e-6, atol=1e-3 * lr, err_msg=name)
+        np.testing.assert_allclose(
+            state.params[name][clear], array[clear], rtol=1e-6, atol=1e-3 * lr, err_msg=name
+        )
         np.testing.assert_allclose(state.params[name], array, rtol=0, atol=2.01 * lr, err_msg=name)
     assert state.step == alone.step == 1
 
@@ -98,7 +139,9 @@ def test_only_what_trains_changes_and_is_kept(case):
     _, _, _, trained, frozen, _ = parts(case)
     state, _, read = after_one_step(case, "1")
     assert state.params.keys() == first_moments(state).keys() == trained.keys()
-    assert not state.params.keys() & frozen.student.keys() and any(name.startswith("vision_tower.") for name in frozen.student)
+    assert not state.params.keys() & frozen.student.keys() and any(
+        name.startswith("vision_tower.") for name in frozen.student
+    )
     assert all((state.params[name] != trained[name]).any() for name in trained)
     jax.tree.map(np.testing.assert_array_equal, read, frozen)
 
@@ -107,9 +150,18 @@ def test_only_what_trains_changes_and_is_kept(case):
 def test_the_tower_runs_once(case, monkeypatch):
     """The teacher reads its features too."""
     runs, tower = [], VisionTower.__call__
-    monkeypatch.setattr(VisionTower, "__call__", lambda self, images: runs.append(images.shape) or tower(self, images))
+    monkeypatch.setattr(
+        VisionTower,
+        "__call__",
+        lambda self, images: runs.append(images.shape) or tower(self, images),
+    )
     stage, student, teacher, trained, frozen, batch = parts(case)
-    jax.eval_shape(lambda *args: step.gradients(stage.objective, 1, student, teacher, *args), trained, frozen, batch)
+    jax.eval_shape(
+        lambda *args: step.gradients(stage.objective, 1, student, teacher, *args),
+        trained,
+        frozen,
+        batch,
+    )
     assert runs == [batch.images.shape]
 
 
@@ -119,7 +171,9 @@ def test_the_teacher_gets_no_gradient():
 
     def loss(params, frozen):
         seen, reference, aux = step.views(student, teacher, params, frozen, batch)
-        return objectives.loss(stage.objective, batch, seen, reference, aux, objectives.totals(stage.objective, batch))[0]
+        return objectives.loss(
+            stage.objective, batch, seen, reference, aux, objectives.totals(stage.objective, batch)
+        )[0]
 
     to_student, to_frozen = jax.jit(jax.grad(loss, (0, 1)))(trained, frozen)
     assert all(np.any(g) for g in to_student.values())
@@ -136,18 +190,33 @@ UNEVEN = {
 @functools.cache
 def gradients_in(case: str, accumulation: int):
     """(gradient, metrics) of the global batch, in so many micro-batches; the student is sparse."""
-    _, student, teacher, trained, frozen, batch = parts("sparse preference" if case == "preference" else "sparse mimic")
-    teacher, frozen = (teacher, frozen) if UNEVEN[case].needs_teacher else (None, Frozen(frozen.student, {}))
-    return jax.jit(lambda *args: step.gradients(UNEVEN[case], accumulation, student, teacher, *args))(trained, frozen, batch)
+    _, student, teacher, trained, frozen, batch = parts(
+        "sparse preference" if case == "preference" else "sparse mimic"
+    )
+    teacher, frozen = (
+        (teacher, frozen) if UNEVEN[case].needs_teacher else (None, Frozen(frozen.student, {}))
+    )
+    return jax.jit(
+        lambda *args: step.gradients(UNEVEN[case], accumulation, student, teacher, *args)
+    )(trained, frozen, batch)
 
 
-@pytest.mark.parametrize("case, accumulation", [("next token", 4), ("mimic", 4), ("preference", 2), ("preference", 4)])
+@pytest.mark.parametrize(
+    "case, accumulation", [("next token", 4), ("mimic", 4), ("preference", 2), ("preference", 4)]
+)
 def test_micro_batches_of_uneven_answers_add_up_to_the_whole(case, accumulation):
     """Without the balance loss: its means are taken over a micro-batch, by decision."""
     gradient, metrics = gradients_in(case, accumulation)
     whole, wanted = gradients_in(case, 1)
     assert_near(gradient, whole)
-    for name in {"loss", "next_token", "kl", "preference", "reward_margin", "samples_without_target"} & wanted.keys():
+    for name in {
+        "loss",
+        "next_token",
+        "kl",
+        "preference",
+        "reward_margin",
+        "samples_without_target",
+    } & wanted.keys():
         np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
@@ -163,16 +232,23 @@ def test_micro_batches_take_every_so_manieth_row():
     batch = chats()
     micros = step.micro_batches(batch, 2)
     for field in dataclasses.fields(batch):
-        np.testing.assert_array_equal(getattr(micros, field.name)[1], getattr(batch, field.name)[1::2])
+        np.testing.assert_array_equal(
+            getattr(micros, field.name)[1], getattr(batch, field.name)[1::2]
+        )
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"language_model\.layers\.moe\.\*.*language_model\.layers\.mlp\.gate\.w_df"):
+    with pytest.raises(
+        ConfigError,
+        match=r"language_model\.layers\.moe\.\*.*language_model\.layers\.mlp\.gate\.w_df",
+    ):
         split_trained(params_of(DENSE), EXPERTS)
 
 
 def test_rows_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match=r"rows / accumulation = 6.*multiple of data x fsdp x expert = 4"):
+    with pytest.raises(
+        ConfigError, match=r"rows / accumulation = 6.*multiple of data x fsdp x expert = 4"
+    ):
         check_rows(make_mesh(MESHES["2 data x 2 expert x 2 tensor"]), 12, 2)
     check_rows(make_mesh(MESHES["2 data x 2 expert x 2 tensor"]), 12, 3)
 
@@ -180,22 +256,35 @@ def test_rows_that_do_not_divide_are_refused():
 def test_sizes_that_do_not_divide_are_named():
     stage, student, teacher, trained, frozen, _ = parts("dense mimic")
     mesh = make_mesh(MeshConfig(tensor=8))
-    with pytest.raises(ConfigError, match=r"language_model\.layers\.attention\.query\.w_dnh: heads of size 4 over tensor = 8 devices"):
-        step.make_train_step(stage, student, teacher, make_optimizer(OPTIMIZER, 1), mesh, trained, frozen)
+    with pytest.raises(
+        ConfigError,
+        match=r"language_model\.layers\.attention\.query\.w_dnh: heads of size 4 over tensor = 8 devices",
+    ):
+        step.make_train_step(
+            stage, student, teacher, make_optimizer(OPTIMIZER, 1), mesh, trained, frozen
+        )
 
 
 def test_the_schedule_warms_up_linearly_and_falls_as_a_cosine():
     """Step 1 of 3 of the warm-up has a third of the rate; the last step but one is nearly 0."""
     schedule = make_schedule(OptimizerConfig(lr=0.2, warmup_share=0.03), 100)
     steps = np.arange(100)
-    wanted = np.where(steps < 3, 0.2 * (steps + 1) / 3, 0.1 * (1 + np.cos(np.pi * (steps - 3) / 97)))
+    wanted = np.where(
+        steps < 3, 0.2 * (steps + 1) / 3, 0.1 * (1 + np.cos(np.pi * (steps - 3) / 97))
+    )
     np.testing.assert_allclose(jax.vmap(schedule)(steps), wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 0.0])
 def test_the_optimizer_is_adamw_on_the_clipped_gradient(clip_norm):
-    config = OptimizerConfig(lr=0.1, warmup_share=0.5, b1=0.9, b2=0.98, weight_decay=0.1, clip_norm=clip_norm)
-    optimizer, schedule, rng = make_optimizer(config, 4), make_schedule(config, 4), np.random.default_rng(0)
+    config = OptimizerConfig(
+        lr=0.1, warmup_share=0.5, b1=0.9, b2=0.98, weight_decay=0.1, clip_norm=clip_norm
+    )
+    optimizer, schedule, rng = (
+        make_optimizer(config, 4),
+        make_schedule(config, 4),
+        np.random.default_rng(0),
+    )
     p = rng.normal(size=5)
     params = {"w": jnp.asarray(p, jnp.float32)}
     state, m, v = optimizer.init(params), 0, 0

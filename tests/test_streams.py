@@ -33,7 +33,11 @@ class Read:
 
     def __call__(self, source, number):
         self.numbers.append(number)
-        return lambda: Skipped(number, f"r{number}", "why") if number in self.bad else Sized(number, tuple(map(int, SIZES[number])), number % 10 == 0)
+        return lambda: (
+            Skipped(number, f"r{number}", "why")
+            if number in self.bad
+            else Sized(number, tuple(map(int, SIZES[number])), number % 10 == 0)
+        )
 
 
 def count(counts, first, outcome):
@@ -42,7 +46,14 @@ def count(counts, first, outcome):
 
 
 def stream(read=None, note=count):
-    return Stream([Visit(0, number, number < 100) for number in range(RECORDS)], read or Read(), ROOM, LOOK_AHEAD, Counts(), note)
+    return Stream(
+        [Visit(0, number, number < 100) for number in range(RECORDS)],
+        read or Read(),
+        ROOM,
+        LOOK_AHEAD,
+        Counts(),
+        note,
+    )
 
 
 def rows_of(stream, rows):

@@ -18,7 +18,9 @@ def write(folder, **files):
     for name, content in files.items():
         stem, _, ending = name.rpartition("_")
         text = content if isinstance(content, str | bytes) else json.dumps(content)
-        (folder / f"{stem}.{ending}").write_bytes(text if isinstance(text, bytes) else text.encode())
+        (folder / f"{stem}.{ending}").write_bytes(
+            text if isinstance(text, bytes) else text.encode()
+        )
     return folder
 
 
@@ -26,15 +28,25 @@ def qwen_files(**config) -> dict:
     """A Qwen folder without tokenizer.json: the special tokens are in tokenizer_config.json alone."""
     model = json.loads(small_tokenizers.qwen().backend_tokenizer.to_str())["model"]
     merges = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"])
-    added = {str(number): {"content": token, "special": True, "normalized": False} for number, token in enumerate(QWEN_SPECIALS, len(model["vocab"]))}
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "added_tokens_decoder": added} | config
+    added = {
+        str(number): {"content": token, "special": True, "normalized": False}
+        for number, token in enumerate(QWEN_SPECIALS, len(model["vocab"]))
+    }
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "added_tokens_decoder": added,
+    } | config
     return {"vocab_json": model["vocab"], "merges_txt": merges, "tokenizer_config_json": config}
 
 
 def test_the_picture_token_of_qwen2_is_151646(tmp_path):
     small_tokenizers.qwen(QWEN_VOCABULARY).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.get_added_vocab() == dict(zip((*QWEN_SPECIALS, "<image>"), range(151643, 151647)))
+    assert tokenizer.get_added_vocab() == dict(
+        zip((*QWEN_SPECIALS, "<image>"), range(151643, 151647))
+    )
     assert tokenizer("a<image>b").input_ids.count(151646) == 1
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (151643, 151643)
 
@@ -53,24 +65,45 @@ def test_without_a_token_to_pad_with_the_end_token_pads(tmp_path):
 
 def test_vocabulary_and_merges_are_qwen_s(tmp_path):
     tokenizer, whole = load_tokenizer(write(tmp_path, **qwen_files())), small_tokenizers.qwen()
-    assert [tokenizer(text).input_ids for text in TEXTS] == [whole(text).input_ids for text in TEXTS]
+    assert [tokenizer(text).input_ids for text in TEXTS] == [
+        whole(text).input_ids for text in TEXTS
+    ]
     assert tokenizer.get_added_vocab() == whole.get_added_vocab() | {"<image>": len(whole)}
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>"), "an instructed Qwen ends its turns so"
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>"), (
+        "an instructed Qwen ends its turns so"
+    )
 
 
-@pytest.mark.parametrize("config", [None, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}])
+@pytest.mark.parametrize(
+    "config", [None, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}]
+)
 def test_a_sentencepiece_model_is_llama_s(tmp_path, config):
     files = {} if config is None else {"tokenizer_config_json": config}
-    tokenizer = load_tokenizer(write(tmp_path, tokenizer_model=small_tokenizers.sentencepiece_model(), **files))
+    tokenizer = load_tokenizer(
+        write(tmp_path, tokenizer_model=small_tokenizers.sentencepiece_model(), **files)
+    )
     stock = sentencepiece.SentencePieceProcessor(model_proto=small_tokenizers.sentencepiece_model())
-    texts = [text.strip() for text in TEXTS]  # legacy=False marks no second beginning before a space
-    assert [tokenizer(text).input_ids for text in texts] == [[stock.bos_id(), *stock.encode(text)] for text in texts]
-    assert (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<image>")) == (stock.eos_id(), stock.vocab_size())
+    texts = [
+        text.strip() for text in TEXTS
+    ]  # legacy=False marks no second beginning before a space
+    assert [tokenizer(text).input_ids for text in texts] == [
+        [stock.bos_id(), *stock.encode(text)] for text in texts
+    ]
+    assert (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<image>")) == (
+        stock.eos_id(),
+        stock.vocab_size(),
+    )
 
 
-@pytest.mark.parametrize("make, begin", [
-    (small_tokenizers.qwen, ()), (small_tokenizers.llama, (1,)), (small_tokenizers.llama_first, (1,)), (scenes_tokenizer, ()),
-])
+@pytest.mark.parametrize(
+    "make, begin",
+    [
+        (small_tokenizers.qwen, ()),
+        (small_tokenizers.llama, (1,)),
+        (small_tokenizers.llama_first, (1,)),
+        (scenes_tokenizer, ()),
+    ],
+)
 def test_texts_begin_as_the_tokenizer_begins_them(make, begin):
     assert text_encoder(make()).begin == begin
 
@@ -82,15 +115,36 @@ def test_a_tokenizer_that_ends_every_text_is_refused():
         text_encoder(tokenizer)
 
 
-@pytest.mark.parametrize("files, message", [
-    ({}, "tokenizer = .*: expected a folder with tokenizer.json, with merges.txt and vocab.json, or with tokenizer.model"),
-    ({"tokenizer_json": "{"}, "tokenizer = .*: expected a folder with tokenizer.json"),
-    ({"tokenizer_model": b"\xff\xff\xff"}, "tokenizer = .*: expected a folder with tokenizer.json"),
-    ({"merges_txt": "#version: 0.2\n"}, "tokenizer = .*: expected a folder with tokenizer.json"),
-    (qwen_files(tokenizer_class="GPT2Tokenizer"), "tokenizer_class = 'GPT2Tokenizer': expected Qwen2TokenizerFast, which reads merges.txt"),
-    (qwen_files(added_tokens_decoder={"900": {"content": "<|im_end|>"}}), "added_tokens_decoder = {'<|im_end|>': 900}: expected the ids that follow"),
-    ({"tokenizer_json": small_tokenizers.qwen().backend_tokenizer.to_str()}, "eos_token = None: expected the token that ends an answer"),
-])
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            {},
+            "tokenizer = .*: expected a folder with tokenizer.json, with merges.txt and vocab.json, or with tokenizer.model",
+        ),
+        ({"tokenizer_json": "{"}, "tokenizer = .*: expected a folder with tokenizer.json"),
+        (
+            {"tokenizer_model": b"\xff\xff\xff"},
+            "tokenizer = .*: expected a folder with tokenizer.json",
+        ),
+        (
+            {"merges_txt": "#version: 0.2\n"},
+            "tokenizer = .*: expected a folder with tokenizer.json",
+        ),
+        (
+            qwen_files(tokenizer_class="GPT2Tokenizer"),
+            "tokenizer_class = 'GPT2Tokenizer': expected Qwen2TokenizerFast, which reads merges.txt",
+        ),
+        (
+            qwen_files(added_tokens_decoder={"900": {"content": "<|im_end|>"}}),
+            "added_tokens_decoder = {'<|im_end|>': 900}: expected the ids that follow",
+        ),
+        (
+            {"tokenizer_json": small_tokenizers.qwen().backend_tokenizer.to_str()},
+            "eos_token = None: expected the token that ends an answer",
+        ),
+    ],
+)
 def test_folders_that_cannot_be_read_say_why(tmp_path, files, message):
     with pytest.raises(ConfigError, match=message):
         load_tokenizer(write(tmp_path, **files))
@@ -101,7 +155,9 @@ def test_a_folder_that_is_not_there_is_no_name_on_a_hub():
         load_tokenizer("gpt2")
 
 
-@pytest.mark.parametrize("make", [small_tokenizers.qwen, small_tokenizers.llama, small_tokenizers.llama_first])
+@pytest.mark.parametrize(
+    "make", [small_tokenizers.qwen, small_tokenizers.llama, small_tokenizers.llama_first]
+)
 def test_no_piece_of_a_text_can_forge_a_special_token(make):
     tokenizer = make()
     encoder, special = text_encoder(tokenizer), set(tokenizer.all_special_ids)

@@ -8,22 +8,41 @@ import small_tokenizers
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, SourceConfig, VisionConfig
 from mod_jax.data.samples.tokenizer import scenes_tokenizer, text_encoder
-from mod_jax.data.samples.tokens import TEMPLATES, ChatFormat, chat_format, tokenize, tokenize_prompt
+from mod_jax.data.samples.tokens import (
+    TEMPLATES,
+    ChatFormat,
+    chat_format,
+    tokenize,
+    tokenize_prompt,
+)
 from mod_jax.data.sources.kinds import open_source
 from mod_jax.data.sources.record import BadSample, Record
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
 END, PATCHES = "<|endoftext|>", 3
-TURNS = (("<image>\nWhat is it?", "It's a naïve café — (two cats)."), ("How many?\nAnswer  briefly.", "2"), ("Sure?", "\"Yes\", I am!"))
+TURNS = (
+    ("<image>\nWhat is it?", "It's a naïve café — (two cats)."),
+    ("How many?\nAnswer  briefly.", "2"),
+    ("Sure?", '"Yes", I am!'),
+)
 RECORD = Record("r", (b"picture",), TURNS)
 
 
 @pytest.fixture(scope="module")
 def tokenizers():
     """Kind -> tokenizer with a picture token."""
-    kinds = (small_tokenizers.qwen, small_tokenizers.qwen_instructed, small_tokenizers.llama, small_tokenizers.llama_first)
-    return {"words": scenes_tokenizer()} | {make.__name__: small_tokenizers.loaded(make) for make in kinds}
+    kinds = (
+        small_tokenizers.qwen,
+        small_tokenizers.qwen_instructed,
+        small_tokenizers.llama,
+        small_tokenizers.llama_first,
+    )
+    return {"words": scenes_tokenizer()} | {
+        make.__name__: small_tokenizers.loaded(make) for make in kinds
+    }
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +51,9 @@ def bpe(tokenizers):
 
 
 def chat_of(tokenizer, template="qwen"):
-    return ChatFormat(template, PATCHES, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id)
+    return ChatFormat(
+        template, PATCHES, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
+    )
 
 
 def run(tokenizer, record=RECORD, template="qwen", max_length=1000):
@@ -45,16 +66,26 @@ def whole(tokenizer, text):
 
 
 def llava(turns, end, system=SYSTEM):
-    return system + "".join(f"USER: {question} ASSISTANT: {answer}{end}" for question, answer in turns)
+    return system + "".join(
+        f"USER: {question} ASSISTANT: {answer}{end}" for question, answer in turns
+    )
 
 
 def chatml(turns, end):
     """As an instructed Qwen's own template renders it, without the line end behind the last answer."""
-    messages = [("system", "You are a helpful assistant."), *((role, text) for turn in turns for role, text in zip(("user", "assistant"), turn))]
+    messages = [
+        ("system", "You are a helpful assistant."),
+        *((role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)),
+    ]
     return "\n".join(f"<|im_start|>{role}\n{text}{end}" for role, text in messages)
 
 
-WRITTEN = {"qwen": llava, "vicuna": llava, "brief": lambda turns, end: llava(turns, end, ""), "chatml": chatml}
+WRITTEN = {
+    "qwen": llava,
+    "vicuna": llava,
+    "brief": lambda turns, end: llava(turns, end, ""),
+    "chatml": chatml,
+}
 
 
 @pytest.mark.parametrize("kind, template", [
@@ -79,7 +110,10 @@ def test_ids_are_those_of_the_whole_string(tokenizers, kind, turns, template):
 def test_a_conversation_begins_once_as_the_tokenizer_begins_a_text(tokenizers, kind):
     tokenizer = tokenizers[kind]
     made = run(tokenizer, Record("r", (b"",), (("<image>\nDescribe it.", "A cat."),)), "plain")
-    assert made.tokens[0] == tokenizer.bos_token_id and (made.tokens == tokenizer.bos_token_id).sum() == 1
+    assert (
+        made.tokens[0] == tokenizer.bos_token_id
+        and (made.tokens == tokenizer.bos_token_id).sum() == 1
+    )
     ids = whole(tokenizer, "<image>A cat.</s>")
     assert made.tokens.tolist() == ids[:-1] and made.targets.tolist() == ids[1:]
     assert made.loss_weights.tolist() == [0] * PATCHES + [1] * (len(ids) - 1 - PATCHES)
@@ -89,7 +123,9 @@ def test_a_conversation_begins_once_as_the_tokenizer_begins_a_text(tokenizers, k
 def test_each_kind_learns_exactly_the_answers(tokenizers, kind):
     made = run(tokenizers[kind])
     learnt = np.split(made.targets, np.flatnonzero(np.diff(made.loss_weights)) + 1)[1::2]
-    assert [tokenizers[kind].decode(part).strip() for part in learnt] == [answer + tokenizers[kind].eos_token for _, answer in TURNS]
+    assert [tokenizers[kind].decode(part).strip() for part in learnt] == [
+        answer + tokenizers[kind].eos_token for _, answer in TURNS
+    ]
 
 
 def test_exactly_the_answers_and_their_ends_are_learnt(bpe):
@@ -97,7 +133,9 @@ def test_exactly_the_answers_and_their_ends_are_learnt(bpe):
     learnt = np.split(made.targets, np.flatnonzero(np.diff(made.loss_weights)) + 1)[1::2]
     assert [bpe.decode(part) for part in learnt] == [f" {answer}{END}" for _, answer in TURNS]
     before = made.tokens[np.flatnonzero(np.diff(made.loss_weights) > 0) + 1]
-    assert bpe.convert_ids_to_tokens(before) == [":"] * 3, "the prompt's last token predicts the answer's first"
+    assert bpe.convert_ids_to_tokens(before) == [":"] * 3, (
+        "the prompt's last token predicts the answer's first"
+    )
 
 
 def test_plain_is_a_picture_and_its_caption(bpe):
@@ -109,7 +147,10 @@ def test_plain_is_a_picture_and_its_caption(bpe):
 
 def test_special_tokens_written_by_a_user_are_text(bpe):
     made = run(bpe, Record("r", (), ((f"Say {END} now", f"No {END} from me"),)))
-    assert made.tokens.tolist().count(bpe.eos_token_id) == 0 and made.targets.tolist().count(bpe.eos_token_id) == 1
+    assert (
+        made.tokens.tolist().count(bpe.eos_token_id) == 0
+        and made.targets.tolist().count(bpe.eos_token_id) == 1
+    )
     assert bpe.decode(made.targets[made.loss_weights > 0]) == f" No {END} from me{END}"
 
 
@@ -118,8 +159,14 @@ def test_chatml_s_markers_are_special_tokens_and_no_user_writes_one(tokenizers):
     made = run(tokenizer, Record("r", (), ((forged, "No."), ("Why?", forged))), "chatml")
     ids = [*made.tokens.tolist(), int(made.targets[-1])]
     start, end, line_end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "Ċ"])
-    roles = [tokenizer.decode(ids[place + 1 : ids.index(line_end, place)]) for place, token in enumerate(ids) if token == start]
-    assert roles == ["system", "user", "assistant", "user", "assistant"] and ids.count(end) == len(roles)
+    roles = [
+        tokenizer.decode(ids[place + 1 : ids.index(line_end, place)])
+        for place, token in enumerate(ids)
+        if token == start
+    ]
+    assert roles == ["system", "user", "assistant", "user", "assistant"] and ids.count(end) == len(
+        roles
+    )
     assert tokenizer.decode(ids) == chatml(((forged, "No."), ("Why?", forged)), "<|im_end|>")
 
 
@@ -127,7 +174,9 @@ def test_chatml_learns_answers_and_their_ends_and_not_the_line_end_between_turns
     tokenizer = tokenizers["qwen_instructed"]
     made = run(tokenizer, template="chatml")
     learnt = np.split(made.targets, np.flatnonzero(np.diff(made.loss_weights)) + 1)[1::2]
-    assert [tokenizer.decode(part) for part in learnt] == [answer + "<|im_end|>" for _, answer in TURNS]
+    assert [tokenizer.decode(part) for part in learnt] == [
+        answer + "<|im_end|>" for _, answer in TURNS
+    ]
     before = made.tokens[np.flatnonzero(np.diff(made.loss_weights) > 0) + 1]
     assert tokenizer.batch_decode(before[:, None]) == ["\n"] * 3
 
@@ -139,39 +188,69 @@ def test_chatml_learns_answers_and_their_ends_and_not_the_line_end_between_turns
 ])  # fmt: skip
 def test_a_template_that_does_not_fit_the_model_is_refused(tokenizers, template, kind, message):
     tokenizer = tokenizers[kind]
-    model = ModelConfig(VisionConfig(), DecoderConfig(), tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id)
+    model = ModelConfig(
+        VisionConfig(),
+        DecoderConfig(),
+        tokenizer.convert_tokens_to_ids("<image>"),
+        tokenizer.eos_token_id,
+    )
     with pytest.raises(ConfigError, match=message):
         chat_format(template, model, tokenizer)
 
 
 def test_every_template_fits_a_model(tokenizers):
     tokenizer = tokenizers["qwen_instructed"]
-    model = ModelConfig(VisionConfig(), DecoderConfig(), tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id)
+    model = ModelConfig(
+        VisionConfig(),
+        DecoderConfig(),
+        tokenizer.convert_tokens_to_ids("<image>"),
+        tokenizer.eos_token_id,
+    )
     for template in TEMPLATES:
-        assert chat_format(template, model, tokenizer) == ChatFormat(template, 576, model.image_token_id, model.end_token_id)
+        assert chat_format(template, model, tokenizer) == ChatFormat(
+            template, 576, model.image_token_id, model.end_token_id
+        )
 
 
 @pytest.mark.parametrize("kind, template", [("qwen", "qwen"), ("qwen_instructed", "chatml")])
 def test_a_prompt_is_where_the_answer_begins(tokenizers, kind, template):
     tokenizer = tokenizers[kind]
     full = run(tokenizer, template=template)
-    prompt, is_picture = tokenize_prompt((*TURNS[:2], (TURNS[2][0], None)), text_encoder(tokenizer), chat_of(tokenizer, template))
+    prompt, is_picture = tokenize_prompt(
+        (*TURNS[:2], (TURNS[2][0], None)), text_encoder(tokenizer), chat_of(tokenizer, template)
+    )
     start = np.flatnonzero(np.diff(full.loss_weights) > 0)[-1] + 2
-    assert prompt.tolist() == full.tokens[:start].tolist() and is_picture.tolist() == full.is_picture[:start].tolist()
+    assert (
+        prompt.tolist() == full.tokens[:start].tolist()
+        and is_picture.tolist() == full.is_picture[:start].tolist()
+    )
 
 
 @pytest.mark.parametrize("kind, template", [("qwen", "qwen"), ("qwen_instructed", "chatml")])
 def test_a_pair_shares_its_prompt(tokenizers, kind, template):
-    records = Record("r", (b"",), TURNS), Record("r", (b"",), (*TURNS[:-1], (TURNS[-1][0], "No cats at all"))), Record("r", (b"",), TURNS, "No cats at all")
+    records = (
+        Record("r", (b"",), TURNS),
+        Record("r", (b"",), (*TURNS[:-1], (TURNS[-1][0], "No cats at all"))),
+        Record("r", (b"",), TURNS, "No cats at all"),
+    )
     chosen, rejected, made = (run(tokenizers[kind], record, template) for record in records)
-    prompt = np.flatnonzero(np.diff(chosen.loss_weights) > 0)[-1] + 1  # the token that predicts the first of the answer
-    assert made.branch_ids.tolist() == [0] * prompt + [1] * (len(chosen.tokens) - prompt) + [2] * (len(rejected.tokens) - prompt)
-    for branch, alone in ((1, chosen), (2, rejected)):  # what a branch sees is the conversation that it stands for
+    prompt = (
+        np.flatnonzero(np.diff(chosen.loss_weights) > 0)[-1] + 1
+    )  # the token that predicts the first of the answer
+    assert made.branch_ids.tolist() == [0] * prompt + [1] * (len(chosen.tokens) - prompt) + [2] * (
+        len(rejected.tokens) - prompt
+    )
+    for branch, alone in (
+        (1, chosen),
+        (2, rejected),
+    ):  # what a branch sees is the conversation that it stands for
         mine = np.isin(made.branch_ids, (0, branch))
         assert made.tokens[mine].tolist() == alone.tokens.tolist()
         assert made.targets[mine].tolist() == alone.targets.tolist()
         assert made.positions[mine].tolist() == alone.positions.tolist()
-        assert made.loss_weights[mine].tolist() == [0] * prompt + [1] * (len(alone.tokens) - prompt), "only the last answers are compared"
+        assert made.loss_weights[mine].tolist() == [0] * prompt + [1] * (
+            len(alone.tokens) - prompt
+        ), "only the last answers are compared"
     assert made.num_pictures == 1
 
 
@@ -186,8 +265,13 @@ def test_cuts_take_the_end_of_the_text_and_never_a_part_of_a_picture(bpe, max_le
         assert "no answer is left" in str(error) and not full.loss_weights[:max_length].any()
         return
     length = len(cut.tokens)
-    assert length == min(max_length, len(full.tokens)) or full.is_picture[length], "shorter only in front of a picture"
-    assert cut.tokens.tolist() == full.tokens[:length].tolist() and cut.targets.tolist() == full.targets[:length].tolist()
+    assert length == min(max_length, len(full.tokens)) or full.is_picture[length], (
+        "shorter only in front of a picture"
+    )
+    assert (
+        cut.tokens.tolist() == full.tokens[:length].tolist()
+        and cut.targets.tolist() == full.targets[:length].tolist()
+    )
     assert cut.is_picture.sum() == cut.num_pictures * PATCHES
     assert cut.truncated == (length < len(full.tokens))
 
@@ -198,7 +282,9 @@ def test_a_cut_pair_shares_the_room(bpe):
     cut = run(bpe, pair, "brief", len(full.tokens) - 10)
     assert len(cut.tokens) == len(full.tokens) - 10 and cut.truncated and not full.truncated
     branches = [np.bincount(made.branch_ids).tolist() for made in (full, cut)]
-    assert branches[1] == [branches[0][0], branches[0][1] - 10, branches[0][2]], "the long one is cut"
+    assert branches[1] == [branches[0][0], branches[0][1] - 10, branches[0][2]], (
+        "the long one is cut"
+    )
     prompt = (full.branch_ids == 0).sum()
     both = run(bpe, pair, "brief", prompt + 2)
     assert [(both.branch_ids == b).sum() for b in (0, 1, 2)] == [prompt, 1, 1]
@@ -219,16 +305,32 @@ def gpt(text):
 @pytest.fixture
 def open_json(tmp_path):
     def opened(entries, kind="chat", **options):
-        (tmp_path / "data.json").write_text(entries if isinstance(entries, str) else json.dumps(entries), encoding="utf-8")
-        return open_source(SourceConfig(kind, str(tmp_path / "data.json"), images=str(tmp_path), **options))
+        (tmp_path / "data.json").write_text(
+            entries if isinstance(entries, str) else json.dumps(entries), encoding="utf-8"
+        )
+        return open_source(
+            SourceConfig(kind, str(tmp_path / "data.json"), images=str(tmp_path), **options)
+        )
+
     return opened
 
 
 def test_chats_are_read(open_json, tmp_path):
-    source = open_json([
-        {"id": "one", "image": "a.png", "conversations": [human("Q \n<image>"), gpt(" A\n"), human("R"), gpt("B")]},
-        {"id": "two", "image": ["a.png", "b.png"], "conversations": [human("<image> or"), gpt("A"), human("<image>"), gpt("B")]},
-        {"id": 3, "conversations": [human("Q"), gpt("A")]}])
+    source = open_json(
+        [
+            {
+                "id": "one",
+                "image": "a.png",
+                "conversations": [human("Q \n<image>"), gpt(" A\n"), human("R"), gpt("B")],
+            },
+            {
+                "id": "two",
+                "image": ["a.png", "b.png"],
+                "conversations": [human("<image> or"), gpt("A"), human("<image>"), gpt("B")],
+            },
+            {"id": 3, "conversations": [human("Q"), gpt("A")]},
+        ]
+    )
     assert len(source) == 3 and source.name(2) == "3"
     assert source[0] == Record("one", (tmp_path / "a.png",), (("Q \n<image>", "A"), ("R", "B")))
     assert source[1].images == (tmp_path / "a.png", tmp_path / "b.png")
@@ -237,38 +339,55 @@ def test_chats_are_read(open_json, tmp_path):
 
 def test_pairs_are_read(open_json, tmp_path):
     chosen, rejected = ([human("<image>\nQ"), gpt(answer)] for answer in ("good", "bad"))
-    (pair,) = open_json([{"id": "p", "image": "a.png", "chosen": chosen, "rejected": rejected}], "preference")
+    (pair,) = open_json(
+        [{"id": "p", "image": "a.png", "chosen": chosen, "rejected": rejected}], "preference"
+    )
     assert pair == Record("p", (tmp_path / "a.png",), (("<image>\nQ", "good"),), "bad")
 
 
 def test_text_only_drops_the_pictures(open_json):
-    (record,) = open_json([{"id": "p", "image": "a.png", "conversations": [human("<image>\nQ"), gpt("A")]}], text_only=True)
+    (record,) = open_json(
+        [{"id": "p", "image": "a.png", "conversations": [human("<image>\nQ"), gpt("A")]}],
+        text_only=True,
+    )
     assert record == Record("p", (), (("Q", "A"),))
 
 
-@pytest.mark.parametrize("entry, reason", [
-    ({"conversations": [human("<image>"), gpt("A")]}, "picture token without picture"),
-    ({"image": "a.png", "conversations": [human("Q"), gpt("A")]}, "picture without picture token"),
-    ({"image": "a.png", "conversations": [human("Q"), gpt("<image>")]}, "picture token in an answer"),
-    ({"conversations": [human("Q"), gpt("  ")]}, "without an answer text"),
-    ({"conversations": [human("Q"), gpt("A"), human("R")]}, "do not take turns"),
-    ({"conversations": [human("Q"), {"from": "bot", "value": "A"}]}, "unknown speaker 'bot'"),
-    ({"conversations": [{"from": "human"}]}, "not a list of {from, value}"),
-    ({"conversations": []}, "no turns"),
-    ({"id": "x"}, "not a list"),
-    ("text", "not a JSON object"),
-])
+@pytest.mark.parametrize(
+    "entry, reason",
+    [
+        ({"conversations": [human("<image>"), gpt("A")]}, "picture token without picture"),
+        (
+            {"image": "a.png", "conversations": [human("Q"), gpt("A")]},
+            "picture without picture token",
+        ),
+        (
+            {"image": "a.png", "conversations": [human("Q"), gpt("<image>")]},
+            "picture token in an answer",
+        ),
+        ({"conversations": [human("Q"), gpt("  ")]}, "without an answer text"),
+        ({"conversations": [human("Q"), gpt("A"), human("R")]}, "do not take turns"),
+        ({"conversations": [human("Q"), {"from": "bot", "value": "A"}]}, "unknown speaker 'bot'"),
+        ({"conversations": [{"from": "human"}]}, "not a list of {from, value}"),
+        ({"conversations": []}, "no turns"),
+        ({"id": "x"}, "not a list"),
+        ("text", "not a JSON object"),
+    ],
+)
 def test_bad_chats_say_why(open_json, entry, reason):
     source = open_json([entry])
     with pytest.raises(BadSample, match=reason):
         source[0]
 
 
-@pytest.mark.parametrize("chosen, rejected, reason", [
-    ([human("Q"), gpt("A")], [human("R"), gpt("B")], "different human turns"),
-    ([human("Q"), gpt("A")], [human("Q"), gpt("")], "without an answer text"),
-    ([human("Q"), gpt("A")], None, "not a list"),
-])
+@pytest.mark.parametrize(
+    "chosen, rejected, reason",
+    [
+        ([human("Q"), gpt("A")], [human("R"), gpt("B")], "different human turns"),
+        ([human("Q"), gpt("A")], [human("Q"), gpt("")], "without an answer text"),
+        ([human("Q"), gpt("A")], None, "not a list"),
+    ],
+)
 def test_bad_pairs_say_why(open_json, chosen, rejected, reason):
     source = open_json([{"chosen": chosen, "rejected": rejected}], "preference")
     with pytest.raises(BadSample, match=reason):
@@ -282,6 +401,8 @@ def test_sources_that_are_not_there_are_refused_when_opened(open_json, tmp_path)
     with pytest.raises(ConfigError, match="existing JSON file"):
         open_source(SourceConfig("chat", str(tmp_path / "none.json")))
     with pytest.raises(ConfigError, match="existing folder"):
-        open_source(SourceConfig("chat", str(tmp_path / "data.json"), images=str(tmp_path / "none")))
+        open_source(
+            SourceConfig("chat", str(tmp_path / "data.json"), images=str(tmp_path / "none"))
+        )
     with pytest.raises(ConfigError, match="prepared scenes"):
         open_source(SourceConfig("scenes", str(tmp_path / "none"), split="train"))

@@ -11,8 +11,23 @@ from mod_jax.models import llava
 from mod_jax.models.upcycle import upcycle
 
 DENSE = ModelConfig(
-    vision=VisionConfig(image_size=28, patch_size=14, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
-    decoder=DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8),
+    vision=VisionConfig(
+        image_size=28,
+        patch_size=14,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+    ),
+    decoder=DecoderConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+    ),
     image_token_id=60,
     end_token_id=61,
 )
@@ -43,8 +58,15 @@ def batch():
     segments = jnp.stack([jnp.ones(12, jnp.int32), (jnp.arange(12) < 9).astype(jnp.int32)])
     row = jnp.broadcast_to(jnp.arange(12), (2, 12))
     return Batch(
-        tokens=tokens, targets=tokens, loss_weights=segments.astype(jnp.float32), positions=row, segment_ids=segments, branch_ids=jnp.zeros_like(row),
-        picture_index=jnp.full_like(row, -1), images=jnp.zeros((2, 1, 28, 28, 3), jnp.uint8), samples=jnp.zeros((2, 1), jnp.int32),
+        tokens=tokens,
+        targets=tokens,
+        loss_weights=segments.astype(jnp.float32),
+        positions=row,
+        segment_ids=segments,
+        branch_ids=jnp.zeros_like(row),
+        picture_index=jnp.full_like(row, -1),
+        images=jnp.zeros((2, 1, 28, 28, 3), jnp.uint8),
+        samples=jnp.zeros((2, 1), jnp.int32),
     )
 
 
@@ -56,10 +78,14 @@ def hidden_states(config, params, batch):
 def test_names_and_shapes_are_those_of_the_sparse_config(moe, dense):
     params, config = upcycle(dense, DENSE, moe, jax.random.key(2))
     assert config.decoder.moe == moe
-    assert {name: (a.shape, a.dtype) for name, a in params.items()} == {name: (a.shape, a.dtype) for name, a in llava.abstract(config).items()}
+    assert {name: (a.shape, a.dtype) for name, a in params.items()} == {
+        name: (a.shape, a.dtype) for name, a in llava.abstract(config).items()
+    }
 
 
-@pytest.mark.parametrize("option", ["every second layer", "all", "explicit", "three of five", "capacity and residual"])
+@pytest.mark.parametrize(
+    "option", ["every second layer", "all", "explicit", "three of five", "capacity and residual"]
+)
 def test_the_sparse_model_computes_what_the_dense_one_did(option, dense, batch):
     params, config = upcycle(dense, DENSE, OPTIONS[option], jax.random.key(2))
     expected, _ = hidden_states(DENSE, dense, batch)
@@ -71,10 +97,16 @@ def test_the_sparse_model_computes_what_the_dense_one_did(option, dense, batch):
 
 def test_experts_are_copies_of_the_layer_they_replace(dense):
     params, _ = upcycle(dense, DENSE, MoEConfig(layers=(1, 3), residual=True), jax.random.key(2))
-    for name, expert_name in [("gate.w_df", "gate.w_edf"), ("up.w_df", "up.w_edf"), ("down.w_fd", "down.w_efd")]:
+    for name, expert_name in [
+        ("gate.w_df", "gate.w_edf"),
+        ("up.w_df", "up.w_edf"),
+        ("down.w_fd", "down.w_efd"),
+    ]:
         before = dense[f"{LAYERS}mlp.{name}"]
         for place, number in enumerate((1, 3)):
-            np.testing.assert_array_equal(params[f"{LAYERS}moe.residual.{name}"][place], before[number])
+            np.testing.assert_array_equal(
+                params[f"{LAYERS}moe.residual.{name}"][place], before[number]
+            )
             for expert in params[f"{LAYERS}moe.experts.{expert_name}"][place]:
                 np.testing.assert_array_equal(expert, before[number])
         np.testing.assert_array_equal(params[f"{LAYERS}mlp.{name}"], before[jnp.array([0, 2])])

@@ -31,19 +31,32 @@ def problem(mask="uneven", student_words=V, teacher_words=V, dtype=np.float32):
     """(student hidden, student head, teacher hidden, teacher head, targets, mask) and cotangents [2,B,S] of both outputs."""
     random = np.random.default_rng(0)
     sizes = ((B, S, D), (student_words, D), (B, S, D_TEACHER), (teacher_words, D_TEACHER))
-    arrays = [random.normal(size=size).astype(dtype) * (0.5 if len(size) == 2 else 1) for size in sizes]
+    arrays = [
+        random.normal(size=size).astype(dtype) * (0.5 if len(size) == 2 else 1) for size in sizes
+    ]
     targets = random.integers(0, min(student_words, teacher_words), (B, S)).astype(np.int32)
     return (*arrays, targets, MASKS[mask](random)), random.normal(size=(2, B, S)).astype(np.float32)
 
 
 def expected(inputs, cotangents):
     """Log-probabilities, KL and the gradients of their weighted sum in (student hidden, student head), in torch float64."""
-    student, student_head, teacher, teacher_head = (torch.tensor(x, dtype=torch.float64) for x in inputs[:4])
-    targets, mask, weights = torch.tensor(inputs[4]).long(), torch.tensor(inputs[5]), torch.tensor(cotangents, dtype=torch.float64)
+    student, student_head, teacher, teacher_head = (
+        torch.tensor(x, dtype=torch.float64) for x in inputs[:4]
+    )
+    targets, mask, weights = (
+        torch.tensor(inputs[4]).long(),
+        torch.tensor(inputs[5]),
+        torch.tensor(cotangents, dtype=torch.float64),
+    )
     student.requires_grad_(), student_head.requires_grad_()
     logits, reference = student @ student_head.T, teacher @ teacher_head.T
     shared = min(logits.shape[-1], reference.shape[-1])
-    log_probs = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(B, S) * mask
+    log_probs = (
+        -torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        ).view(B, S)
+        * mask
+    )
     words = [x[..., :shared].log_softmax(-1) for x in (logits, reference)]
     kl = torch.nn.functional.kl_div(*words, log_target=True, reduction="none").sum(-1) * mask
     (log_probs * weights[0] + kl * weights[1]).sum().backward()
@@ -83,7 +96,10 @@ def test_the_oracle_agrees_with_float64():
 def test_either_argument_may_train_alone(differentiate):
     inputs, cotangents = problem()
     both = expected(inputs, cotangents)
-    check(ours(inputs, cotangents, differentiate=differentiate), [*both[:2], both[2 + differentiate[0]]])
+    check(
+        ours(inputs, cotangents, differentiate=differentiate),
+        [*both[:2], both[2 + differentiate[0]]],
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -107,17 +123,31 @@ def test_a_tied_head_sums_its_two_gradients():
     tokens = np.random.default_rng(1).integers(0, V, (B, S))
 
     def objective(embedding):
-        return jnp.sum(cotangents[0] * vocab_losses.token_log_probs(jnp.tanh(embedding[tokens]), embedding, targets, mask, chunk=CHUNK))
+        return jnp.sum(
+            cotangents[0]
+            * vocab_losses.token_log_probs(
+                jnp.tanh(embedding[tokens]), embedding, targets, mask, chunk=CHUNK
+            )
+        )
 
     weight = torch.tensor(embedding, dtype=torch.float64, requires_grad=True)
-    log_probs = (weight[torch.tensor(tokens)].tanh() @ weight.T).log_softmax(-1).gather(-1, torch.tensor(targets).long()[..., None])[..., 0]
-    (log_probs * torch.tensor(mask) * torch.tensor(cotangents[0], dtype=torch.float64)).sum().backward()
+    log_probs = (
+        (weight[torch.tensor(tokens)].tanh() @ weight.T)
+        .log_softmax(-1)
+        .gather(-1, torch.tensor(targets).long()[..., None])[..., 0]
+    )
+    (
+        log_probs * torch.tensor(mask) * torch.tensor(cotangents[0], dtype=torch.float64)
+    ).sum().backward()
     check([jax.jit(jax.grad(objective))(embedding)], [weight.grad.numpy()])
 
 
 def test_a_student_that_is_the_teacher_has_no_divergence_and_no_gradient():
     (hidden, head, _, _, targets, mask), cotangents = problem("all")
-    _, kl, d_hidden, d_head = ours((hidden, head, hidden, head, targets, mask), cotangents * np.array([0, 1], np.float32)[:, None, None])
+    _, kl, d_hidden, d_head = ours(
+        (hidden, head, hidden, head, targets, mask),
+        cotangents * np.array([0, 1], np.float32)[:, None, None],
+    )
     check((kl, d_hidden, d_head), (0, 0, 0), tolerance=1e-6)
 
 
@@ -132,37 +162,68 @@ def test_cross_entropy_is_the_divergence_plus_the_teachers_entropy():
 
 def test_the_teacher_gets_no_gradient():
     inputs, _ = problem()
-    gradients = jax.grad(lambda *sides: jnp.sum(vocab_losses.token_divergence(*sides, *inputs[4:], chunk=CHUNK)[1]), (2, 3))(*inputs[:4])
+    gradients = jax.grad(
+        lambda *sides: jnp.sum(vocab_losses.token_divergence(*sides, *inputs[4:], chunk=CHUNK)[1]),
+        (2, 3),
+    )(*inputs[:4])
     check(gradients, (0, 0), tolerance=0)
 
 
 def test_greedy_tokens_are_the_most_probable_words():
     (hidden, head, _, _, _, mask), _ = problem()
-    desired = np.where(mask, np.argmax(hidden.astype(np.float64) @ head.T.astype(np.float64), -1), 0)
-    np.testing.assert_array_equal(jax.jit(functools.partial(vocab_losses.greedy_tokens, chunk=CHUNK))(hidden, head, mask), desired)
+    desired = np.where(
+        mask, np.argmax(hidden.astype(np.float64) @ head.T.astype(np.float64), -1), 0
+    )
+    np.testing.assert_array_equal(
+        jax.jit(functools.partial(vocab_losses.greedy_tokens, chunk=CHUNK))(hidden, head, mask),
+        desired,
+    )
     np.testing.assert_array_equal(vocab_losses.greedy_tokens_oracle(hidden, head, mask), desired)
 
 
 def test_bfloat16_hidden_states_keep_float32_sums():
     # 4096 equal contributions of 1/4096 to one entry of the head's gradient: a bfloat16 sum would stall at 2^-4.
     hidden = jnp.ones((1, 4096, 1), jnp.bfloat16)
-    head, targets, mask = jnp.zeros((2, 1)), jnp.zeros((1, 4096), jnp.int32), jnp.ones((1, 4096), bool)
-    log_probs, pull = jax.vjp(lambda hidden, head: vocab_losses.token_log_probs(hidden, head, targets, mask, chunk=1), hidden, head)
+    head, targets, mask = (
+        jnp.zeros((2, 1)),
+        jnp.zeros((1, 4096), jnp.int32),
+        jnp.ones((1, 4096), bool),
+    )
+    log_probs, pull = jax.vjp(
+        lambda hidden, head: vocab_losses.token_log_probs(hidden, head, targets, mask, chunk=1),
+        hidden,
+        head,
+    )
     d_hidden, d_head = pull(jnp.full((1, 4096), 2 / 4096))
-    assert (log_probs.dtype, d_hidden.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert (log_probs.dtype, d_hidden.dtype, d_head.dtype) == (
+        jnp.float32,
+        jnp.bfloat16,
+        jnp.float32,
+    )
     check((log_probs, d_head), (np.log(0.5), [[1], [-1]]), tolerance=1e-6)
 
 
 def test_positions_outside_the_mask_are_never_read():
     (hidden, head, _, _, targets, mask), _ = problem()
     poisoned = np.where(mask[..., None], hidden, np.nan)
-    objective = lambda hidden: jnp.sum(vocab_losses.token_log_probs(hidden, head, np.where(mask, targets, V + 7), mask, chunk=CHUNK))
+    objective = lambda hidden: jnp.sum(
+        vocab_losses.token_log_probs(
+            hidden, head, np.where(mask, targets, V + 7), mask, chunk=CHUNK
+        )
+    )
     value, gradient = jax.value_and_grad(objective)(poisoned)
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(data=2, expert=2, tensor=2), MeshConfig(tensor=8)], ids=str
+    "mesh",
+    [
+        MeshConfig(fsdp=8),
+        MeshConfig(data=2, fsdp=2, expert=2),
+        MeshConfig(data=2, expert=2, tensor=2),
+        MeshConfig(tensor=8),
+    ],
+    ids=str,
 )
 def test_eight_devices_agree_with_one(mesh):
     inputs, cotangents = problem("uneven", 56, 64)
@@ -171,11 +232,20 @@ def test_eight_devices_agree_with_one(mesh):
     rows = sharding.row_sharding(mesh)
     head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["embed"]))
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(x, s) for x, s in zip(inputs, (rows, head, rows, head, rows, rows))]
-        step = jax.jit(lambda inputs, cotangents: (ours(inputs, cotangents), vocab_losses.greedy_tokens(*inputs[:2], inputs[5])))
+        placed = [
+            jax.device_put(x, s) for x, s in zip(inputs, (rows, head, rows, head, rows, rows))
+        ]
+        step = jax.jit(
+            lambda inputs, cotangents: (
+                ours(inputs, cotangents),
+                vocab_losses.greedy_tokens(*inputs[:2], inputs[5]),
+            )
+        )
         actual, tokens = step(placed, cotangents)
         check(actual, desired)
-        np.testing.assert_array_equal(tokens, vocab_losses.greedy_tokens_oracle(*inputs[:2], inputs[5]))
+        np.testing.assert_array_equal(
+            tokens, vocab_losses.greedy_tokens_oracle(*inputs[:2], inputs[5])
+        )
         assert actual[2].sharding.is_equivalent_to(rows, 3)
 
 
@@ -185,9 +255,14 @@ def compiled(differentiate, mesh=None, chunk=16):
     shapes = [(rows, positions, width), (words, width), (rows, positions, width), (words, width)]
     sides = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     targets, mask = jnp.zeros((rows, positions), jnp.int32), jnp.ones((rows, positions), bool)
-    objective = lambda *sides: sum(map(jnp.sum, vocab_losses.token_divergence(*sides, targets, mask, chunk=chunk)))
+    objective = lambda *sides: sum(
+        map(jnp.sum, vocab_losses.token_divergence(*sides, targets, mask, chunk=chunk))
+    )
     text = jax.jit(jax.value_and_grad(objective, differentiate)).lower(*sides).compile().as_text()
-    return [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w+\[([\d,]+)\]", text)], text
+    return [
+        np.prod([int(n) for n in shape.split(",")])
+        for shape in re.findall(r"\w+\[([\d,]+)\]", text)
+    ], text
 
 
 def test_no_array_has_positions_and_vocabulary():
@@ -198,5 +273,8 @@ def test_no_array_has_positions_and_vocabulary():
 
 def test_a_frozen_head_costs_no_gradient():
     # Logits of both sides in either pass, d hidden; one product more, d head, only if the head trains.
-    products = [len(re.findall(r" dot\(|__onednn|custom-call\(", compiled(differentiate)[1])) for differentiate in ((0,), (0, 1))]
+    products = [
+        len(re.findall(r" dot\(|__onednn|custom-call\(", compiled(differentiate)[1]))
+        for differentiate in ((0,), (0, 1))
+    ]
     assert products[1] == products[0] + 1

@@ -24,7 +24,13 @@ from mod_jax.data.samples.tokenizer import scenes_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = scenes_tokenizer()
-MODEL = ModelConfig(VisionConfig(image_size=24, patch_size=12, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2), image_token_id=1, end_token_id=0)
+MODEL = ModelConfig(
+    VisionConfig(
+        image_size=24, patch_size=12, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2
+    ),
+    image_token_id=1,
+    end_token_id=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +38,29 @@ def config(tmp_path_factory):
     """Chats about pictures, one of which is not there; one question would forge a special token."""
     folder, rng = tmp_path_factory.mktemp("chats"), np.random.default_rng(0)
     for number in set(range(20)) - {7}:
-        Image.fromarray(rng.integers(0, 256, (30, 20 + number, 3), np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, (30, 20 + number, 3), np.uint8)).save(
+            folder / f"{number}.png"
+        )
     asked = lambda i: "<image> how many?" + " <|endoftext|>" * (i == 3)
-    turns = lambda i: [{"from": "human", "value": asked(i)}, {"from": "gpt", "value": "one " * (1 + i % 5)}]
-    (folder / "chats.json").write_text(json.dumps([{"id": f"r{i}", "image": f"{i}.png", "conversations": turns(i)} for i in range(20)]))
+    turns = lambda i: [
+        {"from": "human", "value": asked(i)},
+        {"from": "gpt", "value": "one " * (1 + i % 5)},
+    ]
+    (folder / "chats.json").write_text(
+        json.dumps(
+            [{"id": f"r{i}", "image": f"{i}.png", "conversations": turns(i)} for i in range(20)]
+        )
+    )
     source = SourceConfig("chat", str(folder / "chats.json"), str(folder))
-    return DataConfig((source,), sequence_length=40, images_per_row=2, samples_per_row=2, template="brief", look_ahead=6, max_bad_share=0.1)
+    return DataConfig(
+        (source,),
+        sequence_length=40,
+        images_per_row=2,
+        samples_per_row=2,
+        template="brief",
+        look_ahead=6,
+        max_bad_share=0.1,
+    )
 
 
 def make(config, workers) -> Batches:
@@ -46,7 +69,9 @@ def make(config, workers) -> Batches:
 
 def assert_equal(a: Batch, b: Batch):
     for field in dataclasses.fields(Batch):
-        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
+        np.testing.assert_array_equal(
+            getattr(a, field.name), getattr(b, field.name), err_msg=field.name
+        )
 
 
 def test_processes_read_what_threads_read_and_a_killed_one_stops_the_run(config):
@@ -60,7 +85,9 @@ def test_processes_read_what_threads_read_and_a_killed_one_stops_the_run(config)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGKILL)
-    with pytest.raises(WorkerDied, match="One of the data.workers = 2 processes has ended: it was killed"):
+    with pytest.raises(
+        WorkerDied, match="One of the data.workers = 2 processes has ended: it was killed"
+    ):
         list(itertools.islice(processes, 1000))
     for batches in (threads, processes):
         batches.close()
@@ -93,7 +120,12 @@ if __name__ == "__main__":
 def test_workers_end_with_the_process_they_work_for(tmp_path):
     """Also if that is killed."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    process = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     with process.stdout as out:
         worker = psutil.Process(int(out.readline()))
     assert worker.is_running()

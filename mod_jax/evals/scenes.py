@@ -34,10 +34,24 @@ def read_questions(config: EvaluationConfig, vision: VisionConfig) -> list[Asked
     records, asked = load_scenes(config.path, config.split), []
     for number in range(min(config.pictures, len(records))):
         record = records[number]
-        picture, objects = load_image(record["image"], vision), tuple(read_objects(record["objects"]))
-        asked += [Asked(kind, Question(text, (picture,)), right, objects) for kind, text, right in read_turns(record["turns"])]
+        picture, objects = (
+            load_image(record["image"], vision),
+            tuple(read_objects(record["objects"])),
+        )
+        asked += [
+            Asked(kind, Question(text, (picture,)), right, objects)
+            for kind, text, right in read_turns(record["turns"])
+        ]
     # a marker stands in the first question of a record only
-    return [dataclasses.replace(item, question=dataclasses.replace(item.question, text=item.question.text.removeprefix("<image>\n"))) for item in asked]
+    return [
+        dataclasses.replace(
+            item,
+            question=dataclasses.replace(
+                item.question, text=item.question.text.removeprefix("<image>\n")
+            ),
+        )
+        for item in asked
+    ]
 
 
 def evaluate(config: EvaluationConfig, model: ModelConfig, params: dict, tokenizer) -> dict:
@@ -49,22 +63,51 @@ def evaluate(config: EvaluationConfig, model: ModelConfig, params: dict, tokeniz
       "questions": how many}.
     """
     asked = read_questions(config, model.vision)
-    captions, others = ([item for item in asked if (item.kind == "caption") == wanted] for wanted in (True, False))
+    captions, others = (
+        [item for item in asked if (item.kind == "caption") == wanted] for wanted in (True, False)
+    )
 
     def said(items, new_tokens):
-        return answer(model, params, tokenizer, config.template, [item.question for item in items], config.rows, new_tokens)
+        return answer(
+            model,
+            params,
+            tokenizer,
+            config.template,
+            [item.question for item in items],
+            config.rows,
+            new_tokens,
+        )
 
     answers = said(others, ANSWER_TOKENS)
-    right = {kind: [text == item.right for item, text in zip(others, answers) if item.kind == kind] for kind in KINDS if kind != "caption"}
-    existence = [(text == "yes", item.right == "yes") for item, text in zip(others, answers) if item.kind == "existence"]
-    true_yes, said_yes, are_yes = (sum(map(pick, existence)) for pick in (all, lambda pair: pair[0], lambda pair: pair[1]))
+    right = {
+        kind: [text == item.right for item, text in zip(others, answers) if item.kind == kind]
+        for kind in KINDS
+        if kind != "caption"
+    }
+    existence = [
+        (text == "yes", item.right == "yes")
+        for item, text in zip(others, answers)
+        if item.kind == "existence"
+    ]
+    true_yes, said_yes, are_yes = (
+        sum(map(pick, existence)) for pick in (all, lambda pair: pair[0], lambda pair: pair[1])
+    )
     told = list(zip(said(captions, CAPTION_TOKENS), captions))
     return {
         "accuracy": float(np.mean([ok for oks in right.values() for ok in oks])),
         "by_type": {kind: float(np.mean(oks)) for kind, oks in right.items()},
-        "hallucination": float(np.mean([bool(absent_objects(text, item.objects)) for text, item in told])),
-        "named": float(np.mean([name in named_objects(text) for text, item in told for name in names(item.objects)])),
-        "existence": {"yes_rate": said_yes / len(existence), "f1": 2 * true_yes / max(1, said_yes + are_yes)},
+        "hallucination": float(
+            np.mean([bool(absent_objects(text, item.objects)) for text, item in told])
+        ),
+        "named": float(
+            np.mean(
+                [name in named_objects(text) for text, item in told for name in names(item.objects)]
+            )
+        ),
+        "existence": {
+            "yes_rate": said_yes / len(existence),
+            "f1": 2 * true_yes / max(1, said_yes + are_yes),
+        },
         "parameters": llava.count(model.decoder.moe, params),
         "questions": len(asked),
     }

@@ -57,7 +57,13 @@ def _export_run(run, target, options: Options, stage: str | None) -> None:
     dtype = options.dtype or "float32"
 
     def others(folder: pathlib.Path) -> None:
-        write_processor(folder, student.config, recipe.tokenizer, chat_template(options.template or data.template), data.fit)
+        write_processor(
+            folder,
+            student.config,
+            recipe.tokenizer,
+            chat_template(options.template or data.template),
+            data.fit,
+        )
         (folder / "README.md").write_text(card_of_run(recipe, stage, dtype))
 
     _write(target, student.config, student.params, dtype, others, options)
@@ -65,12 +71,20 @@ def _export_run(run, target, options: Options, stage: str | None) -> None:
 
 def _export_pretrained(checkpoint, target, options: Options) -> None:
     with open_pretrained(checkpoint) as pretrained:
-        config, source, dtype = pretrained.config, pretrained.folder, options.dtype or pretrained.dtype
+        config, source, dtype = (
+            pretrained.config,
+            pretrained.folder,
+            options.dtype or pretrained.dtype,
+        )
 
         def others(folder: pathlib.Path) -> None:
             if isinstance(config, ModelConfig):
                 own = read_processor(source, config)
-                template = own.chat_template if own.chat_template and not options.template else chat_template(options.template or "qwen")
+                template = (
+                    own.chat_template
+                    if own.chat_template and not options.template
+                    else chat_template(options.template or "qwen")
+                )
                 write_processor(folder, config, own.tokenizer, template, own.fit)
             elif isinstance(config, DecoderConfig):
                 for path in (source / name for name in PROCESSOR_FILES):
@@ -81,7 +95,14 @@ def _export_pretrained(checkpoint, target, options: Options) -> None:
         _write(target, config, pretrained.params, dtype, others, options)
 
 
-def _write(target, config: Config, params: Mapping, dtype: str, others: Callable[[pathlib.Path], None], options: Options) -> None:
+def _write(
+    target,
+    config: Config,
+    params: Mapping,
+    dtype: str,
+    others: Callable[[pathlib.Path], None],
+    options: Options,
+) -> None:
     if options.dropless:
         config = _dropless(config)
     huggingface.save(target, config, params, dtype, others, options.shard_bytes)
@@ -91,5 +112,7 @@ def _dropless(config: Config) -> Config:
     whole = isinstance(config, ModelConfig)
     moe = (config.decoder if whole else config).moe
     require(moe is not None, "--dropless", config, "a sparse model")
-    decoder = dataclasses.replace(config.decoder if whole else config, moe=dataclasses.replace(moe, capacity_factor=None))
+    decoder = dataclasses.replace(
+        config.decoder if whole else config, moe=dataclasses.replace(moe, capacity_factor=None)
+    )
     return dataclasses.replace(config, decoder=decoder) if whole else decoder

@@ -10,14 +10,30 @@ from collections.abc import Mapping, Sequence
 import jax
 
 import mod_jax
-from mod_jax.config import DecoderConfig, ModelConfig, ModelSource, ObjectiveConfig, RecipeConfig, StageConfig, VisionConfig
+from mod_jax.config import (
+    DecoderConfig,
+    ModelConfig,
+    ModelSource,
+    ObjectiveConfig,
+    RecipeConfig,
+    StageConfig,
+    VisionConfig,
+)
 from mod_jax.interop.pretrained import PARTS, Config, Pretrained
 from mod_jax.models import llava
 from mod_jax.recipe import Recipe
 from mod_jax.report.scores import scores
 
-TASKS = {ModelConfig: "image-text-to-text", DecoderConfig: "text-generation", VisionConfig: "image-feature-extraction"}
-KINDS = {ModelConfig: "A multimodal model (vision tower, adaptor, language model)", DecoderConfig: "A language model", VisionConfig: "A vision tower"}
+TASKS = {
+    ModelConfig: "image-text-to-text",
+    DecoderConfig: "text-generation",
+    VisionConfig: "image-feature-extraction",
+}
+KINDS = {
+    ModelConfig: "A multimodal model (vision tower, adaptor, language model)",
+    DecoderConfig: "A language model",
+    VisionConfig: "A vision tower",
+}
 LICENCE = "The licence of the weights follows from those of the models and data they came from; none is claimed here."
 NOT_EVALUATED = "Not evaluated."
 OBJECTIVES = {
@@ -74,7 +90,11 @@ def card_of_run(recipe: Recipe, stage: str, dtype: str) -> str:
     student, config = recipe.student_after(stage), recipe.config
     way = _way_to(config, stage)
     origin = [{"": "student", "from": _source(config.student)}]
-    origin += [{"": "teacher", "from": _source(config.teacher)}] if config.teacher and any(s.objective.needs_teacher for s in way.values()) else []
+    origin += (
+        [{"": "teacher", "from": _source(config.teacher)}]
+        if config.teacher and any(s.objective.needs_teacher for s in way.values())
+        else []
+    )
     sections = {
         "Where it came from": f"{_table(origin)}\n\n{LICENCE}",
         "How it was trained": f"The recipe `{config.name}`; its stages on the way to this one, in order:\n\n{_table(_stages(way, student.config))}",
@@ -89,40 +109,77 @@ def card_of_pretrained(pretrained: Pretrained, dtype: str) -> str:
         "Where it came from": f"Converted from {_code(pretrained.origin)} ({pretrained.dtype}); nothing was trained on the way.\n\n{LICENCE}",
         "Scores": NOT_EVALUATED,
     }
-    return _card(f"Converted {PARTS[type(pretrained.config)].replace('_', ' ')}", pretrained.config, pretrained.params, dtype, sections)
+    return _card(
+        f"Converted {PARTS[type(pretrained.config)].replace('_', ' ')}",
+        pretrained.config,
+        pretrained.params,
+        dtype,
+        sections,
+    )
 
 
 def _card(title: str, config: Config, params: Mapping, dtype: str, sections: dict[str, str]) -> str:
     kind = type(config)
-    tags = ["llava"] * (kind is ModelConfig) + ["mixture-of-experts"] * bool(_decoder(config) and _decoder(config).moe)
-    front = ["library_name: transformers", f"pipeline_tag: {TASKS[kind]}", *(["tags:", *(f"- {tag}" for tag in tags)] if tags else [])]
-    facts = [{"": name, "what it is": value} for name, value in _facts(config, params, dtype).items()]
+    tags = ["llava"] * (kind is ModelConfig) + ["mixture-of-experts"] * bool(
+        _decoder(config) and _decoder(config).moe
+    )
+    front = [
+        "library_name: transformers",
+        f"pipeline_tag: {TASKS[kind]}",
+        *(["tags:", *(f"- {tag}" for tag in tags)] if tags else []),
+    ]
+    facts = [
+        {"": name, "what it is": value} for name, value in _facts(config, params, dtype).items()
+    ]
     sections = {
         "What it is": f"{KINDS[kind]}. Stock transformers load it, without remote code.\n\n{_table(facts)}",
         **sections,
         "Use": f"In this folder, with transformers 4.57 or 5.x:\n\n```python\n{USE[kind]}```",
         "Made with": f"mod_jax {mod_jax.__version__}, jax {jax.__version__}.",
     }
-    return "\n".join(["---", *front, "---", "", f"# {title}", "", *(f"## {heading}\n\n{text}\n" for heading, text in sections.items())])
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            "",
+            f"# {title}",
+            "",
+            *(f"## {heading}\n\n{text}\n" for heading, text in sections.items()),
+        ]
+    )
 
 
 def _facts(config: Config, params: Mapping, dtype: str) -> dict[str, str]:
     decoder, facts = _decoder(config), {}
     if decoder:
-        facts["language model"] = f"{decoder.num_layers} layers of width {decoder.hidden_size}, {'sparse' if decoder.moe else 'dense'}"
+        facts["language model"] = (
+            f"{decoder.num_layers} layers of width {decoder.hidden_size}, {'sparse' if decoder.moe else 'dense'}"
+        )
     if decoder and decoder.moe:
         moe = decoder.moe
-        facts["experts"] = f"{moe.num_experts}, {moe.experts_per_token} of them a token, in the layers {', '.join(map(str, decoder.sparse_layers))}"
+        facts["experts"] = (
+            f"{moe.num_experts}, {moe.experts_per_token} of them a token, in the layers {', '.join(map(str, decoder.sparse_layers))}"
+        )
         if not moe.dropless:
-            facts["capacity"] = f"trained with a factor of {moe.capacity_factor:g}, here without one: it differs where tokens were dropped"
+            facts["capacity"] = (
+                f"trained with a factor of {moe.capacity_factor:g}, here without one: it differs where tokens were dropped"
+            )
     if decoder:
         facts["vocabulary"] = f"{decoder.vocab_size:,} rows"
     if not isinstance(config, DecoderConfig):
         vision = config if isinstance(config, VisionConfig) else config.vision
-        facts["vision tower"] = f"{vision.family}, {vision.num_layers} layers of width {vision.hidden_size}"
-        facts["pictures"] = f"{vision.image_size} px in patches of {vision.patch_size} px: {vision.num_features} features each"
+        facts["vision tower"] = (
+            f"{vision.family}, {vision.num_layers} layers of width {vision.hidden_size}"
+        )
+        facts["pictures"] = (
+            f"{vision.image_size} px in patches of {vision.patch_size} px: {vision.num_features} features each"
+        )
     count = llava.count(decoder.moe if decoder else None, params)
-    return facts | {"parameters": f"{_number(count['total'])}, of which {_number(count['activated'])} take part in a token", "dtype": dtype}
+    return facts | {
+        "parameters": f"{_number(count['total'])}, of which {_number(count['activated'])} take part in a token",
+        "dtype": dtype,
+    }
 
 
 def _decoder(config: Config) -> DecoderConfig | None:
@@ -146,13 +203,23 @@ def _way_to(config: RecipeConfig, name: str) -> dict[str, StageConfig]:
 def _source(source: ModelSource) -> str:
     if source.random:
         return f"random weights, seed {source.seed}"
-    parts = {name: getattr(source, name) for name in ("folder", "vision_tower", "language_model", "adaptor")}
+    parts = {
+        name: getattr(source, name)
+        for name in ("folder", "vision_tower", "language_model", "adaptor")
+    }
     named = "; ".join(f"{name} {_code(path)}" for name, path in parts.items() if path)
-    return named + (f"; a new adaptor, seed {source.seed}" if source.language_model and not source.adaptor else "")
+    return named + (
+        f"; a new adaptor, seed {source.seed}"
+        if source.language_model and not source.adaptor
+        else ""
+    )
 
 
 def _stages(way: dict[str, StageConfig], student: ModelConfig) -> list[dict[str, str]]:
-    dense = next((number for number, stage in enumerate(way.values()) if stage.upcycle), 0 if student.decoder.moe else len(way))
+    dense = next(
+        (number for number, stage in enumerate(way.values()) if stage.upcycle),
+        0 if student.decoder.moe else len(way),
+    )
     return [
         {
             "stage": name + (" (upcycled before)" if stage.upcycle else ""),
@@ -172,11 +239,17 @@ def _stages(way: dict[str, StageConfig], student: ModelConfig) -> list[dict[str,
 
 
 def _objective(objective: ObjectiveConfig, sparse: bool) -> str:
-    values = dataclasses.asdict(objective) | {"positions": "all positions" if objective.all_tokens else "answers"}
+    values = dataclasses.asdict(objective) | {
+        "positions": "all positions" if objective.all_tokens else "answers"
+    }
     weights = {"next token": objective.next_token_weight * (objective.kind == "mimic")}
     weights |= {"balance": objective.balance_weight, "z": objective.z_weight} if sparse else {}
     added = [f" + {weight:g} {name}" for name, weight in weights.items() if weight]
-    return OBJECTIVES[objective.kind].format(**values) + "".join(added) + (", as the reference code computes it" if objective.compat else "")
+    return (
+        OBJECTIVES[objective.kind].format(**values)
+        + "".join(added)
+        + (", as the reference code computes it" if objective.compat else "")
+    )
 
 
 def _scores(recipe: Recipe, stage: str) -> str:
@@ -191,7 +264,11 @@ def _scores(recipe: Recipe, stage: str) -> str:
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown; a row is heading -> cell."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell.replace("|", "\\|") for cell in row.values()] for row in rows)]
+    lines = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *([cell.replace("|", "\\|") for cell in row.values()] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

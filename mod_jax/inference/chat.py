@@ -19,7 +19,9 @@ from mod_jax.interop.pretrained import read
 from mod_jax.interop.processor import chat_template
 from mod_jax.recipe import is_run, open_run
 
-MULTIPLE = 64  # positions: lengths are padded to it, so that the next question finds its program compiled
+MULTIPLE = (
+    64  # positions: lengths are padded to it, so that the next question finds its program compiled
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +52,19 @@ class Chat:
         """
         alone = isinstance(text, str)
         _check_list(images)
-        prompts = self._prompts([text], [images]) if alone else self._prompts(text, images or [()] * len(text))
+        prompts = (
+            self._prompts([text], [images])
+            if alone
+            else self._prompts(text, images or [()] * len(text))
+        )
         with self._precision():
             found = np.asarray(generation.logits(self.config, self.params, prompts))
         found = found[:, -prompts.segment_ids.sum(1).max() :]
         return found[0] if alone else found
 
-    def generate(self, text: str | Sequence[dict], images: Sequence = (), max_new_tokens: int = 64) -> str:
+    def generate(
+        self, text: str | Sequence[dict], images: Sequence = (), max_new_tokens: int = 64
+    ) -> str:
         """The greedy answer to a question, up to the model's end token.
 
         Args:
@@ -68,44 +76,71 @@ class Chat:
           ValueError: as `logits`; ConfigError (one too) for a conversation that is none.
         """
         _check_list(images)
-        messages = [{"role": "user", "content": marked(text, len(images))}] if isinstance(text, str) else text
+        messages = (
+            [{"role": "user", "content": marked(text, len(images))}]
+            if isinstance(text, str)
+            else text
+        )
         pictures = pictures_shown(messages, images)
         prompt = self.processor.render(for_template(messages, self.processor.render))
         prompts = self._prompts([prompt], [pictures], max_new_tokens)
         with self._precision():
-            ids = np.asarray(generation.generate(self.config, self.params, prompts, max_new_tokens))[0]
+            ids = np.asarray(
+                generation.generate(self.config, self.params, prompts, max_new_tokens)
+            )[0]
         said = ids[np.cumsum(ids == self.config.end_token_id) == 0]
         return self.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
 
-    def _prompts(self, texts: Sequence[str], pictures: Sequence[Sequence], new_tokens: int = 0) -> generation.Prompts:
+    def _prompts(
+        self, texts: Sequence[str], pictures: Sequence[Sequence], new_tokens: int = 0
+    ) -> generation.Prompts:
         decoder = self.config.decoder
-        counts_padding = decoder.moe is not None and decoder.moe.capacity_factor is not None  # among what an expert has places for
+        counts_padding = (
+            decoder.moe is not None and decoder.moe.capacity_factor is not None
+        )  # among what an expert has places for
         prompts = self.processor.prompts(texts, pictures, 1 if counts_padding else MULTIPLE)
         needed = int(prompts.segment_ids.sum(1).max()) + new_tokens
-        require(needed <= decoder.max_positions, "positions", needed, f"at most {decoder.max_positions}, with pictures and answer: what the model was made for")
+        require(
+            needed <= decoder.max_positions,
+            "positions",
+            needed,
+            f"at most {decoder.max_positions}, with pictures and answer: what the model was made for",
+        )
         return prompts
 
     def _precision(self):
         """float32 is float32, on accelerators too."""
-        return jax.default_matmul_precision("highest" if self.config.dtype == "float32" else "default")
+        return jax.default_matmul_precision(
+            "highest" if self.config.dtype == "float32" else "default"
+        )
 
 
 def _check_list(images) -> None:
-    require(isinstance(images, (list, tuple)), "images", type(images).__name__, "a list of pictures")
+    require(
+        isinstance(images, (list, tuple)), "images", type(images).__name__, "a list of pictures"
+    )
 
 
-def load(path, stage: str | None = None, dtype: str = "float32", template: str | None = None) -> Chat:
+def load(
+    path, stage: str | None = None, dtype: str = "float32", template: str | None = None
+) -> Chat:
     """See `mod_jax.load`."""
     if is_run(path):
         recipe, stage = open_run(path, stage)
         student, data = recipe.student_after(stage), recipe.config.stages[stage].data
         config, params = student.config, student.params
-        processor = Processor(recipe.tokenizer, chat_template(template or data.template), config, data.fit)
+        processor = Processor(
+            recipe.tokenizer, chat_template(template or data.template), config, data.fit
+        )
     else:
         require(stage is None, "stage", stage, f"None, as {path} is not a run")
         with open_source(ModelSource(folder=str(path))) as pretrained:
             config, params = pretrained.config, read(pretrained)
             processor = read_processor(pretrained.folder, config)
         if template or processor.chat_template is None:
-            processor = dataclasses.replace(processor, chat_template=chat_template(template or "qwen"))
-    return Chat(dataclasses.replace(config, dtype=dtype, remat="none"), jax.device_put(params), processor)
+            processor = dataclasses.replace(
+                processor, chat_template=chat_template(template or "qwen")
+            )
+    return Chat(
+        dataclasses.replace(config, dtype=dtype, remat="none"), jax.device_put(params), processor
+    )

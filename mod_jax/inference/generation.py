@@ -49,7 +49,9 @@ def _embedded(model: llava.Llava, prompts: Prompts) -> jax.Array:
 def logits(config: ModelConfig, params: dict, prompts: Prompts) -> jax.Array:
     """Next-token logits f32[B,S,V] at every position; those of padding mean nothing. Prompts may be padded on either side."""
     model, branch = llava.bind(config, params), jnp.zeros_like(prompts.tokens)
-    hidden, _ = model.language_model(_embedded(model, prompts), _positions(prompts), prompts.segment_ids, branch)
+    hidden, _ = model.language_model(
+        _embedded(model, prompts), _positions(prompts), prompts.segment_ids, branch
+    )
     return jnp.einsum("bsd,vd->bsv", hidden.astype(jnp.float32), llava.head(config, params))
 
 
@@ -64,10 +66,14 @@ def generate(config: ModelConfig, params: dict, prompts: Prompts, max_new_tokens
     rows, length = prompts.tokens.shape
     decoder, branch = model.language_model, jnp.zeros_like(prompts.tokens)
     positions, cache = _positions(prompts), decoder.new_cache(rows, length + max_new_tokens)
-    hidden, _, cache = decoder(_embedded(model, prompts), positions, prompts.segment_ids, branch, cache=cache)
+    hidden, _, cache = decoder(
+        _embedded(model, prompts), positions, prompts.segment_ids, branch, cache=cache
+    )
 
     def best(hidden):
-        return jnp.argmax(jnp.einsum("bd,vd->bv", hidden[:, -1].astype(jnp.float32), w_vd), -1).astype(jnp.int32)
+        return jnp.argmax(
+            jnp.einsum("bd,vd->bv", hidden[:, -1].astype(jnp.float32), w_vd), -1
+        ).astype(jnp.int32)
 
     def going(carry):
         step, _, ended, *_ = carry
@@ -102,7 +108,13 @@ class Question:
 
 
 def answer(
-    config: ModelConfig, params: dict, tokenizer, template: str, questions: Sequence[Question], rows: int = 64, max_new_tokens: int = 64
+    config: ModelConfig,
+    params: dict,
+    tokenizer,
+    template: str,
+    questions: Sequence[Question],
+    rows: int = 64,
+    max_new_tokens: int = 64,
 ) -> list[str]:
     """Answers each question alone, greedily, `rows` at a time.
 
@@ -115,18 +127,34 @@ def answer(
       ValueError: if a text has another number of picture markers than there are pictures.
     """
     chat, encoder = chat_format(template, config, tokenizer), text_encoder(tokenizer)
-    prompts = [tokenize_prompt(((marked(question.text, len(question.pictures)), None),), encoder, chat) for question in questions]
+    prompts = [
+        tokenize_prompt(((marked(question.text, len(question.pictures)), None),), encoder, chat)
+        for question in questions
+    ]
     pictures = [question.pictures for question in questions]
     shape = min(rows, len(questions)), max(len(ids) for ids, _ in prompts), max(map(len, pictures))
     texts = []
     for start in range(0, len(questions), rows):
         some = slice(start, start + rows)
-        ids = np.asarray(generate(config, params, left_pad(config, prompts[some], pictures[some], shape), max_new_tokens))
+        ids = np.asarray(
+            generate(
+                config,
+                params,
+                left_pad(config, prompts[some], pictures[some], shape),
+                max_new_tokens,
+            )
+        )
         texts += tokenizer.batch_decode(ids[: len(prompts[some])], skip_special_tokens=True)
     return texts
 
 
-def left_pad(config: ModelConfig, prompts, pictures, shape: tuple[int, int, int] | None = None, multiple: int = 1) -> Prompts:
+def left_pad(
+    config: ModelConfig,
+    prompts,
+    pictures,
+    shape: tuple[int, int, int] | None = None,
+    multiple: int = 1,
+) -> Prompts:
     """Prompts of one length; rows without a prompt are one end token.
 
     Args:
@@ -136,9 +164,17 @@ def left_pad(config: ModelConfig, prompts, pictures, shape: tuple[int, int, int]
       shape: (B, S, N); as small as it can be by default.
       multiple: S is padded to one of it.
     """
-    rows, length, most = shape or (len(prompts), max(len(ids) for ids, _ in prompts), max(map(len, pictures)))
+    rows, length, most = shape or (
+        len(prompts),
+        max(len(ids) for ids, _ in prompts),
+        max(map(len, pictures)),
+    )
     length = -(-length // multiple) * multiple
-    tokens, segments, index = np.full((rows, length), config.end_token_id, np.int32), np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
+    tokens, segments, index = (
+        np.full((rows, length), config.end_token_id, np.int32),
+        np.zeros((rows, length), np.int32),
+        np.full((rows, length), -1, np.int32),
+    )
     segments[:, -1] = 1
     images = np.zeros((rows, most, config.vision.image_size, config.vision.image_size, 3), np.uint8)
     for row, ((ids, is_picture), shown) in enumerate(zip(prompts, pictures)):

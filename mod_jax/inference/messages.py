@@ -25,7 +25,12 @@ def pictures_shown(messages: Sequence[dict], images: Sequence = ()) -> list:
     """
     places = [picture for message in messages for picture in _places(message["content"])]
     empty, rest = sum(picture is None for picture in places), iter(images)
-    require(empty == len(images), "images", f"{len(images)} pictures", f"{empty}, as many as the conversation shows and does not carry itself")
+    require(
+        empty == len(images),
+        "images",
+        f"{len(images)} pictures",
+        f"{empty}, as many as the conversation shows and does not carry itself",
+    )
     return [next(rest) if picture is None else picture for picture in places]
 
 
@@ -45,12 +50,20 @@ def for_template(messages: Sequence[dict], render: Callable[[list[dict]], str]) 
       messages: the conversation.
       render: messages -> text, by the template.
     """
-    strings, parts = (_shows(render, content) for content in (f"{MARKER}\n{WORD}", [PICTURE, {"type": "text", "text": WORD}]))
+    strings, parts = (
+        _shows(render, content)
+        for content in (f"{MARKER}\n{WORD}", [PICTURE, {"type": "text", "text": WORD}])
+    )
 
     def form(content):
         if isinstance(content, str):
             return _as_parts(content) if parts and not strings else content
-        bare = [PICTURE if part["type"] == "image" else {"type": "text", "text": part["text"].replace(MARKER, "< image>")} for part in content]
+        bare = [
+            PICTURE
+            if part["type"] == "image"
+            else {"type": "text", "text": part["text"].replace(MARKER, "< image>")}
+            for part in content
+        ]
         return bare if parts else "\n".join(part.get("text", MARKER) for part in bare)
 
     return [message | {"content": form(message["content"])} for message in messages]
@@ -66,6 +79,8 @@ def _shows(render, content) -> bool:
 
 
 def _as_parts(content: str) -> list[dict]:
-    first, *others = ({"type": "text", "text": piece.strip("\n")} for piece in content.split(MARKER))
+    first, *others = (
+        {"type": "text", "text": piece.strip("\n")} for piece in content.split(MARKER)
+    )
     parts = [first, *(part for text in others for part in (PICTURE, text))]
     return [part for part in parts if part.get("text", MARKER)]

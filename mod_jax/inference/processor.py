@@ -43,9 +43,17 @@ class Processor:
         Raises:
           ConfigError: if there is no chat template.
         """
-        require(self.chat_template is not None, "chat_template", None, f"Jinja text, e.g. mod_jax.interop.processor.chat_template(one of {tuple(TEMPLATES)})")
+        require(
+            self.chat_template is not None,
+            "chat_template",
+            None,
+            f"Jinja text, e.g. mod_jax.interop.processor.chat_template(one of {tuple(TEMPLATES)})",
+        )
         return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
+            messages,
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
         )
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +62,9 @@ class Processor:
         Returns:
           (ids i32[S], is_picture bool[S]).
         """
-        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)  # some templates write it themselves
+        begun = bool(self.tokenizer.bos_token) and text.startswith(
+            self.tokenizer.bos_token
+        )  # some templates write it themselves
         text = text.replace(MARKER, MARKER * self.config.vision.num_features)
         ids = np.array(self.tokenizer(text, add_special_tokens=not begun).input_ids, np.int32)
         return ids, ids == self.config.image_token_id
@@ -62,9 +72,13 @@ class Processor:
     def pixels(self, pictures: Sequence) -> np.ndarray:
         """Pictures (whatever `images.load_image` takes) as the tower takes them: u8[N,H,W,3]. Raises BadSample for one that cannot be read."""
         size = self.config.vision.image_size
-        return np.array([load_image(picture, self.config.vision, self.fit) for picture in pictures], np.uint8).reshape(-1, size, size, 3)
+        return np.array(
+            [load_image(picture, self.config.vision, self.fit) for picture in pictures], np.uint8
+        ).reshape(-1, size, size, 3)
 
-    def prompts(self, texts: Sequence[str], pictures: Sequence[Sequence], multiple: int = 1) -> Prompts:
+    def prompts(
+        self, texts: Sequence[str], pictures: Sequence[Sequence], multiple: int = 1
+    ) -> Prompts:
         """Texts and the pictures of each as a left-padded batch, its length a multiple of `multiple`.
 
         Raises:
@@ -72,8 +86,15 @@ class Processor:
         """
         for text, shown in zip(texts, pictures, strict=True):
             if text.count(MARKER) != len(shown):
-                raise ValueError(f"text {text!r} marks {text.count(MARKER)} pictures with {MARKER}, expected {len(shown)}, one a picture.")
-        return left_pad(self.config, [self.encode(text) for text in texts], [self.pixels(shown) for shown in pictures], multiple=multiple)
+                raise ValueError(
+                    f"text {text!r} marks {text.count(MARKER)} pictures with {MARKER}, expected {len(shown)}, one a picture."
+                )
+        return left_pad(
+            self.config,
+            [self.encode(text) for text in texts],
+            [self.pixels(shown) for shown in pictures],
+            multiple=multiple,
+        )
 
 
 def read_processor(folder, config: ModelConfig) -> Processor:
@@ -87,4 +108,9 @@ def read_processor(folder, config: ModelConfig) -> Processor:
     """
     tokenizer = load_tokenizer(folder)
     check_picture_id(tokenizer, config, folder)
-    return Processor(tokenizer, read_template(folder), config, fit_of(read_image_processor(folder), config.vision.image_size))
+    return Processor(
+        tokenizer,
+        read_template(folder),
+        config,
+        fit_of(read_image_processor(folder), config.vision.image_size),
+    )

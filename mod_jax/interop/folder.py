@@ -15,11 +15,36 @@ from mod_jax.config import ConfigError, require
 from mod_jax.interop.torch_bin import BadFile, open_bin
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {name: np.dtype(kind) for name, kind in (("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16))}
-SAFETENSORS_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"]}
+DTYPES = {
+    name: np.dtype(kind)
+    for name, kind in (
+        ("float32", np.float32),
+        ("bfloat16", ml_dtypes.bfloat16),
+        ("float16", np.float16),
+    )
+}
+SAFETENSORS_DTYPES = {
+    "F32": DTYPES["float32"],
+    "BF16": DTYPES["bfloat16"],
+    "F16": DTYPES["float16"],
+}
 SHARD_BYTES = 5 * 10**9
-PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-PROCESSOR_FILES += ("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+PROCESSOR_FILES += (
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -38,7 +63,13 @@ def read_config(folder) -> dict:
     """config.json of a folder. Raises ConfigError if there is none, or it is one of an adapter."""
     path = pathlib.Path(folder) / "config.json"
     adapter = path.with_name("adapter_config.json")
-    require(not adapter.is_file(), "folder", str(folder), f"whole weights, not a LoRA ({adapter.name})", "Merge it into the model it was trained on first.")
+    require(
+        not adapter.is_file(),
+        "folder",
+        str(folder),
+        f"whole weights, not a LoRA ({adapter.name})",
+        "Merge it into the model it was trained on first.",
+    )
     require(path.is_file(), "folder", str(folder), "a Hugging Face folder with a config.json")
     return read_json(path)
 
@@ -61,9 +92,18 @@ def open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[st
     return {name: _Lazy(file, name) for name in file.offset_keys()}
 
 
-FORMATS = {".safetensors": open_safetensors, ".bin": open_bin}  # suffix of a file -> how it is opened
-WHOLE = (WEIGHTS, "pytorch_model.bin")  # a model's weights: the file, or shards with the index NAME.index.json; the first that a folder has is read
-ADAPTOR = ("mm_projector.bin", *WHOLE)  # an adaptor's: alone, as the first stage of LLaVA leaves it, or in a whole model
+FORMATS = {
+    ".safetensors": open_safetensors,
+    ".bin": open_bin,
+}  # suffix of a file -> how it is opened
+WHOLE = (
+    WEIGHTS,
+    "pytorch_model.bin",
+)  # a model's weights: the file, or shards with the index NAME.index.json; the first that a folder has is read
+ADAPTOR = (
+    "mm_projector.bin",
+    *WHOLE,
+)  # an adaptor's: alone, as the first stage of LLaVA leaves it, or in a whole model
 
 
 @contextlib.contextmanager
@@ -80,8 +120,18 @@ def open_tensors(path, names: tuple[str, ...] = WHOLE) -> Iterator[dict]:
     """
     path = pathlib.Path(path)
     folder, names = (path.parent, (path.name,)) if path.is_file() else (path, names)
-    found = [name for name in names if pathlib.Path(name).suffix in FORMATS and ((folder / name).is_file() or (folder / f"{name}.index.json").is_file())]
-    require(bool(found), "weights", str(path), f"a file of {tuple(FORMATS)}, or a folder with one of {names} or an index of shards (NAME.index.json)")
+    found = [
+        name
+        for name in names
+        if pathlib.Path(name).suffix in FORMATS
+        and ((folder / name).is_file() or (folder / f"{name}.index.json").is_file())
+    ]
+    require(
+        bool(found),
+        "weights",
+        str(path),
+        f"a file of {tuple(FORMATS)}, or a folder with one of {names} or an index of shards (NAME.index.json)",
+    )
     promised = _read_index(folder / f"{found[0]}.index.json")
     tensors, wrong = {}, []
     with contextlib.ExitStack() as stack:
@@ -94,10 +144,18 @@ def open_tensors(path, names: tuple[str, ...] = WHOLE) -> Iterator[dict]:
             except (OSError, safetensors.SafetensorError, BadFile) as error:
                 wrong.append(f"{shard} cannot be read ({' '.join(str(error).split())})")
                 continue
-            wrong += [f"{shard} lacks {name}" for name, place in promised.items() if place == shard and name not in there]
+            wrong += [
+                f"{shard} lacks {name}"
+                for name, place in promised.items()
+                if place == shard and name not in there
+            ]
             tensors |= there
         if wrong:
-            raise ConfigError(f"the weights in {folder} cannot be used: " + "; ".join(wrong) + ". Fetch what is missing or broken again.")
+            raise ConfigError(
+                f"the weights in {folder} cannot be used: "
+                + "; ".join(wrong)
+                + ". Fetch what is missing or broken again."
+            )
         yield tensors
 
 
@@ -105,12 +163,27 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     """Tensor -> file; empty if there is no index."""
     index = read_json(path)
     promised = index.get("weight_map")
-    known = isinstance(promised, dict) and all(isinstance(shard, str) and pathlib.Path(shard).suffix in FORMATS for shard in promised.values())
-    require(known or not index, f"weight_map of {path}", promised, f"the file of each tensor, one of {tuple(FORMATS)}")
+    known = isinstance(promised, dict) and all(
+        isinstance(shard, str) and pathlib.Path(shard).suffix in FORMATS
+        for shard in promised.values()
+    )
+    require(
+        known or not index,
+        f"weight_map of {path}",
+        promised,
+        f"the file of each tensor, one of {tuple(FORMATS)}",
+    )
     return promised or {}
 
 
-def write(folder, files: dict[str, dict], tensors: Iterable[tuple[str, np.ndarray]], dtype: str, others: Callable[[pathlib.Path], None], shard_bytes: int) -> None:
+def write(
+    folder,
+    files: dict[str, dict],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: str,
+    others: Callable[[pathlib.Path], None],
+    shard_bytes: int,
+) -> None:
     """Writes a folder, whole or not at all: under another name first, then renamed.
 
     Args:
@@ -125,12 +198,20 @@ def write(folder, files: dict[str, dict], tensors: Iterable[tuple[str, np.ndarra
     """
     folder = pathlib.Path(folder)
     require(dtype in DTYPES, "dtype", dtype, f"one of {tuple(DTYPES)}")
-    require(not folder.exists(), "folder", str(folder), "a folder that does not exist yet", "Remove it or choose another.")
+    require(
+        not folder.exists(),
+        "folder",
+        str(folder),
+        "a folder that does not exist yet",
+        "Remove it or choose another.",
+    )
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        _write_shards(unfinished, ((name, _as(dtype, name, array)) for name, array in tensors), shard_bytes)
+        _write_shards(
+            unfinished, ((name, _as(dtype, name, array)) for name, array in tensors), shard_bytes
+        )
         for name, values in files.items():
             (unfinished / name).write_text(json.dumps(values, indent=2) + "\n")
         others(unfinished)
@@ -145,11 +226,19 @@ def _as(dtype: str, name: str, array: np.ndarray) -> np.ndarray:
         converted = np.ascontiguousarray(array, DTYPES[dtype])
     if dtype == "float16":  # its largest number is 65504
         fits = np.isfinite(converted).all() or not np.isfinite(array).all()
-        require(fits, "dtype", dtype, f"one that holds {name}, with numbers up to {np.abs(array).max()}", "Choose bfloat16 or float32.")
+        require(
+            fits,
+            "dtype",
+            dtype,
+            f"one that holds {name}, with numbers up to {np.abs(array).max()}",
+            "Choose bfloat16 or float32.",
+        )
     return converted
 
 
-def _write_shards(folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+def _write_shards(
+    folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> None:
     """One file, or several and an index; one shard at a time is in memory."""
     shards, shard, size, total = [], {}, 0, 0
     for name, array in tensors:
@@ -167,7 +256,9 @@ def _write_shards(folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / _shard_name(number)).rename(folder / final)
         weight_map |= dict.fromkeys(written, final)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    )
 
 
 def _shard_name(number: int) -> str:
@@ -177,5 +268,7 @@ def _shard_name(number: int) -> str:
 def _write_shard(folder: pathlib.Path, number: int, tensors: dict[str, np.ndarray]) -> list[str]:
     path = folder / _shard_name(number)
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors keeps its files to their owner; who serves a model may be another
+    path.chmod(
+        0o644
+    )  # safetensors keeps its files to their owner; who serves a model may be another
     return list(tensors)

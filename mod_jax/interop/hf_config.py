@@ -7,44 +7,134 @@ error names all of it.
 
 from collections.abc import Callable, Mapping
 
-from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, MoEConfig, VisionConfig, from_dict, require
+from mod_jax.config import (
+    ConfigError,
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    VisionConfig,
+    from_dict,
+    require,
+)
 from mod_jax.interop.image_processor import image_processor_to_json
 
-_LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 _LLAMA |= {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-_MISTRAL = _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-_QWEN = _LLAMA | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
-_MOE = {"hidden_size": 2048, "num_hidden_layers": 24, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
-_QWEN2_MOE = _MOE | {"intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4}
-_QWEN2_MOE |= {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "qkv_bias": True}
-_QWEN3_MOE = _MOE | {"intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
+_MISTRAL = _LLAMA | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
+_QWEN = _LLAMA | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+_MOE = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_QWEN2_MOE = _MOE | {
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+}
+_QWEN2_MOE |= {
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "qkv_bias": True,
+}
+_QWEN3_MOE = _MOE | {
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
 _QWEN3_MOE |= {"moe_intermediate_size": 768}
-TEXT_DEFAULTS = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN, "qwen3": _QWEN | {"head_dim": 128}}
+TEXT_DEFAULTS = {
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
 TEXT_DEFAULTS |= {"qwen2_moe": _QWEN | _QWEN2_MOE, "qwen3_moe": _QWEN | _QWEN3_MOE}
 WINDOW = 4096  # sliding_window of all classes, where one slides
 END_TOKENS = {"llama": 2, "mistral": 2}  # of the classes; Qwen's have none
 
-_TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
+_TOWER = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+}
 VISION_DEFAULTS = {
-    "clip_vision_model": _TOWER | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "siglip_vision_model": _TOWER | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "clip_vision_model": _TOWER
+    | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "siglip_vision_model": _TOWER
+    | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
 }
 
 TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-STRATEGIES = {"clip": "default", "siglip": "full"}  # "default" drops the first feature: CLIP's CLS, but a real patch of SigLIP
+STRATEGIES = {
+    "clip": "default",
+    "siglip": "full",
+}  # "default" drops the first feature: CLIP's CLS, but a real patch of SigLIP
 SIGLIP_MEAN_STD = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
-DENSE_FAMILIES = {(True, False): "qwen2", (False, False): "llama", (False, True): "qwen3"}  # (qkv_bias, qk_norm)
+DENSE_FAMILIES = {
+    (True, False): "qwen2",
+    (False, False): "llama",
+    (False, True): "qwen3",
+}  # (qkv_bias, qk_norm)
 SPARSE_FAMILIES = {(True, False): "qwen2_moe", (False, True): "qwen3_moe"}
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 CLASSES |= {"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-CLASSES |= {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel", "llava": "LlavaForConditionalGeneration"}
+CLASSES |= {
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "llava": "LlavaForConditionalGeneration",
+}
 
-TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 TEXT_SIZES += ("max_position_embeddings",)
-MOE_SIZES = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")
+MOE_SIZES = (
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+)
 NULLABLE = ("num_key_value_heads", "head_dim")
-VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+VISION_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
 
 
 def check(*checks: Callable) -> list:
@@ -67,7 +157,11 @@ def require_fixed(values: Mapping, fixed: Mapping, why: str) -> None:
 
 
 def _require_sizes(values: Mapping, keys: tuple[str, ...]) -> None:
-    found = {key: values[key] for key in keys if key in values and not (key in NULLABLE and values[key] is None)}
+    found = {
+        key: values[key]
+        for key in keys
+        if key in values and not (key in NULLABLE and values[key] is None)
+    }
     wrong = {key: size for key, size in found.items() if type(size) is not int or size < 1}
     require(not wrong, "config.json", wrong, "positive whole numbers")
 
@@ -79,9 +173,19 @@ def decoder_from_json(values: Mapping, tie_embeddings: bool = False) -> DecoderC
       ConfigError: for a family or options that the decoder does not have.
     """
     family = values.get("model_type")
-    require(family in TEXT_DEFAULTS, "model_type", family, f"a language model of {sorted(TEXT_DEFAULTS)}")
+    require(
+        family in TEXT_DEFAULTS,
+        "model_type",
+        family,
+        f"a language model of {sorted(TEXT_DEFAULTS)}",
+    )
     c, sparse = TEXT_DEFAULTS[family] | values, family in SPARSE_FAMILIES.values()
-    fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+    fixed = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "quantization_config": None,
+    }
     fixed |= {"norm_topk_prob": True, "shared_expert_intermediate_size": 0} if sparse else {}
     rope_theta, *_ = check(
         lambda: _rope_theta(c),
@@ -111,7 +215,10 @@ def decoder_from_json(values: Mapping, tie_embeddings: bool = False) -> DecoderC
 def _rope_theta(c: Mapping):
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # 5.x | 4.x
     require(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
-    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta", c.get("rope_theta", 10000.0))
+    kind, theta = (
+        rope.get("rope_type", rope.get("type", "default")),
+        rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+    )
     require(kind == "default", "rope_type", kind, "'default', all that the decoder computes")
     return theta
 
@@ -125,7 +232,11 @@ def _max_positions(c: Mapping) -> int:
 
 def _moe_from_json(c: Mapping) -> MoEConfig:
     step, dense = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
-    layers = tuple(number for number in range(c["num_hidden_layers"]) if number not in dense and (number + 1) % step == 0)
+    layers = tuple(
+        number
+        for number in range(c["num_hidden_layers"])
+        if number not in dense and (number + 1) % step == 0
+    )
     experts = c.get("num_local_experts", c["num_experts"])  # qwen3_moe of 5.x | all others
     return MoEConfig(layers=layers, num_experts=experts, experts_per_token=c["num_experts_per_tok"])
 
@@ -134,7 +245,11 @@ def _intermediate_size(c: Mapping, moe: MoEConfig | None) -> int:
     """One for dense layers and experts; where there are no dense layers their size means nothing."""
     if moe is None or len(moe.layers) == c["num_hidden_layers"]:
         return c["intermediate_size" if moe is None else "moe_intermediate_size"]
-    require_fixed(c, {"moe_intermediate_size": c["intermediate_size"]}, "the size of the dense layers, as each expert is a copy of one")
+    require_fixed(
+        c,
+        {"moe_intermediate_size": c["intermediate_size"]},
+        "the size of the dense layers, as each expert is a copy of one",
+    )
     return c["intermediate_size"]
 
 
@@ -144,8 +259,16 @@ def decoder_to_json(config: DecoderConfig, dtype: str, end_token_id: int | None 
     Raises:
       ConfigError: where no family of transformers is an exact match.
     """
-    described, families = (config.qkv_bias, config.qk_norm), SPARSE_FAMILIES if config.moe else DENSE_FAMILIES
-    require(described in families, "decoder.qkv_bias, qk_norm", described, f"one of {list(families)}: no other has a match in transformers")
+    described, families = (
+        (config.qkv_bias, config.qk_norm),
+        SPARSE_FAMILIES if config.moe else DENSE_FAMILIES,
+    )
+    require(
+        described in families,
+        "decoder.qkv_bias, qk_norm",
+        described,
+        f"one of {list(families)}: no other has a match in transformers",
+    )
     family = families[described]
     values = {
         "architectures": [CLASSES[family]],
@@ -167,21 +290,43 @@ def decoder_to_json(config: DecoderConfig, dtype: str, end_token_id: int | None 
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    values |= {} if end_token_id is None else {"eos_token_id": end_token_id, "pad_token_id": end_token_id}
+    values |= (
+        {} if end_token_id is None else {"eos_token_id": end_token_id, "pad_token_id": end_token_id}
+    )
     return values | (_moe_to_json(config) if config.moe else {})
 
 
 def _moe_to_json(config: DecoderConfig) -> dict:
-    moe, remedy = config.moe, "Exported as a dropless one (moe.capacity_factor None) it computes something else where tokens were dropped."
-    require(not moe.residual, "moe.residual", moe.residual, "False: transformers has no shared expert that is mixed in by a softmax of two")
-    require(moe.dropless, "moe.capacity_factor", moe.capacity_factor, "None, or one that drops no token: transformers knows no capacity", remedy)
-    shared = {"shared_expert_intermediate_size": 0, "qkv_bias": True} if config.qkv_bias else {"num_local_experts": moe.num_experts}
+    moe, remedy = (
+        config.moe,
+        "Exported as a dropless one (moe.capacity_factor None) it computes something else where tokens were dropped.",
+    )
+    require(
+        not moe.residual,
+        "moe.residual",
+        moe.residual,
+        "False: transformers has no shared expert that is mixed in by a softmax of two",
+    )
+    require(
+        moe.dropless,
+        "moe.capacity_factor",
+        moe.capacity_factor,
+        "None, or one that drops no token: transformers knows no capacity",
+        remedy,
+    )
+    shared = (
+        {"shared_expert_intermediate_size": 0, "qkv_bias": True}
+        if config.qkv_bias
+        else {"num_local_experts": moe.num_experts}
+    )
     return shared | {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.experts_per_token,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [number for number in range(config.num_layers) if number not in config.sparse_layers],
+        "mlp_only_layers": [
+            number for number in range(config.num_layers) if number not in config.sparse_layers
+        ],
         "moe_intermediate_size": config.intermediate_size,
     }
 
@@ -194,12 +339,25 @@ def vision_from_json(values: Mapping, processor: Mapping, feature_layer: int = -
     check(
         lambda: _require_sizes(c, VISION_SIZES),
         lambda: require_fixed(c, {"quantization_config": None}, "float weights"),
-        lambda: require(c["hidden_act"] in ACTIVATIONS, "vision_config.hidden_act", c["hidden_act"], f"one of {sorted(ACTIVATIONS)}"),
-        lambda: require(isinstance(feature_layer, int), "vision_feature_layer", feature_layer, "one layer's number"),
+        lambda: require(
+            c["hidden_act"] in ACTIVATIONS,
+            "vision_config.hidden_act",
+            c["hidden_act"],
+            f"one of {sorted(ACTIVATIONS)}",
+        ),
+        lambda: require(
+            isinstance(feature_layer, int),
+            "vision_feature_layer",
+            feature_layer,
+            "one layer's number",
+        ),
     )
     pixels = SIGLIP_MEAN_STD if kind == "siglip_vision_model" else {}
     if "image_mean" in processor:
-        pixels = {"pixel_mean": tuple(processor["image_mean"]), "pixel_std": tuple(processor["image_std"])}
+        pixels = {
+            "pixel_mean": tuple(processor["image_mean"]),
+            "pixel_std": tuple(processor["image_std"]),
+        }
     made = dict(
         family=TOWERS[kind],
         image_size=c["image_size"],
@@ -227,9 +385,15 @@ def vision_to_json(config: VisionConfig) -> dict:
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.hidden_act),
+        "hidden_act": next(
+            theirs for theirs, ours in ACTIVATIONS.items() if ours == config.hidden_act
+        ),
         "layer_norm_eps": config.norm_eps,
-    } | ({"projection_dim": config.hidden_size} if config.family == "clip" else {"vision_use_head": False})
+    } | (
+        {"projection_dim": config.hidden_size}
+        if config.family == "clip"
+        else {"vision_use_head": False}
+    )
 
 
 def model_from_json(values: Mapping, processor: Mapping, generation: Mapping) -> ModelConfig:
@@ -237,14 +401,27 @@ def model_from_json(values: Mapping, processor: Mapping, generation: Mapping) ->
     text, tower = values.get("text_config"), values.get("vision_config")
     parts = isinstance(text, Mapping) and isinstance(tower, Mapping)
     require(parts, "text_config, vision_config", (text, tower), "an object each")
-    fixed = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "quantization_config": None}
+    fixed = {
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "quantization_config": None,
+    }
     family = TOWERS.get(tower.get("model_type"), "clip")
     vision, decoder, _ = check(
         lambda: vision_from_json(tower, processor, values.get("vision_feature_layer", -2)),
         lambda: decoder_from_json(text, values.get("tie_word_embeddings", False)),
-        lambda: require_fixed({"vision_feature_select_strategy": "default"} | values, fixed | {"vision_feature_select_strategy": STRATEGIES[family]}, f"all that the model computes (tower: {family})"),
+        lambda: require_fixed(
+            {"vision_feature_select_strategy": "default"} | values,
+            fixed | {"vision_feature_select_strategy": STRATEGIES[family]},
+            f"all that the model computes (tower: {family})",
+        ),
     )
-    said = (text.get("eos_token_id"), values.get("eos_token_id"), generation.get("eos_token_id"), END_TOKENS.get(text["model_type"]))
+    said = (
+        text.get("eos_token_id"),
+        values.get("eos_token_id"),
+        generation.get("eos_token_id"),
+        END_TOKENS.get(text["model_type"]),
+    )
     end = next((end for end in said if end is not None), ModelConfig.end_token_id)
     return ModelConfig(
         vision=vision,
@@ -279,5 +456,9 @@ def to_files(config: ModelConfig | DecoderConfig | VisionConfig, dtype: str) -> 
     if isinstance(config, DecoderConfig):
         return {"config.json": decoder_to_json(config, dtype)}
     vision = config if isinstance(config, VisionConfig) else config.vision
-    whole = vision_to_json(vision) | {"dtype": dtype, "torch_dtype": dtype} if config is vision else model_to_json(config, dtype)
+    whole = (
+        vision_to_json(vision) | {"dtype": dtype, "torch_dtype": dtype}
+        if config is vision
+        else model_to_json(config, dtype)
+    )
     return {"config.json": whole, "preprocessor_config.json": image_processor_to_json(vision)}

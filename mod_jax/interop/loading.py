@@ -22,7 +22,11 @@ def open_pretrained(path, vision_tower=None, tokenizer=None) -> Iterator[Pretrai
     Raises:
       ConfigError: listing what is wrong with its files, or why our model cannot compute what it does.
     """
-    with native.open_native(path) if native.is_native(path) else huggingface.open_folder(path, vision_tower, tokenizer) as pretrained:
+    with (
+        native.open_native(path)
+        if native.is_native(path)
+        else huggingface.open_folder(path, vision_tower, tokenizer) as pretrained
+    ):
         yield pretrained
 
 
@@ -35,9 +39,23 @@ def load(path, vision_tower=None, tokenizer=None) -> tuple[Config, dict[str, np.
 @contextlib.contextmanager
 def open_adaptor(path) -> Iterator[Pretrained]:
     """The adaptor in a file or folder of Hugging Face's or original LLaVA's (`huggingface.open_adaptor`), or of the whole model in a folder of ours."""
-    with native.open_native(path) if native.is_native(path) else huggingface.open_adaptor(path) as pretrained:
-        adaptor = {name: parameter for name, parameter in pretrained.params.items() if name.startswith("adaptor.")}
-        require(bool(adaptor), "adaptor", str(path), "a whole model, or an adaptor alone", "It has none.")
+    with (
+        native.open_native(path)
+        if native.is_native(path)
+        else huggingface.open_adaptor(path) as pretrained
+    ):
+        adaptor = {
+            name: parameter
+            for name, parameter in pretrained.params.items()
+            if name.startswith("adaptor.")
+        }
+        require(
+            bool(adaptor),
+            "adaptor",
+            str(path),
+            "a whole model, or an adaptor alone",
+            "It has none.",
+        )
         yield Pretrained(None, adaptor, pretrained.origin, None)
 
 
@@ -53,12 +71,23 @@ def open_source(source: ModelSource, tokenizer=None) -> Iterator[Pretrained]:
     """
     with contextlib.ExitStack() as files:
         if source.folder:
-            pretrained = files.enter_context(open_pretrained(source.folder, source.vision_tower or None))
+            pretrained = files.enter_context(
+                open_pretrained(source.folder, source.vision_tower or None)
+            )
             kind = PARTS[type(pretrained.config)]
             expected = "a whole model (vision tower, adaptor, language model)"
-            require(isinstance(pretrained.config, ModelConfig), "folder", source.folder, expected, f"It holds a plain {kind}: name it as `{kind}`.")
+            require(
+                isinstance(pretrained.config, ModelConfig),
+                "folder",
+                source.folder,
+                expected,
+                f"It holds a plain {kind}: name it as `{kind}`.",
+            )
             yield dataclasses.replace(pretrained, origin=source.folder)
         else:
-            tower, language_model = (files.enter_context(open_pretrained(path)) for path in (source.vision_tower, source.language_model))
+            tower, language_model = (
+                files.enter_context(open_pretrained(path))
+                for path in (source.vision_tower, source.language_model)
+            )
             adaptor = files.enter_context(open_adaptor(source.adaptor)) if source.adaptor else None
             yield join(tower, language_model, adaptor, source.seed, tokenizer)

@@ -52,7 +52,10 @@ VISION_LAYER = (
     ("mlp.down.b_d", "mlp.fc2.bias", "d"),
 )
 ADAPTOR_LINEAR = (("w_io", "weight", "o i"), ("b_o", "bias", "o"))
-DECODER = (("embedding.w_vd", "model.embed_tokens.weight", "v d"), ("norm.scale_d", "model.norm.weight", "d"))
+DECODER = (
+    ("embedding.w_vd", "model.embed_tokens.weight", "v d"),
+    ("norm.scale_d", "model.norm.weight", "d"),
+)
 HEAD = (("head.w_vd", "lm_head.weight", "v d"),)
 DECODER_LAYER = (
     ("attention_norm.scale_d", "input_layernorm.weight", "d"),
@@ -67,7 +70,10 @@ QKV_BIAS = (
     ("attention.key.b_kh", "self_attn.k_proj.bias", "kh"),
     ("attention.value.b_kh", "self_attn.v_proj.bias", "kh"),
 )
-QK_NORM = (("attention.query_norm.scale_h", "self_attn.q_norm.weight", "h"), ("attention.key_norm.scale_h", "self_attn.k_norm.weight", "h"))
+QK_NORM = (
+    ("attention.query_norm.scale_h", "self_attn.q_norm.weight", "h"),
+    ("attention.key_norm.scale_h", "self_attn.k_norm.weight", "h"),
+)
 DENSE = (
     ("mlp.gate.w_df", "mlp.gate_proj.weight", "f d"),
     ("mlp.up.w_df", "mlp.up_proj.weight", "f d"),
@@ -111,7 +117,9 @@ class Entry:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of our parameter, stacks included."""
-        return tuple(n for n in (len(self.layers), self.experts) if n) + _shape(self.our_dims, self.sizes)
+        return tuple(n for n in (len(self.layers), self.experts) if n) + _shape(
+            self.our_dims, self.sizes
+        )
 
     @property
     def their_shape(self) -> tuple[int, ...]:
@@ -122,7 +130,10 @@ class Entry:
         stacks = {"layer": self.layers, "expert": range(self.experts)}
         stacks = {key: numbers for key, numbers in stacks.items() if numbers}
         for place in itertools.product(*(enumerate(numbers) for numbers in stacks.values())):
-            yield tuple(i for i, _ in place), self.theirs.format(**{key: number for key, (_, number) in zip(stacks, place)})
+            yield (
+                tuple(i for i, _ in place),
+                self.theirs.format(**{key: number for key, (_, number) in zip(stacks, place)}),
+            )
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         return _rearrange(array, self.their_dims, self.our_dims, self.sizes)
@@ -138,15 +149,32 @@ def _shape(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def _rearrange(array: np.ndarray, source: str, target: str, sizes: Mapping[str, int]) -> np.ndarray:
     letters = source.replace(" ", "")
     order = [letters.index(letter) for letter in target.replace(" ", "")]
-    return array.reshape([sizes[letter] for letter in letters]).transpose(order).reshape(_shape(target, sizes))
+    return (
+        array.reshape([sizes[letter] for letter in letters])
+        .transpose(order)
+        .reshape(_shape(target, sizes))
+    )
 
 
 def _entries(table, ours: str, theirs: str, sizes, layers=(), experts=0) -> list[Entry]:
     made = []
     for our_name, their_name, their_dims in table:
         letters = our_name.rpartition("_")[2]
-        our_dims = " ".join("yxc" if letter == "p" else letter for letter in (letters.replace("e", "") if experts else letters))
-        made.append(Entry(ours + our_name, theirs + their_name, our_dims, their_dims, sizes, tuple(layers), experts))
+        our_dims = " ".join(
+            "yxc" if letter == "p" else letter
+            for letter in (letters.replace("e", "") if experts else letters)
+        )
+        made.append(
+            Entry(
+                ours + our_name,
+                theirs + their_name,
+                our_dims,
+                their_dims,
+                sizes,
+                tuple(layers),
+                experts,
+            )
+        )
     return made
 
 
@@ -154,19 +182,39 @@ def vision_entries(config: VisionConfig, prefix: str = "") -> list[Entry]:
     """All parameters of a tower; `prefix` goes before their names."""
     heads, ours, theirs = config.num_heads, "vision_tower.", prefix + "vision_model."
     positions = config.num_features + (config.family == "clip")
-    sizes = {"d": config.hidden_size, "n": heads, "h": config.hidden_size // heads, "f": config.intermediate_size}
+    sizes = {
+        "d": config.hidden_size,
+        "n": heads,
+        "h": config.hidden_size // heads,
+        "f": config.intermediate_size,
+    }
     sizes |= {"y": config.patch_size, "x": config.patch_size, "c": 3, "t": positions}
     return [
         *_entries(VISION + VISION_FAMILY[config.family], ours, theirs, sizes),
-        *_entries(VISION_LAYER, ours + "layers.", theirs + "encoder.layers.{layer}.", sizes, range(config.num_layers)),
+        *_entries(
+            VISION_LAYER,
+            ours + "layers.",
+            theirs + "encoder.layers.{layer}.",
+            sizes,
+            range(config.num_layers),
+        ),
     ]
 
 
 def decoder_entries(config: DecoderConfig, prefix: str = "") -> list[Entry]:
     """All parameters of a language model and its head; `prefix` goes before their names."""
     ours, theirs, layer = "language_model.", prefix, prefix + "model.layers.{layer}."
-    sizes = {"d": config.hidden_size, "n": config.num_heads, "k": config.num_kv_heads, "h": config.head_dim}
-    sizes |= {"f": config.intermediate_size, "v": config.vocab_size, "e": config.moe.num_experts if config.moe else 0}
+    sizes = {
+        "d": config.hidden_size,
+        "n": config.num_heads,
+        "k": config.num_kv_heads,
+        "h": config.head_dim,
+    }
+    sizes |= {
+        "f": config.intermediate_size,
+        "v": config.vocab_size,
+        "e": config.moe.num_experts if config.moe else 0,
+    }
     sparse, every = config.sparse_layers, range(config.num_layers)
     dense = [number for number in every if number not in sparse]
     attention = DECODER_LAYER + QKV_BIAS * config.qkv_bias + QK_NORM * config.qk_norm
@@ -177,19 +225,34 @@ def decoder_entries(config: DecoderConfig, prefix: str = "") -> list[Entry]:
     if sparse:
         entries += _entries(ROUTER, ours + "layers.", layer, sizes, sparse)
         entries += _entries(EXPERTS, ours + "layers.", layer, sizes, sparse, config.moe.num_experts)
-        entries += _entries(RESIDUAL * config.moe.residual, ours + "layers.", layer, sizes | {"2": 2}, sparse)
+        entries += _entries(
+            RESIDUAL * config.moe.residual, ours + "layers.", layer, sizes | {"2": 2}, sparse
+        )
     return entries
 
 
 def adaptor_entries(vision_width: int, width: int) -> list[Entry]:
     """The four parameters between a tower and a language model of these widths."""
-    first = _entries(ADAPTOR_LINEAR, "adaptor.linear_1.", "multi_modal_projector.linear_1.", {"i": vision_width, "o": width})
-    return first + _entries(ADAPTOR_LINEAR, "adaptor.linear_2.", "multi_modal_projector.linear_2.", {"i": width, "o": width})
+    first = _entries(
+        ADAPTOR_LINEAR,
+        "adaptor.linear_1.",
+        "multi_modal_projector.linear_1.",
+        {"i": vision_width, "o": width},
+    )
+    return first + _entries(
+        ADAPTOR_LINEAR,
+        "adaptor.linear_2.",
+        "multi_modal_projector.linear_2.",
+        {"i": width, "o": width},
+    )
 
 
 def llava_entries(config: ModelConfig) -> list[Entry]:
     """All parameters of a multimodal model."""
-    tower, decoder = vision_entries(config.vision, "vision_tower."), decoder_entries(config.decoder, "language_model.")
+    tower, decoder = (
+        vision_entries(config.vision, "vision_tower."),
+        decoder_entries(config.decoder, "language_model."),
+    )
     return tower + adaptor_entries(config.vision.hidden_size, config.decoder.hidden_size) + decoder
 
 
@@ -202,8 +265,14 @@ IGNORED = re.compile(
 EMPTY = re.compile(r"\.mlp\.shared_expert\.")
 ADAPTOR_SPELLINGS = (
     (re.compile(r"^(model\.)?multi_modal_projector\."), "multi_modal_projector."),
-    (re.compile(r"^(model\.)?mm_projector\.(image_spatial_proj\.)?0\."), "multi_modal_projector.linear_1."),
-    (re.compile(r"^(model\.)?mm_projector\.(image_spatial_proj\.)?2\."), "multi_modal_projector.linear_2."),
+    (
+        re.compile(r"^(model\.)?mm_projector\.(image_spatial_proj\.)?0\."),
+        "multi_modal_projector.linear_1.",
+    ),
+    (
+        re.compile(r"^(model\.)?mm_projector\.(image_spatial_proj\.)?2\."),
+        "multi_modal_projector.linear_2.",
+    ),
 )
 # Kind of file -> what of a name is written how in the tables, one after the other.
 SPELLINGS = {
@@ -215,7 +284,12 @@ SPELLINGS = {
     ),
     "original": (  # original LLaVA; the LLaVA-MoD authors' (image_tower, deepspeed)
         *ADAPTOR_SPELLINGS,
-        (re.compile(r"^model\.(vision_tower\.vision_tower|image_tower\.image_tower)\.(vision_model\.)?"), "vision_tower.vision_model."),
+        (
+            re.compile(
+                r"^model\.(vision_tower\.vision_tower|image_tower\.image_tower)\.(vision_model\.)?"
+            ),
+            "vision_tower.vision_model.",
+        ),
         (re.compile(r"^(?=(model|lm_head)\.)"), "language_model."),
         (re.compile(r"\.mlp\.deepspeed_moe\.gate\.wg\."), ".mlp.gate."),
         (re.compile(r"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\."), ".mlp.experts."),
@@ -261,16 +335,28 @@ def canonical(tensors: Mapping, kind: str) -> dict[str, Piece]:
         for pattern, spelling in SPELLINGS[kind]:
             name = pattern.sub(spelling, name)
         fused = FUSED.match(name) if len(tensor.shape) == 3 else None
-        pieces |= _unfused(*fused.groups(), tensor) if fused else {name: Piece(tensor, None, tuple(tensor.shape))}
+        pieces |= (
+            _unfused(*fused.groups(), tensor)
+            if fused
+            else {name: Piece(tensor, None, tuple(tensor.shape))}
+        )
     return pieces
 
 
 def _unfused(prefix: str, projection: str, tensor) -> dict[str, Piece]:
     experts, rows, columns = tensor.shape
     half = rows // 2
-    parts = {"down_proj": slice(0, rows)} if projection == "down_proj" else {"gate_proj": slice(0, half), "up_proj": slice(half, rows)}
+    parts = (
+        {"down_proj": slice(0, rows)}
+        if projection == "down_proj"
+        else {"gate_proj": slice(0, half), "up_proj": slice(half, rows)}
+    )
     shape = {part: (index.stop - index.start, columns) for part, index in parts.items()}
-    return {f"{prefix}{e}.{part}.weight": Piece(tensor, (e, index), shape[part]) for e in range(experts) for part, index in parts.items()}
+    return {
+        f"{prefix}{e}.{part}.weight": Piece(tensor, (e, index), shape[part])
+        for e in range(experts)
+        for part, index in parts.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,10 +379,17 @@ class Stack:
 
     def blocks(self, indices: Iterable[tuple[slice, ...]]) -> list[np.ndarray]:
         """The parts of our array that `indices` name (a slice a dimension); each tensor is read once for all, and one at a time is in memory."""
-        spans = [[range(*span.indices(size)) for span, size in zip(index, self.shape, strict=True)] for index in indices]
+        spans = [
+            [range(*span.indices(size)) for span, size in zip(index, self.shape, strict=True)]
+            for index in indices
+        ]
         made = [np.empty([len(span) for span in part], self.dtype) for part in spans]
         for (place, _), piece in zip(self.entry.places(), self.pieces):
-            wanted = [n for n, part in enumerate(spans) if all(at in span for at, span in zip(place, part))]
+            wanted = [
+                n
+                for n, part in enumerate(spans)
+                if all(at in span for at, span in zip(place, part))
+            ]
             array = self.entry.to_ours(piece.read()) if wanted else None
             for n in wanted:
                 inner = tuple(slice(span.start, span.stop) for span in spans[n][len(place) :])
@@ -308,7 +401,9 @@ class Stack:
         return whole if dtype is None else whole.astype(dtype, copy=False)
 
 
-def to_ours(entries: list[Entry], pieces: Mapping[str, Piece], source="the checkpoint") -> dict[str, Stack]:
+def to_ours(
+    entries: list[Entry], pieces: Mapping[str, Piece], source="the checkpoint"
+) -> dict[str, Stack]:
     """Our parameters from their tensors (from `canonical`); only names, shapes and dtypes are looked at.
 
     Raises:
@@ -318,14 +413,24 @@ def to_ours(entries: list[Entry], pieces: Mapping[str, Piece], source="the check
     wrong = [f"missing {name}" for name in sorted(shapes.keys() - pieces.keys())]
     wrong += [f"unexpected {name}" for name in sorted(pieces.keys() - shapes.keys())]
     both = [name for name in shapes if name in pieces]
-    wrong += [f"{name} has the shape {pieces[name].shape}, expected {shapes[name]}" for name in both if pieces[name].shape != shapes[name]]
-    wrong += [f"{name} has the dtype {pieces[name].tensor.dtype}, expected one of {tuple(DTYPES)}" for name in both if pieces[name].tensor.dtype not in DTYPES.values()]
+    wrong += [
+        f"{name} has the shape {pieces[name].shape}, expected {shapes[name]}"
+        for name in both
+        if pieces[name].shape != shapes[name]
+    ]
+    wrong += [
+        f"{name} has the dtype {pieces[name].tensor.dtype}, expected one of {tuple(DTYPES)}"
+        for name in both
+        if pieces[name].tensor.dtype not in DTYPES.values()
+    ]
     _refuse(wrong, source)
     params = {}
     for entry in entries:
         parts = tuple(pieces[name] for _, name in entry.places())
         dtypes = {part.tensor.dtype for part in parts}
-        params[entry.ours] = Stack(entry, parts, dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
+        params[entry.ours] = Stack(
+            entry, parts, dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        )
     return params
 
 
@@ -339,17 +444,29 @@ def to_theirs(entries: list[Entry], params: Mapping) -> Iterator[tuple[str, np.n
     wrong = [f"missing {name}" for name in sorted(shapes.keys() - params.keys())]
     wrong += [f"unexpected {name}" for name in sorted(params.keys() - shapes.keys())]
     both = sorted(params.keys() & shapes.keys())
-    wrong += [f"{name} has the shape {params[name].shape}, expected {shapes[name]}" for name in both if params[name].shape != shapes[name]]
+    wrong += [
+        f"{name} has the shape {params[name].shape}, expected {shapes[name]}"
+        for name in both
+        if params[name].shape != shapes[name]
+    ]
     _refuse(wrong, "the parameters")
     for entry in entries:
-        yield from _unstacked(entry, np.asarray(params[entry.ours]))  # one stack at a time is in memory
+        yield from _unstacked(
+            entry, np.asarray(params[entry.ours])
+        )  # one stack at a time is in memory
 
 
 def _unstacked(entry: Entry, stacked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     for index, name in entry.places():
-        yield name, np.ascontiguousarray(entry.to_theirs(stacked[index]))  # a view would keep the stack
+        yield (
+            name,
+            np.ascontiguousarray(entry.to_theirs(stacked[index])),
+        )  # a view would keep the stack
 
 
 def _refuse(wrong: list[str], source) -> None:
     if wrong:
-        raise ConfigError(f"{source} does not fit its configuration; {len(wrong)} tensors differ: " + "; ".join(wrong))
+        raise ConfigError(
+            f"{source} does not fit its configuration; {len(wrong)} tensors differ: "
+            + "; ".join(wrong)
+        )

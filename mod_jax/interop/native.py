@@ -57,7 +57,9 @@ class Stored:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            wanted = np.broadcast_to(np.empty((), self.dtype), self.shape)  # says shape and dtype, and takes no memory
+            wanted = np.broadcast_to(
+                np.empty((), self.dtype), self.shape
+            )  # says shape and dtype, and takes no memory
             array = ocp.load(self.folder, {self.name: wanted})[self.name]
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -71,10 +73,19 @@ def open_native(path) -> Iterator[Pretrained]:
     """
     folder = epath.Path(path)
     about = json.loads((folder / ABOUT).read_text())
-    require(about["format"] == FORMAT, f"format of {folder}", about["format"], f"{FORMAT}, the one this version writes", "Import the model again.")
+    require(
+        about["format"] == FORMAT,
+        f"format of {folder}",
+        about["format"],
+        f"{FORMAT}, the one this version writes",
+        "Import the model again.",
+    )
     config = from_dict(KINDS[about["model"]["kind"]], about["model"]["config"], f"{folder / ABOUT}")
     stored = ocp.metadata(folder / PARAMS).metadata
-    params = {name: Stored(folder / PARAMS, name, tuple(x.shape), np.dtype(x.dtype)) for name, x in stored.items()}
+    params = {
+        name: Stored(folder / PARAMS, name, tuple(x.shape), np.dtype(x.dtype))
+        for name, x in stored.items()
+    }
     yield Pretrained(config, params, about["origin"], folder)
 
 
@@ -89,7 +100,13 @@ def save_native(path, pretrained: Pretrained, mesh: Mesh | None = None) -> None:
       ConfigError: if the folder exists, or a size does not divide over the mesh.
     """
     folder = epath.Path(path)
-    require(not folder.exists() or not any(folder.iterdir()), "target", str(path), "a folder that does not exist yet", "Remove it or choose another.")
+    require(
+        not folder.exists() or not any(folder.iterdir()),
+        "target",
+        str(path),
+        "a folder that does not exist yet",
+        "Remove it or choose another.",
+    )
     remote, first = "://" in str(path), jax.process_index() == 0
     work = folder if remote else folder.with_name(folder.name + ".unfinished")
     if first and work.exists():
@@ -99,8 +116,16 @@ def save_native(path, pretrained: Pretrained, mesh: Mesh | None = None) -> None:
         _save_params(work / PARAMS, pretrained, _shardings(pretrained, mesh))
         if first:
             _copy_processor(pretrained.folder, work)
-            model = {"kind": PARTS[type(pretrained.config)], "config": dataclasses.asdict(pretrained.config)}
-            (work / ABOUT).write_text(json.dumps({"format": FORMAT, "model": model, "origin": pretrained.origin}, indent=1) + "\n")
+            model = {
+                "kind": PARTS[type(pretrained.config)],
+                "config": dataclasses.asdict(pretrained.config),
+            }
+            (work / ABOUT).write_text(
+                json.dumps(
+                    {"format": FORMAT, "model": model, "origin": pretrained.origin}, indent=1
+                )
+                + "\n"
+            )
     except BaseException:
         if first and work.exists():
             work.rmtree()
@@ -118,17 +143,23 @@ def _wait(what: str) -> None:
 
 def _shardings(pretrained: Pretrained, mesh: Mesh | None) -> dict:
     if mesh is None or not isinstance(pretrained.config, ModelConfig):
-        return dict.fromkeys(pretrained.params, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        return dict.fromkeys(
+            pretrained.params, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        )
     return parameter_shardings(mesh, pretrained.params, llava.axes(pretrained.config))
 
 
 def _save_params(folder: epath.Path, pretrained: Pretrained, shardings: dict) -> None:
     context = ocp.Context()
-    context.array.saving.use_compression = False  # trained weights hardly shrink, and it takes eight times as long
+    context.array.saving.use_compression = (
+        False  # trained weights hardly shrink, and it takes eight times as long
+    )
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     with context:
         for group in _groups(pretrained.params):
-            arrays = jax.block_until_ready({name: place(parameter, shardings[name]) for name, parameter in group.items()})
+            arrays = jax.block_until_ready(
+                {name: place(parameter, shardings[name]) for name, parameter in group.items()}
+            )
             gc.collect()  # jax lets go of what it has copied when garbage is collected
             ocp.partial.save(folder, arrays)
             del arrays
@@ -157,10 +188,15 @@ def _trim() -> None:
 def place(parameter: Parameter, sharding) -> jax.Array:
     """A parameter on devices, of which each host reads its part alone."""
     shape = tuple(parameter.shape)
-    spans = {device: tuple(span.indices(n)[:2] for span, n in zip(index, shape)) for device, index in sharding.addressable_devices_indices_map(shape).items()}
+    spans = {
+        device: tuple(span.indices(n)[:2] for span, n in zip(index, shape))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
     different = list(dict.fromkeys(spans.values()))  # replicas share a block
     blocks = parameter.blocks([tuple(slice(*span) for span in index) for index in different])
-    arrays = [jax.device_put(blocks[different.index(index)], device) for device, index in spans.items()]
+    arrays = [
+        jax.device_put(blocks[different.index(index)], device) for device, index in spans.items()
+    ]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

@@ -18,7 +18,11 @@ from mod_jax.config import DecoderConfig, ModelConfig, VisionConfig, require
 from mod_jax.models import llava
 
 Config = ModelConfig | DecoderConfig | VisionConfig
-PARTS = {VisionConfig: "vision_tower", DecoderConfig: "language_model", ModelConfig: "llava"}  # what a configuration is of
+PARTS = {
+    VisionConfig: "vision_tower",
+    DecoderConfig: "language_model",
+    ModelConfig: "llava",
+}  # what a configuration is of
 TABLES = ("language_model.embedding.w_vd", "language_model.head.w_vd")
 
 
@@ -88,10 +92,15 @@ class Pretrained:
 
 def read(pretrained: Pretrained) -> dict[str, np.ndarray]:
     """All parameters, f32."""
-    return {name: np.asarray(parameter).astype(np.float32, copy=False) for name, parameter in pretrained.params.items()}
+    return {
+        name: np.asarray(parameter).astype(np.float32, copy=False)
+        for name, parameter in pretrained.params.items()
+    }
 
 
-def join(tower: Pretrained, language_model: Pretrained, adaptor: Pretrained | None, seed: int, tokenizer) -> Pretrained:
+def join(
+    tower: Pretrained, language_model: Pretrained, adaptor: Pretrained | None, seed: int, tokenizer
+) -> Pretrained:
     """A model from a pretrained tower, a pretrained language model and an adaptor, a new one if there is none: what stage 1 starts from.
 
     Args:
@@ -100,20 +109,52 @@ def join(tower: Pretrained, language_model: Pretrained, adaptor: Pretrained | No
     Raises:
       ConfigError: if a part is of another kind, or the adaptor does not fit between the two.
     """
-    for name, part, kind in (("vision_tower", tower, VisionConfig), ("language_model", language_model, DecoderConfig)):
-        require(isinstance(part.config, kind), name, part.origin, f"a plain {PARTS[kind]}", f"It holds a {PARTS[type(part.config)]}.")
+    for name, part, kind in (
+        ("vision_tower", tower, VisionConfig),
+        ("language_model", language_model, DecoderConfig),
+    ):
+        require(
+            isinstance(part.config, kind),
+            name,
+            part.origin,
+            f"a plain {PARTS[kind]}",
+            f"It holds a {PARTS[type(part.config)]}.",
+        )
     config = ModelConfig(vision=tower.config, decoder=language_model.config)
     if adaptor is None:
         key = jax.random.key(seed)
         # under jit only what is returned is made: no second language model in memory
-        new = jax.jit(lambda key: {name: x for name, x in llava.init(config, key).items() if name.startswith("adaptor.")})(key)
-        params, origin = {name: InMemory(np.asarray(x)) for name, x in new.items()}, f"new adaptor, seed {seed}"
+        new = jax.jit(
+            lambda key: {
+                name: x
+                for name, x in llava.init(config, key).items()
+                if name.startswith("adaptor.")
+            }
+        )(key)
+        params, origin = (
+            {name: InMemory(np.asarray(x)) for name, x in new.items()},
+            f"new adaptor, seed {seed}",
+        )
     else:
         params, origin = dict(adaptor.params), adaptor.origin
-        wanted = {name: x.shape for name, x in llava.abstract(config).items() if name.startswith("adaptor.")}
+        wanted = {
+            name: x.shape
+            for name, x in llava.abstract(config).items()
+            if name.startswith("adaptor.")
+        }
         found = {name: x.shape for name, x in params.items()}
-        require(found == wanted, f"shapes of {origin}", found, f"{wanted}, between {tower.origin} and {language_model.origin}")
-    joined = Pretrained(config, {**tower.params, **params, **language_model.params}, f"{tower.origin} + {language_model.origin} + {origin}", language_model.folder)
+        require(
+            found == wanted,
+            f"shapes of {origin}",
+            found,
+            f"{wanted}, between {tower.origin} and {language_model.origin}",
+        )
+    joined = Pretrained(
+        config,
+        {**tower.params, **params, **language_model.params},
+        f"{tower.origin} + {language_model.origin} + {origin}",
+        language_model.folder,
+    )
     return with_vocabulary(joined, tokenizer)
 
 
@@ -130,7 +171,9 @@ def with_vocabulary(pretrained: Pretrained, tokenizer) -> Pretrained:
             if name in params:
                 table = np.asarray(params[name])
                 mean = table.mean(0, dtype=np.float32).astype(table.dtype)
-                params[name] = InMemory(np.concatenate([table, np.broadcast_to(mean, (rows - len(table), len(mean)))]))
+                params[name] = InMemory(
+                    np.concatenate([table, np.broadcast_to(mean, (rows - len(table), len(mean)))])
+                )
     config = dataclasses.replace(
         config,
         decoder=dataclasses.replace(config.decoder, vocab_size=rows),

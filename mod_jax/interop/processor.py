@@ -64,7 +64,10 @@ def chat_template(name: str) -> str:
     """
     require(name in TEMPLATES, "template", name, f"one of {tuple(TEMPLATES)}")
     fields = dataclasses.asdict(TEMPLATES[name])
-    return "".join(f"{{%- set {field} = {json.dumps(value)} -%}}\n" for field, value in fields.items()) + MESSAGES
+    return (
+        "".join(f"{{%- set {field} = {json.dumps(value)} -%}}\n" for field, value in fields.items())
+        + MESSAGES
+    )
 
 
 def template_of(jinja: str | None) -> str | None:
@@ -77,11 +80,18 @@ def read_template(folder) -> str | None:
     own = pathlib.Path(folder) / "chat_template.jinja"
     if own.is_file():
         return own.read_text(encoding="utf-8")
-    found = (read_json(pathlib.Path(folder) / name).get("chat_template") for name in ("chat_template.json", "tokenizer_config.json"))
-    return next((jinja for jinja in found if isinstance(jinja, str)), None)  # the tokenizer's may also be a list of templates for tools and retrieval
+    found = (
+        read_json(pathlib.Path(folder) / name).get("chat_template")
+        for name in ("chat_template.json", "tokenizer_config.json")
+    )
+    return next(
+        (jinja for jinja in found if isinstance(jinja, str)), None
+    )  # the tokenizer's may also be a list of templates for tools and retrieval
 
 
-def write_processor(folder, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, template: str, fit: str = "pad") -> None:
+def write_processor(
+    folder, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, template: str, fit: str = "pad"
+) -> None:
     """Writes what AutoProcessor, AutoTokenizer and GenerationConfig of transformers 4.57 and 5.x read beside a model.
 
     Args:
@@ -97,7 +107,10 @@ def write_processor(folder, config: ModelConfig, tokenizer: PreTrainedTokenizerF
     check_template(template, config, tokenizer)
     folder, vision = pathlib.Path(folder), config.vision
     extra, strategy = FEATURES[vision.family]
-    specials = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    specials = {
+        name: getattr(tokenizer, name)
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
     files = {
         "preprocessor_config.json": image_processor_to_json(vision, fit),
         "processor_config.json": {
@@ -116,7 +129,10 @@ def write_processor(folder, config: ModelConfig, tokenizer: PreTrainedTokenizerF
             "clean_up_tokenization_spaces": False,
             "model_max_length": tokenizer.model_max_length,
             "padding_side": "left",
-            "model_input_names": ["input_ids", "attention_mask"],  # 4.57 adds token_type_ids by default, which the model's generate refuses
+            "model_input_names": [
+                "input_ids",
+                "attention_mask",
+            ],  # 4.57 adds token_type_ids by default, which the model's generate refuses
         },
         "generation_config.json": {
             **({} if tokenizer.bos_token_id is None else {"bos_token_id": tokenizer.bos_token_id}),
@@ -126,15 +142,21 @@ def write_processor(folder, config: ModelConfig, tokenizer: PreTrainedTokenizerF
         },
     }
     for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    backend = tokenizer.backend_tokenizer  # a call may have left its padding and truncation in it, which would be saved
+    backend = (
+        tokenizer.backend_tokenizer
+    )  # a call may have left its padding and truncation in it, which would be saved
     backend.no_padding()
     backend.no_truncation()
     backend.save(str(folder / "tokenizer.json"))
 
 
-def check_template(template: str | None, config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_template(
+    template: str | None, config: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
     name = template_of(template)
     if name is not None:
         chat_format(name, config, tokenizer)  # of another's, what it needs cannot be known
@@ -142,4 +164,10 @@ def check_template(template: str | None, config: ModelConfig, tokenizer: PreTrai
 
 def check_picture_id(tokenizer: PreTrainedTokenizerFast, config: ModelConfig, folder) -> None:
     found, expected = tokenizer.convert_tokens_to_ids(IMAGE), config.image_token_id
-    require(found == expected, f"id of {IMAGE} in the tokenizer of {folder}", found, f"the model's, {expected}", "Use the tokenizer it was trained with.")
+    require(
+        found == expected,
+        f"id of {IMAGE} in the tokenizer of {folder}",
+        found,
+        f"the model's, {expected}",
+        "Use the tokenizer it was trained with.",
+    )

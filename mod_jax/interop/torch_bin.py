@@ -32,7 +32,9 @@ class _Tensor:
         import torch
 
         part = self.tensor[index].detach().contiguous()
-        if self.dtype == ml_dtypes.bfloat16:  # which numpy does not have, so torch does not convert it
+        if (
+            self.dtype == ml_dtypes.bfloat16
+        ):  # which numpy does not have, so torch does not convert it
             return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return part.numpy()
 
@@ -47,7 +49,9 @@ def open_bin(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _Tens
     try:
         import torch
     except ImportError as error:
-        raise ConfigError(f"{path} is read by PyTorch, which is not installed. `pip install mod-jax[bin]`, or use the checkpoint's safetensors.") from error
+        raise ConfigError(
+            f"{path} is read by PyTorch, which is not installed. `pip install mod-jax[bin]`, or use the checkpoint's safetensors."
+        ) from error
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise BadFile("it is cut off, or no zip archive, as torch.save writes since torch 1.6")
@@ -55,11 +59,21 @@ def open_bin(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _Tens
         tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        raise BadFile(f"its pickle asks for {named[1] if named else 'more than tensors'}: refused, and nothing of it was run") from error
+        raise BadFile(
+            f"its pickle asks for {named[1] if named else 'more than tensors'}: refused, and nothing of it was run"
+        ) from error
     except RuntimeError as error:
         raise BadFile(str(error).partition(". ")[0]) from error
-    others = [name for name, x in tensors.items() if not isinstance(x, torch.Tensor)] if isinstance(tensors, dict) else [type(tensors).__name__]
+    others = (
+        [name for name, x in tensors.items() if not isinstance(x, torch.Tensor)]
+        if isinstance(tensors, dict)
+        else [type(tensors).__name__]
+    )
     if others:
         raise BadFile(f"it holds more than tensors: {others}")
-    dtypes = {torch.float32: np.dtype(np.float32), torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+    dtypes = {
+        torch.float32: np.dtype(np.float32),
+        torch.float16: np.dtype(np.float16),
+        torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    }
     return {name: _Tensor(x, dtypes.get(x.dtype, str(x.dtype))) for name, x in tensors.items()}

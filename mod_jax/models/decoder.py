@@ -40,7 +40,14 @@ class Cache:
 class RMSNorm(nnx.Module):
     """RMS norm over the last dimension; statistics and scaling in float32."""
 
-    def __init__(self, stack: tuple[int, ...], size: int, eps: float, leaf: str = "scale_d", axis: str | None = "embed"):
+    def __init__(
+        self,
+        stack: tuple[int, ...],
+        size: int,
+        eps: float,
+        leaf: str = "scale_d",
+        axis: str | None = "embed",
+    ):
         self.eps, self.leaf = eps, leaf
         setattr(self, leaf, constant(stack, (size,), (axis,), 1.0))
 
@@ -55,10 +62,18 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.query = nnx.Dict(w_dnh=weight(rngs, stack, (D, N, H), ("embed", "heads", None), D**-0.5))
-        self.key = nnx.Dict(w_dkh=weight(rngs, stack, (D, K, H), ("embed", "kv_heads", None), D**-0.5))
-        self.value = nnx.Dict(w_dkh=weight(rngs, stack, (D, K, H), ("embed", "kv_heads", None), D**-0.5))
-        self.out = nnx.Dict(w_nhd=weight(rngs, stack, (N, H, D), ("heads", None, "embed"), (N * H) ** -0.5))
+        self.query = nnx.Dict(
+            w_dnh=weight(rngs, stack, (D, N, H), ("embed", "heads", None), D**-0.5)
+        )
+        self.key = nnx.Dict(
+            w_dkh=weight(rngs, stack, (D, K, H), ("embed", "kv_heads", None), D**-0.5)
+        )
+        self.value = nnx.Dict(
+            w_dkh=weight(rngs, stack, (D, K, H), ("embed", "kv_heads", None), D**-0.5)
+        )
+        self.out = nnx.Dict(
+            w_nhd=weight(rngs, stack, (N, H, D), ("heads", None, "embed"), (N * H) ** -0.5)
+        )
         self.bias, self.qk_norm = config.qkv_bias, config.qk_norm
         if self.bias:
             self.query.b_nh = constant(stack, (N, H), ("heads", None), 0.0)
@@ -68,7 +83,9 @@ class Attention(nnx.Module):
             self.query_norm = RMSNorm(stack, H, config.norm_eps, "scale_h", None)
             self.key_norm = RMSNorm(stack, H, config.norm_eps, "scale_h", None)
 
-    def project(self, x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """f[B,S,D], rotary angles -> query f[B,S,N,H], key and value f[B,S,K,H]."""
         query = jnp.einsum("bsd,dnh->bsnh", x, self.query.w_dnh[...].astype(x.dtype))
         key = jnp.einsum("bsd,dkh->bskh", x, self.key.w_dkh[...].astype(x.dtype))
@@ -97,7 +114,9 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns the pairs (i, i + H/2) of x f[B,S,N,H] (transformers' rotate-half convention), in float32."""
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
 
 
 class Layers(nnx.Module):
@@ -118,10 +137,18 @@ class Layers(nnx.Module):
 
         def block(name: str, period: int, stack):
             start, stop = first[name], first[name] + repeats * period
-            return jax.tree.map(lambda w: w[start:stop].reshape(repeats, period, *w.shape[1:]), stack)
+            return jax.tree.map(
+                lambda w: w[start:stop].reshape(repeats, period, *w.shape[1:]), stack
+            )
 
-        common = {"attention_norm": self.attention_norm, "attention": self.attention, "mlp_norm": self.mlp_norm}
-        kinds = {kind: block(kind, pattern.count(kind), getattr(self, kind)) for kind in set(pattern)}
+        common = {
+            "attention_norm": self.attention_norm,
+            "attention": self.attention,
+            "mlp_norm": self.mlp_norm,
+        }
+        kinds = {
+            kind: block(kind, pattern.count(kind), getattr(self, kind)) for kind in set(pattern)
+        }
         return {"layer": block("layer", len(pattern), common), **kinds}
 
 
@@ -156,11 +183,15 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, dtype: str, remat: str, rngs: nnx.Rngs):
         self.config, self.dtype, self.remat = config, dtype, remat
         table = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Dict(w_vd=weight(rngs, (), table, ("vocab", "embed"), config.hidden_size**-0.5))
+        self.embedding = nnx.Dict(
+            w_vd=weight(rngs, (), table, ("vocab", "embed"), config.hidden_size**-0.5)
+        )
         self.layers = Layers(config, rngs)
         self.norm = RMSNorm((), config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
-            self.head = nnx.Dict(w_vd=weight(rngs, (), table, ("vocab", "embed"), config.hidden_size**-0.5))
+            self.head = nnx.Dict(
+                w_vd=weight(rngs, (), table, ("vocab", "embed"), config.hidden_size**-0.5)
+            )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32[B,S] -> f[B,S,D]."""
@@ -173,11 +204,30 @@ class Decoder(nnx.Module):
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache of `capacity` positions a row."""
         config = self.config
-        stack, ids = (config.num_layers, rows, capacity, config.num_kv_heads, config.head_dim), (rows, capacity)
-        keys, values = jnp.zeros(stack, self.dtype), jnp.zeros(stack, self.dtype)  # two buffers, so that a cache can be donated
-        return Cache(keys, values, jnp.zeros(ids, jnp.int32), jnp.zeros(ids, jnp.int32), jnp.zeros((), jnp.int32))
+        stack, ids = (
+            (config.num_layers, rows, capacity, config.num_kv_heads, config.head_dim),
+            (rows, capacity),
+        )
+        keys, values = (
+            jnp.zeros(stack, self.dtype),
+            jnp.zeros(stack, self.dtype),
+        )  # two buffers, so that a cache can be donated
+        return Cache(
+            keys,
+            values,
+            jnp.zeros(ids, jnp.int32),
+            jnp.zeros(ids, jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, branch_ids: jax.Array, cache: Cache | None = None):
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        branch_ids: jax.Array,
+        cache: Cache | None = None,
+    ):
         """Runs the layers.
 
         Args:
@@ -207,19 +257,31 @@ class Decoder(nnx.Module):
         hidden = self.norm(x)
         if cache is None:
             return hidden, aux
-        return hidden, aux, Cache(*state, segments_so_far, branches_so_far, cache.index + x.shape[1])
+        return (
+            hidden,
+            aux,
+            Cache(*state, segments_so_far, branches_so_far, cache.index + x.shape[1]),
+        )
 
     def _run_layers(self, x, state, context):
         """Scans the blocks of every segment; state: (keys, values) of a cache or None."""
-        kinds = tuple("moe" if n in self.config.sparse_layers else "mlp" for n in range(self.config.num_layers))
+        kinds = tuple(
+            "moe" if n in self.config.sparse_layers else "mlp"
+            for n in range(self.config.num_layers)
+        )
         first, found = {"layer": 0, "mlp": 0, "moe": 0}, []
         for pattern, repeats in segments(kinds):
-            numbers = first["layer"] + jnp.arange(repeats * len(pattern)).reshape(repeats, len(pattern))
+            numbers = first["layer"] + jnp.arange(repeats * len(pattern)).reshape(
+                repeats, len(pattern)
+            )
             blocks = self.layers.blocks(first, pattern, repeats)
             body = functools.partial(run_block, pattern, REMAT[self.remat], context)
             (x, state), aux = jax.lax.scan(body, (x, state), (numbers, blocks))
             found += [] if aux is None else [aux]
-            first = {name: n + repeats * (len(pattern) if name == "layer" else pattern.count(name)) for name, n in first.items()}
+            first = {
+                name: n + repeats * (len(pattern) if name == "layer" else pattern.count(name))
+                for name, n in first.items()
+            }
         if not found:
             return x, state, MoEAux(jnp.zeros((0,)), jnp.zeros((0,)), jnp.zeros((0, 0)))
         flat = [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux) for aux in found]
@@ -238,12 +300,22 @@ def run_block(pattern: tuple[str, ...], remat, context: dict, carry, block):
 
 def run_layer(kind: str, place: int, nth: int, x, state, number, params, context):
     """Layer `place` of a block, the `nth` of its kind there. It slices the block itself: what remat keeps is then the block, not copies."""
-    common, ffn = jax.tree.map(lambda w: w[place], params["layer"]), jax.tree.map(lambda w: w[nth], params[kind])
+    common, ffn = (
+        jax.tree.map(lambda w: w[place], params["layer"]),
+        jax.tree.map(lambda w: w[nth], params[kind]),
+    )
     query, key, value = common["attention"].project(common["attention_norm"](x), context["angles"])
     if state is not None:
         at = (number, 0, context["index"], 0, 0)
-        state = tuple(jax.lax.dynamic_update_slice(stack, new[None], at) for stack, new in zip(state, (key, value)))
+        state = tuple(
+            jax.lax.dynamic_update_slice(stack, new[None], at)
+            for stack, new in zip(state, (key, value))
+        )
         key, value = (stack[number] for stack in state)
     x = constrain_rows(x + common["attention"].merge(attention(query, key, value, context["mask"])))
-    y, aux = ffn(common["mlp_norm"](x), context["valid"]) if kind == "moe" else (ffn(common["mlp_norm"](x)), None)
+    y, aux = (
+        ffn(common["mlp_norm"](x), context["valid"])
+        if kind == "moe"
+        else (ffn(common["mlp_norm"](x)), None)
+    )
     return constrain_rows(x + y), state, aux

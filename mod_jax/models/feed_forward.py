@@ -11,10 +11,14 @@ from mod_jax.config import DecoderConfig
 from mod_jax.models.parameters import weight
 
 
-def swiglu(x: jax.Array, gate_w_df: jax.Array, up_w_df: jax.Array, down_w_fd: jax.Array) -> jax.Array:
+def swiglu(
+    x: jax.Array, gate_w_df: jax.Array, up_w_df: jax.Array, down_w_fd: jax.Array
+) -> jax.Array:
     """down(silu(gate(x)) * up(x)), x f[..., D] -> [..., D] in x's dtype (Qwen, Llama: hidden_act silu)."""
     gate_w_df, up_w_df, down_w_fd = (w.astype(x.dtype) for w in (gate_w_df, up_w_df, down_w_fd))
-    hidden = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate_w_df)) * jnp.einsum("...d,df->...f", x, up_w_df)
+    hidden = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate_w_df)) * jnp.einsum(
+        "...d,df->...f", x, up_w_df
+    )
     return jnp.einsum("...f,fd->...d", hidden, down_w_fd)
 
 

@@ -24,9 +24,13 @@ class Adaptor(nnx.Module):
 
     def __init__(self, vision_width: int, width: int, rngs: nnx.Rngs):
         self.linear_1 = nnx.Dict(
-            w_io=weight(rngs, (), (vision_width, width), ("embed", "mlp"), vision_width**-0.5), b_o=constant((), (width,), ("mlp",), 0.0)
+            w_io=weight(rngs, (), (vision_width, width), ("embed", "mlp"), vision_width**-0.5),
+            b_o=constant((), (width,), ("mlp",), 0.0),
         )
-        self.linear_2 = nnx.Dict(w_io=weight(rngs, (), (width, width), ("mlp", "embed"), width**-0.5), b_o=constant((), (width,), ("embed",), 0.0))
+        self.linear_2 = nnx.Dict(
+            w_io=weight(rngs, (), (width, width), ("mlp", "embed"), width**-0.5),
+            b_o=constant((), (width,), ("embed",), 0.0),
+        )
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """f[...,Dv] -> f[...,D]."""
@@ -35,7 +39,9 @@ class Adaptor(nnx.Module):
 
 
 def _linear(x: jax.Array, parameters: nnx.Dict) -> jax.Array:
-    return jnp.einsum("...i,io->...o", x, parameters.w_io[...].astype(x.dtype)) + parameters.b_o[...].astype(x.dtype)
+    return jnp.einsum("...i,io->...o", x, parameters.w_io[...].astype(x.dtype)) + parameters.b_o[
+        ...
+    ].astype(x.dtype)
 
 
 class Llava(nnx.Module):
@@ -67,7 +73,9 @@ class Llava(nnx.Module):
         if features.shape[1] == 0:
             return embedded
         adapted = self.adaptor(features.astype(self.config.dtype))
-        pictures = jnp.take_along_axis(adapted, jnp.maximum(picture_index, 0)[..., None], axis=1, mode="clip")
+        pictures = jnp.take_along_axis(
+            adapted, jnp.maximum(picture_index, 0)[..., None], axis=1, mode="clip"
+        )
         return jnp.where(picture_index[..., None] < 0, embedded, pictures)
 
     def __call__(self, batch: Batch, features: jax.Array | None = None) -> tuple[jax.Array, MoEAux]:
@@ -93,7 +101,10 @@ def _description(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tup
 
 def abstract(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Name -> shape and dtype of every parameter."""
-    return {name: jax.ShapeDtypeStruct(param.shape, param.dtype) for name, (_, param) in _description(config)[1].items()}
+    return {
+        name: jax.ShapeDtypeStruct(param.shape, param.dtype)
+        for name, (_, param) in _description(config)[1].items()
+    }
 
 
 def axes(config: ModelConfig) -> dict[str, tuple]:
@@ -115,9 +126,19 @@ def bind(config: ModelConfig, params: dict[str, jax.Array]) -> Llava:
     """
     graph, description = _description(config)
     if params.keys() != description.keys():
-        missing, unknown = sorted(description.keys() - params.keys()), sorted(params.keys() - description.keys())
-        raise ValueError(f"parameters do not fit the configuration: missing {missing}, unknown {unknown}.")
-    return nnx.merge(graph, nnx.from_flat_state([(path, param.replace(params[name])) for name, (path, param) in description.items()]))
+        missing, unknown = (
+            sorted(description.keys() - params.keys()),
+            sorted(params.keys() - description.keys()),
+        )
+        raise ValueError(
+            f"parameters do not fit the configuration: missing {missing}, unknown {unknown}."
+        )
+    return nnx.merge(
+        graph,
+        nnx.from_flat_state(
+            [(path, param.replace(params[name])) for name, (path, param) in description.items()]
+        ),
+    )
 
 
 def head(config: ModelConfig, params: dict[str, jax.Array]) -> jax.Array:
@@ -129,5 +150,12 @@ def head(config: ModelConfig, params: dict[str, jax.Array]) -> jax.Array:
 def count(moe: MoEConfig | None, params: Mapping) -> dict[str, int]:
     """All numbers in the parameters, and those that take part in one token: of E experts, K."""
     sizes = {name: math.prod(x.shape) for name, x in params.items()}
-    experts, total = sum(size for name, size in sizes.items() if ".moe.experts." in name), sum(sizes.values())
-    return {"total": total, "activated": total - (experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts if moe else 0)}
+    experts, total = (
+        sum(size for name, size in sizes.items() if ".moe.experts." in name),
+        sum(sizes.values()),
+    )
+    return {
+        "total": total,
+        "activated": total
+        - (experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts if moe else 0),
+    }

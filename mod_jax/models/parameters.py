@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def weight(rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple, stddev: float) -> nnx.Param:
+def weight(
+    rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple, stddev: float
+) -> nnx.Param:
     """A normally distributed weight.
 
     Args:
@@ -21,15 +23,23 @@ def weight(rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes:
     Returns:
       f32[*stack, *shape], its axes `("layers",) * len(stack) + axes`.
     """
-    return _parameter(jax.random.normal(rngs.params(), stack + shape, jnp.float32) * stddev, stack, axes)
+    return _parameter(
+        jax.random.normal(rngs.params(), stack + shape, jnp.float32) * stddev, stack, axes
+    )
 
 
-def uniform(rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple, bound: float) -> nnx.Param:
+def uniform(
+    rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple, bound: float
+) -> nnx.Param:
     """A weight uniform in [-bound, bound); otherwise as `weight`."""
-    return _parameter(jax.random.uniform(rngs.params(), stack + shape, jnp.float32, -bound, bound), stack, axes)
+    return _parameter(
+        jax.random.uniform(rngs.params(), stack + shape, jnp.float32, -bound, bound), stack, axes
+    )
 
 
-def constant(stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple, value: float) -> nnx.Param:
+def constant(
+    stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple, value: float
+) -> nnx.Param:
     """A norm's scale or a bias that starts at `value`; otherwise as `weight`."""
     return _parameter(jnp.full(stack + shape, value, jnp.float32), stack, axes)
 
@@ -37,5 +47,7 @@ def constant(stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple, value:
 def _parameter(value: jax.Array, stack: tuple[int, ...], axes: tuple) -> nnx.Param:
     axes = ("layers",) * len(stack) + tuple(axes)
     if len(axes) != value.ndim:
-        raise ValueError(f"axes = {axes}: expected one logical axis for each dimension of {value.shape}.")
+        raise ValueError(
+            f"axes = {axes}: expected one logical axis for each dimension of {value.shape}."
+        )
     return nnx.Param(value, axes=axes)

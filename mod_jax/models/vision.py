@@ -41,11 +41,17 @@ class VisionAttention(nnx.Module):
     """Every position sees every position."""
 
     def __init__(self, config: VisionConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
-        width, heads, size = config.hidden_size, config.num_heads, config.hidden_size // config.num_heads
+        width, heads, size = (
+            config.hidden_size,
+            config.num_heads,
+            config.hidden_size // config.num_heads,
+        )
 
         def projection() -> nnx.Dict:
             return nnx.Dict(
-                w_dnh=weight(rngs, stack, (width, heads, size), ("embed", "heads", None), width**-0.5),
+                w_dnh=weight(
+                    rngs, stack, (width, heads, size), ("embed", "heads", None), width**-0.5
+                ),
                 b_nh=constant(stack, (heads, size), ("heads", None), 0.0),
             )
 
@@ -57,9 +63,13 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         query, key, value = (
-            jnp.einsum("mtd,dnh->mtnh", x, p.w_dnh[...].astype(x.dtype)) + p.b_nh[...].astype(x.dtype) for p in (self.query, self.key, self.value)
+            jnp.einsum("mtd,dnh->mtnh", x, p.w_dnh[...].astype(x.dtype))
+            + p.b_nh[...].astype(x.dtype)
+            for p in (self.query, self.key, self.value)
         )
-        return jnp.einsum("mtnh,nhd->mtd", attention(query, key, value), self.out.w_nhd[...].astype(x.dtype)) + self.out.b_d[...].astype(x.dtype)
+        return jnp.einsum(
+            "mtnh,nhd->mtd", attention(query, key, value), self.out.w_nhd[...].astype(x.dtype)
+        ) + self.out.b_d[...].astype(x.dtype)
 
 
 class VisionMLP(nnx.Module):
@@ -69,7 +79,8 @@ class VisionMLP(nnx.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_act
         self.up = nnx.Dict(
-            w_df=weight(rngs, stack, (width, inner), ("embed", "mlp"), width**-0.5), b_f=constant(stack, (inner,), ("mlp",), 0.0)
+            w_df=weight(rngs, stack, (width, inner), ("embed", "mlp"), width**-0.5),
+            b_f=constant(stack, (inner,), ("mlp",), 0.0),
         )
         self.down = nnx.Dict(
             w_fd=weight(rngs, stack, (inner, width), ("mlp", "embed"), inner**-0.5),
@@ -77,9 +88,13 @@ class VisionMLP(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = jnp.einsum("mtd,df->mtf", x, self.up.w_df[...].astype(x.dtype)) + self.up.b_f[...].astype(x.dtype)
+        inner = jnp.einsum("mtd,df->mtf", x, self.up.w_df[...].astype(x.dtype)) + self.up.b_f[
+            ...
+        ].astype(x.dtype)
         inner = ACTIVATIONS[self.activation](inner)
-        return jnp.einsum("mtf,fd->mtd", inner, self.down.w_fd[...].astype(x.dtype)) + self.down.b_d[...].astype(x.dtype)
+        return jnp.einsum(
+            "mtf,fd->mtd", inner, self.down.w_fd[...].astype(x.dtype)
+        ) + self.down.b_d[...].astype(x.dtype)
 
 
 class VisionLayer(nnx.Module):
@@ -134,23 +149,39 @@ class VisionTower(nnx.Module):
         """
         size = self.config.image_size
         if images.shape[-3:] != (size, size, 3):
-            raise ValueError(f"images of shape {images.shape}: expected [..., {size}, {size}, 3]; resize them to vision.image_size.")
+            raise ValueError(
+                f"images of shape {images.shape}: expected [..., {size}, {size}, 3]; resize them to vision.image_size."
+            )
         x = self._embed(images.reshape(-1, size, size, 3))
         count = self.config.num_layers + 1 + self.config.feature_layer
         layer = REMAT[self.remat](VisionLayer.__call__)
-        x, _ = jax.lax.scan(lambda x, params: (layer(params, x), None), x, jax.tree.map(lambda w: w[:count], self.layers))
+        x, _ = jax.lax.scan(
+            lambda x, params: (layer(params, x), None),
+            x,
+            jax.tree.map(lambda w: w[:count], self.layers),
+        )
         features = x[:, -self.config.num_features :]
         return features.reshape(*images.shape[:-3], *features.shape[1:])
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """u8[M,H,W,3] -> f[M,T,D]."""
         config, dtype = self.config, jnp.dtype(self.dtype)
-        pixels = (images.astype(jnp.float32) / 255 - jnp.asarray(config.pixel_mean)) / jnp.asarray(config.pixel_std)
-        x = jnp.einsum("mtp,pd->mtd", patchify(pixels.astype(dtype), config.patch_size), self.patches.w_pd[...].astype(dtype))
+        pixels = (images.astype(jnp.float32) / 255 - jnp.asarray(config.pixel_mean)) / jnp.asarray(
+            config.pixel_std
+        )
+        x = jnp.einsum(
+            "mtp,pd->mtd",
+            patchify(pixels.astype(dtype), config.patch_size),
+            self.patches.w_pd[...].astype(dtype),
+        )
         if config.family == "siglip":
             return x + self.patches.b_d[...].astype(dtype) + self.positions.w_td[...].astype(dtype)
-        class_d = jnp.broadcast_to(self.class_embedding_d[...].astype(dtype), (len(x), 1, config.hidden_size))
-        return self.pre_norm(jnp.concatenate([class_d, x], axis=1) + self.positions.w_td[...].astype(dtype))
+        class_d = jnp.broadcast_to(
+            self.class_embedding_d[...].astype(dtype), (len(x), 1, config.hidden_size)
+        )
+        return self.pre_norm(
+            jnp.concatenate([class_d, x], axis=1) + self.positions.w_td[...].astype(dtype)
+        )
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:

@@ -41,19 +41,34 @@ def expert_layer(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd) -> jax.A
     if mesh.empty or mesh.size == 1:
         return _route(x, choices, weights, *experts, peers=1)
     peers, ways = mesh.shape["expert"], math.prod(mesh.shape[a] for a in ROWS)
-    require(len(gate_w_edf) % peers == 0, "moe.num_experts", len(gate_w_edf), f"a multiple of mesh.expert {peers}", "Choose a smaller expert axis.")
+    require(
+        len(gate_w_edf) % peers == 0,
+        "moe.num_experts",
+        len(gate_w_edf),
+        f"a multiple of mesh.expert {peers}",
+        "Choose a smaller expert axis.",
+    )
     require(len(x) % ways == 0, "rows", len(x), f"a multiple of data x fsdp x expert = {ways}")
-    rows, in_spec = PartitionSpec(ROWS), PartitionSpec(*map(RULES.get, ("expert", "expert_embed", "mlp")))
+    rows, in_spec = (
+        PartitionSpec(ROWS),
+        PartitionSpec(*map(RULES.get, ("expert", "expert_embed", "mlp"))),
+    )
     out_spec = PartitionSpec(*map(RULES.get, ("expert", "mlp", "expert_embed")))
     body = functools.partial(_device, peers=peers)
-    return jax.shard_map(body, in_specs=(rows, rows, rows, in_spec, in_spec, out_spec), out_specs=rows)(x, choices, weights, *experts)
+    return jax.shard_map(
+        body, in_specs=(rows, rows, rows, in_spec, in_spec, out_spec), out_specs=rows
+    )(x, choices, weights, *experts)
 
 
 def expert_layer_oracle(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd) -> jax.Array:
     """The same by definition: every expert sees every token, and a token keeps the sum of its own."""
-    hidden = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, gate_w_edf)) * jnp.einsum("bsd,edf->bsef", x, up_w_edf)
+    hidden = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, gate_w_edf)) * jnp.einsum(
+        "bsd,edf->bsef", x, up_w_edf
+    )
     outputs = jnp.einsum("bsef,efd->bsed", hidden, down_w_efd)
-    weight_of_expert = jnp.einsum("bsk,bske->bse", weights, jax.nn.one_hot(choices, len(gate_w_edf)))
+    weight_of_expert = jnp.einsum(
+        "bsk,bske->bse", weights, jax.nn.one_hot(choices, len(gate_w_edf))
+    )
     return jnp.einsum("bsed,bse->bsd", outputs, weight_of_expert).astype(x.dtype)
 
 
@@ -69,12 +84,19 @@ def _device(x, choices, weights, *experts, peers):
     gate, up, down = (varying(w, "data") for w in experts)
 
     # equivalent to: the same without checkpoint. It keeps everything but the gathered weights: the backward pass gathers them again.
-    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
+    @functools.partial(
+        jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather"
+    )
     def run(x, weights, gate, up, down):
-        full = (jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True) for w, axis in ((gate, 1), (up, 1), (down, 2)))
+        full = (
+            jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+            for w, axis in ((gate, 1), (up, 1), (down, 2))
+        )
         return _route(x, choices, weights, *full, peers=peers)
 
-    return jax.lax.psum(run(x, weights, gate, up, down), "tensor")  # down's product is over this device's part of F
+    return jax.lax.psum(
+        run(x, weights, gate, up, down), "tensor"
+    )  # down's product is over this device's part of F
 
 
 def _route(x, choices, weights, gate, up, down, *, peers):
@@ -88,18 +110,34 @@ def _route(x, choices, weights, gate, up, down, *, peers):
     if peers == 1:
         rows = _swiglu(rows, gate, up, down, counts_e)
     else:
-        rows = _remote(rows, counts_e, gate, up, down, peers, capacity=peers * (len(expert) // K) * min(K, len(gate)))
+        rows = _remote(
+            rows,
+            counts_e,
+            gate,
+            up,
+            down,
+            peers,
+            capacity=peers * (len(expert) // K) * min(K, len(gate)),
+        )
     outputs = permute(rows, inverse, order).reshape(*shape, K, D)
-    return jnp.einsum("...kd,...k->...d", outputs, weights, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.einsum(
+        "...kd,...k->...d", outputs, weights, preferred_element_type=jnp.float32
+    ).astype(x.dtype)
 
 
 def _remote(rows, counts_e, gate, up, down, peers, capacity):
     """`_swiglu` of rows sorted by expert, on the peers that hold the experts."""
-    counts = jax.lax.all_gather(counts_e, "expert").reshape(peers, peers, -1)  # [sender, receiver, expert of the receiver]
+    counts = jax.lax.all_gather(counts_e, "expert").reshape(
+        peers, peers, -1
+    )  # [sender, receiver, expert of the receiver]
     sizes = counts.sum(2)  # [sender, receiver]
-    mine = counts[:, jax.lax.axis_index("expert")]  # [sender, expert]: what arrives here, in this order
+    mine = counts[
+        :, jax.lax.axis_index("expert")
+    ]  # [sender, expert]: what arrives here, in this order
     passed = jnp.sum(jnp.arange(capacity)[:, None] >= jnp.cumsum(mine.reshape(-1)), axis=1)
-    order = jnp.argsort(jnp.where(passed < mine.size, passed % len(gate), len(gate)))  # by expert, buffer places that stayed empty last
+    order = jnp.argsort(
+        jnp.where(passed < mine.size, passed % len(gate), len(gate))
+    )  # by expert, buffer places that stayed empty last
     inverse = jnp.argsort(order)
     rows_sent = len(rows)
     rows = permute(exchange(rows, sizes, capacity), order, inverse)
@@ -108,7 +146,9 @@ def _remote(rows, counts_e, gate, up, down, peers, capacity):
 
 
 def _swiglu(rows, gate, up, down, group_sizes):
-    hidden = jax.nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
+    hidden = jax.nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(
+        rows, up, group_sizes
+    )
     return grouped_matmul(hidden, down, group_sizes)
 
 
@@ -119,7 +159,9 @@ def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     return x[order]
 
 
-permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
+permute.defvjp(
+    lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None)
+)
 
 
 def exchange(rows: jax.Array, sizes: jax.Array, capacity: int) -> jax.Array:
@@ -138,16 +180,25 @@ def exchange(rows: jax.Array, sizes: jax.Array, capacity: int) -> jax.Array:
     # equivalent to: _native's own gradient; this one also serves the emulation, and keeps nothing but the sizes
     @jax.custom_vjp
     def send(rows, sizes):
-        return jax.lax.platform_dependent(rows, sizes, cpu=emulated, default=emulated if _limited_routing() else native)
+        return jax.lax.platform_dependent(
+            rows, sizes, cpu=emulated, default=emulated if _limited_routing() else native
+        )
 
-    send.defvjp(lambda rows, sizes: (send(rows, sizes), sizes), lambda sizes, dy: (exchange(dy, sizes.T, rows_sent), None))
+    send.defvjp(
+        lambda rows, sizes: (send(rows, sizes), sizes),
+        lambda sizes, dy: (exchange(dy, sizes.T, rows_sent), None),
+    )
     return send(rows, sizes)
 
 
 def _limited_routing() -> bool:
     """TPU v5e above 4x4, where XLA refuses: "Ragged all-to-all is currently not supported in limited ICI routing settings"."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.abstract_device is not None and mesh.abstract_device.device_kind == "TPU v5 lite" and mesh.size > 16
+    return (
+        mesh.abstract_device is not None
+        and mesh.abstract_device.device_kind == "TPU v5 lite"
+        and mesh.size > 16
+    )
 
 
 def _starts(sizes, axis=0):

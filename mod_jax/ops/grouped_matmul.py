@@ -32,7 +32,9 @@ def _forward(x, w_edf, group_sizes):
 
 
 def _backward(saved, dy):
-    return *jax.lax.platform_dependent(*saved, dy, cpu=_blocks_gradients, default=_ragged_gradients), None
+    return *jax.lax.platform_dependent(
+        *saved, dy, cpu=_blocks_gradients, default=_ragged_gradients
+    ), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -42,11 +44,15 @@ def grouped_matmul_oracle(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array
     """The same by definition: every row times every weight, of which its own is kept."""
     group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
     one_hot_ne = jax.nn.one_hot(group, len(w_edf), dtype=x.dtype)
-    return jnp.einsum("nd,edf,ne->nf", x, w_edf, one_hot_ne, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.einsum(
+        "nd,edf,ne->nf", x, w_edf, one_hot_ne, preferred_element_type=jnp.float32
+    ).astype(x.dtype)
 
 
 def _ragged(x, w_edf, group_sizes):
-    y = jax.lax.ragged_dot(x, w_edf, group_sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+    y = jax.lax.ragged_dot(x, w_edf, group_sizes, preferred_element_type=jnp.float32).astype(
+        x.dtype
+    )
     grouped = jnp.arange(len(x)) < group_sizes.sum()
     return jnp.where(grouped[:, None], y, 0)  # a kernel may leave the rows of no group unwritten
 
@@ -66,7 +72,11 @@ def _each_block(body, start, rows, group_sizes):
 
     def step(block, carry):
         group = jnp.sum(block >= last_block_e)
-        begin = last_row_e[group] - group_sizes[group] + (block - last_block_e[group] + blocks_e[group]) * t
+        begin = (
+            last_row_e[group]
+            - group_sizes[group]
+            + (block - last_block_e[group] + blocks_e[group]) * t
+        )
         first_row = jnp.minimum(begin, rows - t)
         row = first_row + jnp.arange(t)
         return body(carry, group, first_row, ((row >= begin) & (row < last_row_e[group]))[:, None])
@@ -78,9 +88,16 @@ def _block_product(equation, x, w, group_sizes, width):
     t = min(BLOCK, len(x))
 
     def body(y, group, first_row, mine):
-        product = jnp.einsum(equation, jax.lax.dynamic_slice_in_dim(x, first_row, t), w[group], preferred_element_type=jnp.float32)
+        product = jnp.einsum(
+            equation,
+            jax.lax.dynamic_slice_in_dim(x, first_row, t),
+            w[group],
+            preferred_element_type=jnp.float32,
+        )
         others = jax.lax.dynamic_slice_in_dim(y, first_row, t)
-        return jax.lax.dynamic_update_slice_in_dim(y, jnp.where(mine, product.astype(x.dtype), others), first_row, 0)
+        return jax.lax.dynamic_update_slice_in_dim(
+            y, jnp.where(mine, product.astype(x.dtype), others), first_row, 0
+        )
 
     return _each_block(body, jnp.zeros_like(x, shape=(len(x), width)), len(x), group_sizes)
 
@@ -93,8 +110,12 @@ def _blocks_gradients(x, w_edf, group_sizes, dy):
     t = min(BLOCK, len(x))
 
     def body(dw_edf, group, first_row, mine):
-        x_td, dy_tf = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, first_row, t), 0) for a in (x, dy))
-        return dw_edf.at[group].add(jnp.einsum("td,tf->df", x_td, dy_tf, preferred_element_type=jnp.float32))
+        x_td, dy_tf = (
+            jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, first_row, t), 0) for a in (x, dy)
+        )
+        return dw_edf.at[group].add(
+            jnp.einsum("td,tf->df", x_td, dy_tf, preferred_element_type=jnp.float32)
+        )
 
     dx = _block_product("tf,df->td", dy, w_edf, group_sizes, x.shape[1])
     dw_edf = _each_block(body, jnp.zeros_like(w_edf, dtype=jnp.float32), len(x), group_sizes)

@@ -21,7 +21,10 @@ from jax.sharding import PartitionSpec
 
 from mod_jax.sharding import ROWS, RULES
 
-VOCAB, EMBED = RULES["vocab"], RULES["embed"]  # mesh axes over which a head's two dimensions are split
+VOCAB, EMBED = (
+    RULES["vocab"],
+    RULES["embed"],
+)  # mesh axes over which a head's two dimensions are split
 CHUNK = 512  # positions a device: enough to pay for reading the head once a chunk; 0.3 GB of logits for 150k words
 
 
@@ -40,7 +43,14 @@ class Side(typing.NamedTuple):
     head: jax.Array
 
 
-def token_log_probs(hidden: jax.Array, head_w_vd: jax.Array, targets: jax.Array, mask: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
+def token_log_probs(
+    hidden: jax.Array,
+    head_w_vd: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    chunk: int = CHUNK,
+) -> jax.Array:
     """Log-probability of each target.
 
     Args:
@@ -52,7 +62,9 @@ def token_log_probs(hidden: jax.Array, head_w_vd: jax.Array, targets: jax.Array,
     Returns:
       f32[B,S], 0 outside the mask. Differentiable in `hidden` and `head_w_vd`.
     """
-    (log_probs,) = _over_positions(Terms(_log_probs, _d_log_probs), Side(hidden, head_w_vd), None, targets, mask, chunk)
+    (log_probs,) = _over_positions(
+        Terms(_log_probs, _d_log_probs), Side(hidden, head_w_vd), None, targets, mask, chunk
+    )
     return log_probs
 
 
@@ -74,13 +86,32 @@ def token_divergence(
       (log_probs f32[B,S], divergence f32[B,S]), 0 outside the mask. Differentiable in the student's side.
     """
     shared = min(student_head.shape[0], teacher_head.shape[0])
-    terms = Terms(functools.partial(_log_probs_and_divergence, shared, cross_entropy), functools.partial(_d_log_probs_and_divergence, shared))
-    return _over_positions(terms, Side(student_hidden, student_head), Side(teacher_hidden, teacher_head), targets, mask, chunk)
+    terms = Terms(
+        functools.partial(_log_probs_and_divergence, shared, cross_entropy),
+        functools.partial(_d_log_probs_and_divergence, shared),
+    )
+    return _over_positions(
+        terms,
+        Side(student_hidden, student_head),
+        Side(teacher_hidden, teacher_head),
+        targets,
+        mask,
+        chunk,
+    )
 
 
-def greedy_tokens(hidden: jax.Array, head_w_vd: jax.Array, mask: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
+def greedy_tokens(
+    hidden: jax.Array, head_w_vd: jax.Array, mask: jax.Array, *, chunk: int = CHUNK
+) -> jax.Array:
     """The most probable next token, i32[B,S], 0 outside the mask; arguments as in token_log_probs."""
-    (tokens,) = _over_positions(Terms(_most_probable), Side(hidden, head_w_vd), None, jnp.zeros(mask.shape, jnp.int32), mask, chunk)
+    (tokens,) = _over_positions(
+        Terms(_most_probable),
+        Side(hidden, head_w_vd),
+        None,
+        jnp.zeros(mask.shape, jnp.int32),
+        mask,
+        chunk,
+    )
     return tokens
 
 
@@ -104,7 +135,9 @@ def _log_probs_and_divergence(shared, cross_entropy, student_cv, teacher_cv, tar
 
 def _d_log_probs_and_divergence(shared, cotangents, student_cv, teacher_cv, targets_c):
     d_log_prob, d_divergence = cotangents
-    gap = jax.nn.softmax(student_cv[:, :shared], axis=-1) - jax.nn.softmax(teacher_cv[:, :shared], axis=-1)
+    gap = jax.nn.softmax(student_cv[:, :shared], axis=-1) - jax.nn.softmax(
+        teacher_cv[:, :shared], axis=-1
+    )
     gap = jnp.pad(gap, ((0, 0), (0, student_cv.shape[1] - shared)))
     return d_divergence[:, None] * gap + _d_log_probs((d_log_prob,), student_cv, None, targets_c)
 
@@ -113,14 +146,18 @@ def _most_probable(logits_cv, _, __):
     return (jnp.argmax(logits_cv, axis=-1).astype(jnp.int32),)
 
 
-def _over_positions(terms, student: Side, teacher: Side | None, targets_bs, mask_bs, chunk: int) -> tuple[jax.Array, ...]:
+def _over_positions(
+    terms, student: Side, teacher: Side | None, targets_bs, mask_bs, chunk: int
+) -> tuple[jax.Array, ...]:
     """The values of `terms` at the mask's positions, each [B,S]; 0 elsewhere."""
 
     def on_device(spread, student, teacher, targets_bs, mask_bs):
         flat = functools.partial(jax.tree.map, lambda x: x.reshape(mask_bs.size, *x.shape[2:]))
         sides = [side and Side(flat(side.hidden), side.head) for side in (student, teacher)]
         mask_n = _share(flat(mask_bs)) if spread else flat(mask_bs)
-        outputs = _chunked(terms, min(chunk, mask_bs.size), spread, *sides, flat(targets_bs), mask_n)
+        outputs = _chunked(
+            terms, min(chunk, mask_bs.size), spread, *sides, flat(targets_bs), mask_n
+        )
         outputs = tuple(x.reshape(mask_bs.shape) for x in outputs)
         return jax.lax.psum(outputs, VOCAB) if spread else outputs
 
@@ -129,7 +166,9 @@ def _over_positions(terms, student: Side, teacher: Side | None, targets_bs, mask
     rows = PartitionSpec(ROWS)
     side = Side(rows, PartitionSpec(VOCAB, EMBED))
     specs = (side, teacher and side, rows, rows)
-    return jax.shard_map(functools.partial(on_device, True), in_specs=specs, out_specs=rows, check_vma=False)(student, teacher, targets_bs, mask_bs)
+    return jax.shard_map(
+        functools.partial(on_device, True), in_specs=specs, out_specs=rows, check_vma=False
+    )(student, teacher, targets_bs, mask_bs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -145,10 +184,19 @@ def _forward(terms, chunk, spread, student, teacher, targets_n, mask_n):
         return terms.values(*_chunk_logits(sides, at), _take(targets_n, at))
 
     def body(i, outputs):
-        return tuple(output.at[places[i]].set(value, mode="drop") for output, value in zip(outputs, values(places[i])))
+        return tuple(
+            output.at[places[i]].set(value, mode="drop")
+            for output, value in zip(outputs, values(places[i]))
+        )
 
     outputs = tuple(jnp.zeros(mask_n.shape, x.dtype) for x in jax.eval_shape(values, places[0]))
-    return jax.lax.fori_loop(0, chunks, body, outputs), (student, teacher, targets_n, places, chunks)
+    return jax.lax.fori_loop(0, chunks, body, outputs), (
+        student,
+        teacher,
+        targets_n,
+        places,
+        chunks,
+    )
 
 
 def _backward(terms, chunk, spread, residuals, cotangents):
@@ -160,13 +208,19 @@ def _backward(terms, chunk, spread, residuals, cotangents):
         d_hidden, d_head = gradients
         at = places[i]
         d_values = tuple(_take(c, at) for c in cotangents)
-        d_logits = terms.d_logits(d_values, *_chunk_logits(sides, at), _take(targets_n, at)).astype(hidden.dtype)
+        d_logits = terms.d_logits(d_values, *_chunk_logits(sides, at), _take(targets_n, at)).astype(
+            hidden.dtype
+        )
         d_rows = jnp.einsum("cv,vd->cd", d_logits, head, preferred_element_type=jnp.float32)
-        d_head += jnp.einsum("cv,cd->vd", d_logits, _take(hidden, at), preferred_element_type=jnp.float32)
+        d_head += jnp.einsum(
+            "cv,cd->vd", d_logits, _take(hidden, at), preferred_element_type=jnp.float32
+        )
         return d_hidden.at[at].set(d_rows.astype(hidden.dtype), mode="drop"), d_head
 
     # A frozen head's gradient is nobody's input: the compiler drops it from the loop.
-    d_hidden, d_head = jax.lax.fori_loop(0, chunks, body, (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)))
+    d_hidden, d_head = jax.lax.fori_loop(
+        0, chunks, body, (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
+    )
     if spread:
         d_head = jax.lax.psum_scatter(d_head, EMBED, scatter_dimension=1, tiled=True)
         d_head = jax.lax.psum_scatter(d_head, VOCAB, scatter_dimension=0, tiled=True)
@@ -203,7 +257,11 @@ def _whole_heads(spread, *sides):
 
 def _chunk_logits(sides, places_c):
     return [
-        side and jnp.einsum("cd,vd->cv", _take(side.hidden, places_c), side.head, preferred_element_type=jnp.float32) for side in sides
+        side
+        and jnp.einsum(
+            "cd,vd->cv", _take(side.hidden, places_c), side.head, preferred_element_type=jnp.float32
+        )
+        for side in sides
     ]
 
 
@@ -214,20 +272,35 @@ def _take(x, places_c):
 def token_log_probs_oracle(hidden, head_w_vd, targets, mask):
     """`token_log_probs` from the full logits, for tests and small sizes."""
     logits = jnp.einsum("bsd,vd->bsv", hidden.astype(jnp.float32), head_w_vd)
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[..., None], axis=-1)[..., 0]
+    log_probs = jnp.take_along_axis(
+        jax.nn.log_softmax(logits, axis=-1), targets[..., None], axis=-1
+    )[..., 0]
     return jnp.where(mask, log_probs, 0)
 
 
-def token_divergence_oracle(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask):
+def token_divergence_oracle(
+    student_hidden, student_head, teacher_hidden, teacher_head, targets, mask
+):
     """`token_divergence` from the full logits, for tests and small sizes."""
     shared = min(student_head.shape[0], teacher_head.shape[0])
     student = jnp.einsum("bsd,vd->bsv", student_hidden.astype(jnp.float32), student_head[:shared])
-    teacher = jax.lax.stop_gradient(jnp.einsum("bsd,vd->bsv", teacher_hidden.astype(jnp.float32), teacher_head[:shared]))
-    log_student, log_teacher = jax.nn.log_softmax(student, axis=-1), jax.nn.log_softmax(teacher, axis=-1)
+    teacher = jax.lax.stop_gradient(
+        jnp.einsum("bsd,vd->bsv", teacher_hidden.astype(jnp.float32), teacher_head[:shared])
+    )
+    log_student, log_teacher = (
+        jax.nn.log_softmax(student, axis=-1),
+        jax.nn.log_softmax(teacher, axis=-1),
+    )
     kl = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
-    return token_log_probs_oracle(student_hidden, student_head, targets, mask), jnp.where(mask, kl, 0)
+    return token_log_probs_oracle(student_hidden, student_head, targets, mask), jnp.where(
+        mask, kl, 0
+    )
 
 
 def greedy_tokens_oracle(hidden, head_w_vd, mask):
     """`greedy_tokens` from the full logits, for tests and small sizes."""
-    return jnp.where(mask, jnp.argmax(jnp.einsum("bsd,vd->bsv", hidden.astype(jnp.float32), head_w_vd), axis=-1), 0)
+    return jnp.where(
+        mask,
+        jnp.argmax(jnp.einsum("bsd,vd->bsv", hidden.astype(jnp.float32), head_w_vd), axis=-1),
+        0,
+    )

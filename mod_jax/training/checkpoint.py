@@ -58,7 +58,11 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         # named, so that a checkpoint's metadata can be read before anything is restored
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": StreamsHandler(), "about": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "data": StreamsHandler(),
+            "about": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -75,12 +79,18 @@ class Checkpoints:
           data: the iterator of batches, at its position (`data.pipeline.Batches`).
           about: JSON: configuration, frozen parts.
         """
-        items = {"state": ocp.args.StandardSave(_tree(state)), "data": SaveStreams(data.get_state()), "about": ocp.args.JsonSave(about)}
+        items = {
+            "state": ocp.args.StandardSave(_tree(state)),
+            "data": SaveStreams(data.get_state()),
+            "about": ocp.args.JsonSave(about),
+        }
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def about(self, step: int) -> dict:
         """What was said of the run at `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
+            "about"
+        ]
 
     def restore(self, step: int, state: TrainState, data) -> TrainState:
         """Reads a state and sets the data iterator back to its position, be it on another number of processes.
@@ -104,9 +114,16 @@ class Checkpoints:
         stored = self._manager.item_metadata(step)["state"]["params"]
         there = {name: tuple(array.shape) for name, array in stored.items()}
         wanted = {name: tuple(array.shape) for name, array in state.params.items()}
-        wrong = [f"{n}: checkpoint {there.get(n)}, configuration {wanted.get(n)}" for n in sorted({*there, *wanted}) if there.get(n) != wanted.get(n)]
+        wrong = [
+            f"{n}: checkpoint {there.get(n)}, configuration {wanted.get(n)}"
+            for n in sorted({*there, *wanted})
+            if there.get(n) != wanted.get(n)
+        ]
         if wrong:
-            raise ConfigError(f"{self.folder}/{step} holds another model; use another --workdir or the configuration it was made with: " + "; ".join(wrong))
+            raise ConfigError(
+                f"{self.folder}/{step} holds another model; use another --workdir or the configuration it was made with: "
+                + "; ".join(wrong)
+            )
 
     def close(self) -> None:
         """Waits for what is being saved."""
@@ -115,4 +132,6 @@ class Checkpoints:
 
 def abstract(state: TrainState, shardings: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a state, as `restore` needs them."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )

@@ -49,7 +49,9 @@ class Stage:
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """Rows of this host's numpy batch -> global arrays split over the mesh."""
     rows = sharding.row_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), batch
+    )
 
 
 def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
@@ -61,7 +63,10 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
       ConfigError: before compilation: a mesh or a checkpoint that does not fit, frozen parts that are not those of the checkpoint.
       TooManyBadSamples, WorkerDied: from the data.
     """
-    steps, optimizer = stage.config.steps, make_optimizer(stage.config.optimizer, stage.config.steps)
+    steps, optimizer = (
+        stage.config.steps,
+        make_optimizer(stage.config.optimizer, stage.config.steps),
+    )
     step_function, state_shardings, frozen_shardings = make_train_step(
         stage.config, stage.student, stage.teacher, optimizer, mesh, stage.trained, stage.frozen
     )
@@ -73,23 +78,43 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
         state = saved.restore(done, checkpoint.abstract(shapes, state_shardings), stage.data)
     else:
         # copied: the step donates its state, and whoever made `trained` may still read it
-        params = jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), stage.trained, state_shardings.params)
-        state = jax.jit(lambda params: new_state(params, optimizer), donate_argnums=0, out_shardings=state_shardings)(params)
+        params = jax.tree.map(
+            lambda x, s: jax.device_put(np.array(x), s), stage.trained, state_shardings.params
+        )
+        state = jax.jit(
+            lambda params: new_state(params, optimizer),
+            donate_argnums=0,
+            out_shardings=state_shardings,
+        )(params)
     if done >= steps:
         saved.close()
         return state.params
     frozen = jax.device_put(stage.frozen, frozen_shardings)
     writer, pending = metrics.Writer(stage.folder, done), []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[seen]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[seen]}"),
+    )
     with Progress(*columns, refresh_per_second=2) as progress:
-        bar, since = progress.add_task(stage.name, total=steps, completed=done, seen=""), time.perf_counter()
+        bar, since = (
+            progress.add_task(stage.name, total=steps, completed=done, seen=""),
+            time.perf_counter(),
+        )
         for step in range(done + 1, steps + 1):
             state, pairs = step_function(state, frozen, to_devices(next(stage.data), mesh))
-            pending.append(pairs)  # read when logged: until then steps are dispatched without waiting for each other
+            pending.append(
+                pairs
+            )  # read when logged: until then steps are dispatched without waiting for each other
             if step % log_every == 0 or step == steps:
                 values, pending = metrics.mean(pending), []
                 now = time.perf_counter()
-                values |= {"steps_per_second": (step - progress.tasks[bar].completed) / (now - since), "skipped": _over_processes(stage.data.skips.total.bad)}
+                values |= {
+                    "steps_per_second": (step - progress.tasks[bar].completed) / (now - since),
+                    "skipped": _over_processes(stage.data.skips.total.bad),
+                }
                 since = now
                 writer.write(step, values)
                 progress.update(bar, completed=step, seen=f"loss {values['loss']:.3f}")
@@ -107,7 +132,16 @@ def _over_processes(count: int) -> int:
 
 def check_same(saved: dict, now: dict, folder: pathlib.Path) -> None:
     """Raises ConfigError, naming each difference, if what a checkpoint says of itself is not what is said `now` under the same keys."""
-    before, after = (flatten_dict({key: about.get(key, {}) for key in now}, sep=".") for about in (saved, now))
-    wrong = [f"{key}: was {before.get(key)!r}, is {after.get(key)!r}" for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    before, after = (
+        flatten_dict({key: about.get(key, {}) for key in now}, sep=".") for about in (saved, now)
+    )
+    wrong = [
+        f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
     if wrong:
-        raise ConfigError(f"{folder} was made with another configuration; use another --workdir or set back: " + "; ".join(wrong))
+        raise ConfigError(
+            f"{folder} was made with another configuration; use another --workdir or set back: "
+            + "; ".join(wrong)
+        )

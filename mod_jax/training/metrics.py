@@ -10,7 +10,13 @@ from tensorboardX import SummaryWriter
 def mean(steps: list[dict]) -> dict[str, float]:
     """Metrics of several steps, name -> (sum, count) each -> sum / count; one without a single count is left out."""
     read = jax.device_get(steps)
-    totals = {name: (sum(float(step[name][0]) for step in read), sum(float(step[name][1]) for step in read)) for name in read[0]}
+    totals = {
+        name: (
+            sum(float(step[name][0]) for step in read),
+            sum(float(step[name][1]) for step in read),
+        )
+        for name in read[0]
+    }
     return {name: total / count for name, (total, count) in totals.items() if count > 0}
 
 
@@ -29,7 +35,9 @@ class Writer:
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(self._path)
-        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1, write_to_disk=True)
+        self._events = SummaryWriter(
+            str(folder / "events"), purge_step=step + 1, write_to_disk=True
+        )
 
     def _read(self):
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []

@@ -53,8 +53,13 @@ def split_trained(names, patterns: tuple[str, ...]) -> tuple[list[str], list[str
     """
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise ConfigError(f"trains = {pattern!r}: expected a pattern that matches a parameter name. The names are: " + ", ".join(sorted(names)))
-    trained = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+            raise ConfigError(
+                f"trains = {pattern!r}: expected a pattern that matches a parameter name. The names are: "
+                + ", ".join(sorted(names))
+            )
+    trained = [
+        name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
     return trained, [name for name in names if name not in set(trained)]
 
 
@@ -62,13 +67,21 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up over the configured share of `steps` (from lr / warm-up steps, so the first step counts), then cosine to 0."""
     warmup = max(1, round(config.warmup_share * steps))
     ramp = optax.linear_schedule(config.lr / warmup, config.lr, max(1, warmup - 1))
-    return optax.join_schedules([ramp, optax.cosine_decay_schedule(config.lr, max(1, steps - warmup))], [warmup])
+    return optax.join_schedules(
+        [ramp, optax.cosine_decay_schedule(config.lr, max(1, steps - warmup))], [warmup]
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm (where configured)."""
-    adamw = optax.adamw(make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    adamw = optax.adamw(
+        make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+    )
+    return (
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        if config.clip_norm
+        else adamw
+    )
 
 
 def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
@@ -76,7 +89,9 @@ def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def state_shardings(optimizer: optax.GradientTransformation, params: dict, shardings: dict, replicated) -> TrainState:
+def state_shardings(
+    optimizer: optax.GradientTransformation, params: dict, shardings: dict, replicated
+) -> TrainState:
     """Shardings of a whole TrainState: moments lie where their parameters lie.
 
     Args:
@@ -86,5 +101,11 @@ def state_shardings(optimizer: optax.GradientTransformation, params: dict, shard
       replicated: sharding of the counters.
     """
     shapes = jax.eval_shape(optimizer.init, params)
-    moments = optax.tree_map_params(optimizer, lambda _, sharding: sharding, shapes, shardings, transform_non_params=lambda _: replicated)
+    moments = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
     return TrainState(replicated, shardings, moments)

@@ -20,7 +20,9 @@ from mod_jax.models import llava
 from mod_jax.training.state import Frozen, TrainState, make_schedule, state_shardings
 
 
-def views(student: ModelConfig, teacher: ModelConfig | None, params: dict, frozen: Frozen, batch: Batch):
+def views(
+    student: ModelConfig, teacher: ModelConfig | None, params: dict, frozen: Frozen, batch: Batch
+):
     """Runs tower (once), student and teacher.
 
     Returns:
@@ -41,10 +43,20 @@ def views(student: ModelConfig, teacher: ModelConfig | None, params: dict, froze
 
 def micro_batches(batch: Batch, count: int) -> Batch:
     """Splits rows into `count` micro-batches [count, rows / count, ...], row i into i % count: no row leaves its device."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
 
-def gradients(objective: ObjectiveConfig, accumulation: int, student: ModelConfig, teacher: ModelConfig | None, params: dict, frozen: Frozen, batch: Batch):
+def gradients(
+    objective: ObjectiveConfig,
+    accumulation: int,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    params: dict,
+    frozen: Frozen,
+    batch: Batch,
+):
     """Gradient of the global batch's loss, and its metrics.
 
     Returns:
@@ -63,7 +75,11 @@ def gradients(objective: ObjectiveConfig, accumulation: int, student: ModelConfi
 
     micros = micro_batches(batch, accumulation)
     pair_means = None
-    if objective.kind == "preference" and objective.preference == "kto_pair" and not objective.compat:
+    if (
+        objective.kind == "preference"
+        and objective.preference == "kto_pair"
+        and not objective.compat
+    ):
         # KTO's KL is a mean over the global batch, needed before the first gradient: one forward pass more.
         def sums(carry, micro):
             seen, reference, _ = views(student, teacher, params, frozen, micro)
@@ -71,7 +87,10 @@ def gradients(objective: ObjectiveConfig, accumulation: int, student: ModelConfi
             return (carry[0] + jnp.sum(chosen * valid), carry[1] + jnp.sum(rejected * valid)), None
 
         (chosen, rejected), _ = jax.lax.scan(sums, (jnp.zeros(()), jnp.zeros(())), micros)
-        pair_means = (chosen / jnp.maximum(totals.pairs, 1), rejected / jnp.maximum(totals.pairs, 1))
+        pair_means = (
+            chosen / jnp.maximum(totals.pairs, 1),
+            rejected / jnp.maximum(totals.pairs, 1),
+        )
 
     def contribution(micro):
         (value, metrics), gradient = differentiate(params, micro, pair_means)
@@ -79,28 +98,52 @@ def gradients(objective: ObjectiveConfig, accumulation: int, student: ModelConfi
 
     shapes = jax.eval_shape(contribution, jax.tree.map(lambda x: x[0], micros))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (gradient, value, metrics), _ = jax.lax.scan(lambda carry, micro: (jax.tree.map(jnp.add, carry, contribution(micro)), None), zeros, micros)
+    (gradient, value, metrics), _ = jax.lax.scan(
+        lambda carry, micro: (jax.tree.map(jnp.add, carry, contribution(micro)), None),
+        zeros,
+        micros,
+    )
     return gradient, {**metrics, "loss": (value, jnp.ones(()))}
 
 
 def train_step(
-    stage: StageConfig, student: ModelConfig, teacher: ModelConfig | None, optimizer: optax.GradientTransformation, state: TrainState, frozen: Frozen, batch: Batch
+    stage: StageConfig,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
 ):
     """One update (pure; see make_train_step for the compiled form).
 
     Returns:
       (state, metrics: name -> (sum f32[], count f32[])).
     """
-    gradient, metrics = gradients(stage.objective, stage.accumulation, student, teacher, state.params, frozen, batch)
+    gradient, metrics = gradients(
+        stage.objective, stage.accumulation, student, teacher, state.params, frozen, batch
+    )
     updates, moments = optimizer.update(gradient, state.optimizer, state.params)
     one = jnp.ones(())
-    metrics |= {"gradient_norm": (optax.tree.norm(gradient), one), "lr": (make_schedule(stage.optimizer, stage.steps)(state.step), one)}
-    metrics["padding"] = (jnp.mean(batch.segment_ids == 0, dtype=jnp.float32), one)  # share of positions
+    metrics |= {
+        "gradient_norm": (optax.tree.norm(gradient), one),
+        "lr": (make_schedule(stage.optimizer, stage.steps)(state.step), one),
+    }
+    metrics["padding"] = (
+        jnp.mean(batch.segment_ids == 0, dtype=jnp.float32),
+        one,
+    )  # share of positions
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
 
 
 def make_train_step(
-    stage: StageConfig, student: ModelConfig, teacher: ModelConfig | None, optimizer: optax.GradientTransformation, mesh: Mesh, trained: dict, frozen: Frozen
+    stage: StageConfig,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    trained: dict,
+    frozen: Frozen,
 ) -> tuple[Callable, TrainState, Frozen]:
     """Compiles (lazily) `train_step` for one stage on one mesh.
 

@@ -37,9 +37,14 @@ def visits(config: DataConfig, lengths: Sequence[int]) -> grain.MapDataset[Visit
       config: seed and weights.
       lengths: records of each source.
     """
-    seeds = np.random.SeedSequence(config.seed).generate_state(len(lengths))  # apart, as Grain adds the epoch to them
+    seeds = np.random.SeedSequence(config.seed).generate_state(
+        len(lengths)
+    )  # apart, as Grain adds the epoch to them
     sources = [
-        grain.MapDataset.range(length).shuffle(seed=int(seed)).repeat().map_with_index(functools.partial(_visit, source, length))
+        grain.MapDataset.range(length)
+        .shuffle(seed=int(seed))
+        .repeat()
+        .map_with_index(functools.partial(_visit, source, length))
         for source, (length, seed) in enumerate(zip(lengths, seeds))
     ]
     return grain.MapDataset.mix(sources, weights=[source.weight for source in config.sources])

@@ -14,7 +14,14 @@ import numpy as np
 from mod_jax.batch import Batch
 from mod_jax.data.samples.sample import Sample
 
-PER_POSITION = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "positions": np.int32, "branch_ids": np.int32, "is_picture": bool}
+PER_POSITION = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "loss_weights": np.float32,
+    "positions": np.int32,
+    "branch_ids": np.int32,
+    "is_picture": bool,
+}
 
 
 class Room(NamedTuple):
@@ -39,7 +46,9 @@ def fullest(sizes: Sequence[tuple[int, int]], room: Room) -> list[int]:
       Their numbers, ascending. Of equally full choices the one that takes earlier samples.
     """
     inside = (1 << room.positions + 1) - 1
-    reached = [{(0, 0): 1}]  # after so many sizes: (samples, pictures) taken -> an int whose bit n says that they can have n positions
+    reached = [
+        {(0, 0): 1}
+    ]  # after so many sizes: (samples, pictures) taken -> an int whose bit n says that they can have n positions
     for positions, pictures in sizes:
         before, after = reached[-1], dict(reached[-1])
         for (samples, shown), totals in before.items():
@@ -57,7 +66,9 @@ def fullest(sizes: Sequence[tuple[int, int]], room: Room) -> list[int]:
     return chosen[::-1]
 
 
-def to_batch(rows: Sequence[Sequence[Sample]], room: Room, image_size: int, padding_id: int) -> Batch:
+def to_batch(
+    rows: Sequence[Sequence[Sample]], room: Room, image_size: int, padding_id: int
+) -> Batch:
     """Lays samples side by side, row by row. A picture token takes the next feature of its row, pictures being in the order of the samples.
 
     Args:
@@ -69,7 +80,9 @@ def to_batch(rows: Sequence[Sequence[Sample]], room: Room, image_size: int, padd
       A Batch of numpy arrays.
     """
     count = len(rows)
-    fields = {name: np.zeros((count, room.positions), dtype) for name, dtype in PER_POSITION.items()}
+    fields = {
+        name: np.zeros((count, room.positions), dtype) for name, dtype in PER_POSITION.items()
+    }
     fields["tokens"][:] = fields["targets"][:] = padding_id
     segment_ids = np.zeros((count, room.positions), np.int32)
     images = np.zeros((count, room.pictures, image_size, image_size, 3), np.uint8)
@@ -86,4 +99,10 @@ def to_batch(rows: Sequence[Sequence[Sample]], room: Room, image_size: int, padd
             at, shown = at + positions, shown + pictures
     is_picture = fields.pop("is_picture")
     picture_index = np.where(is_picture, np.cumsum(is_picture, axis=1) - 1, -1).astype(np.int32)
-    return Batch(**fields, segment_ids=segment_ids, picture_index=picture_index, images=images, samples=numbers)
+    return Batch(
+        **fields,
+        segment_ids=segment_ids,
+        picture_index=picture_index,
+        images=images,
+        samples=numbers,
+    )

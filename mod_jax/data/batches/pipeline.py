@@ -20,7 +20,9 @@ from mod_jax.data.samples.sample import Loader
 from mod_jax.data.samples.tokens import chat_format
 from mod_jax.data.sources.kinds import Source, open_source
 
-MOST_STREAMS = 64  # unless the configuration says how many: each holds `data.look_ahead` samples in memory
+MOST_STREAMS = (
+    64  # unless the configuration says how many: each holds `data.look_ahead` samples in memory
+)
 
 
 def count_streams(config: DataConfig, rows: int, processes: int) -> int:
@@ -30,12 +32,22 @@ def count_streams(config: DataConfig, rows: int, processes: int) -> int:
       ConfigError: if they do not divide over the rows and the processes.
     """
     streams = config.streams or math.gcd(rows, MOST_STREAMS)
-    require(rows % streams == 0, "data.streams", streams, f"a divisor of the {rows} rows of a batch")
-    require(streams % processes == 0, "data.streams", streams, f"a multiple of the {processes} processes, which share them", "It decides the batches: set it before the run.")
+    require(
+        rows % streams == 0, "data.streams", streams, f"a divisor of the {rows} rows of a batch"
+    )
+    require(
+        streams % processes == 0,
+        "data.streams",
+        streams,
+        f"a multiple of the {processes} processes, which share them",
+        "It decides the batches: set it before the run.",
+    )
     return streams
 
 
-def open_sources(config: DataConfig, tokenizer, model: ModelConfig) -> tuple[list[Source], Callable[[], Loader]]:
+def open_sources(
+    config: DataConfig, tokenizer, model: ModelConfig
+) -> tuple[list[Source], Callable[[], Loader]]:
     """The sources of a stage, and what makes a reader of their samples, in this process or another.
 
     Raises:
@@ -43,8 +55,12 @@ def open_sources(config: DataConfig, tokenizer, model: ModelConfig) -> tuple[lis
     """
     chat = chat_format(config.template, model, tokenizer)
     require(config.fit in FITS, "data.fit", config.fit, f"one of {tuple(FITS)}")
-    require(config.images_per_row * chat.features_per_picture <= config.sequence_length, "data.images_per_row", config.images_per_row,
-            f"pictures of {chat.features_per_picture} positions that fit sequence_length {config.sequence_length}")
+    require(
+        config.images_per_row * chat.features_per_picture <= config.sequence_length,
+        "data.images_per_row",
+        config.images_per_row,
+        f"pictures of {chat.features_per_picture} positions that fit sequence_length {config.sequence_length}",
+    )
     sources = [open_source(source) for source in config.sources]
     return sources, functools.partial(Loader, sources, config, tokenizer, chat, model.vision)
 
@@ -64,18 +80,43 @@ class Batches:
       ConfigError: for sources that cannot be opened, and limits that cannot be.
     """
 
-    def __init__(self, config: DataConfig, tokenizer, model: ModelConfig, rows: int, shard: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer,
+        model: ModelConfig,
+        rows: int,
+        shard: tuple[int, int] = (0, 1),
+    ):
         process, processes = shard
         streams = count_streams(config, rows, processes)
         self.sources, loader = open_sources(config, tokenizer, model)
-        order, mine = visits(config, [len(source) for source in self.sources]), range(process * streams // processes, (process + 1) * streams // processes)
+        order, mine = (
+            visits(config, [len(source) for source in self.sources]),
+            range(process * streams // processes, (process + 1) * streams // processes),
+        )
         counts = {number: Counts() for number in mine}
         self.skips = Skips(config.max_bad_share, list(counts.values()))
-        self._workers, self._room = Workers(loader, config.workers), Room(config.sequence_length, config.images_per_row, config.samples_per_row)
+        self._workers, self._room = (
+            Workers(loader, config.workers),
+            Room(config.sequence_length, config.images_per_row, config.samples_per_row),
+        )
         self._streams = {
-            number: Stream(order[number::streams], self._workers.submit, self._room, config.look_ahead, counts[number], self.skips.note) for number in mine
+            number: Stream(
+                order[number::streams],
+                self._workers.submit,
+                self._room,
+                config.look_ahead,
+                counts[number],
+                self.skips.note,
+            )
+            for number in mine
         }
-        self._rows, self._image_size, self._padding_id = rows // streams, model.vision.image_size, model.end_token_id
+        self._rows, self._image_size, self._padding_id = (
+            rows // streams,
+            model.vision.image_size,
+            model.end_token_id,
+        )
 
     def __iter__(self):
         return self

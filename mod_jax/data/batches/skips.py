@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from mod_jax.data.samples.sample import Sample, Skipped
 
 LEAST_SEEN = 50  # records before anything is judged
-ACCIDENT = 1e-9  # a run of bad samples that is less likely, were their share the allowed one, is none
+ACCIDENT = (
+    1e-9  # a run of bad samples that is less likely, were their share the allowed one, is none
+)
 
 log = logging.getLogger(__name__)
 
@@ -74,5 +76,7 @@ class Skips:
         elif total.seen >= LEAST_SEEN and total.bad > self._limit * total.seen:
             what = f"{total.bad} of {total.seen} records are bad"
         if what:
-            raise TooManyBadSamples(f"{what}, more than data.max_bad_share = {self._limit}. Mend the data, or allow a larger share. "
-                                    f"The last: {'; '.join(self._last)}.")
+            raise TooManyBadSamples(
+                f"{what}, more than data.max_bad_share = {self._limit}. Mend the data, or allow a larger share. "
+                f"The last: {'; '.join(self._last)}."
+            )

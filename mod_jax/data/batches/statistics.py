@@ -70,10 +70,18 @@ class _Measurer:
     def _measure(self, outcome) -> Measured | Skipped:
         if isinstance(outcome, Skipped):
             return outcome
-        return Measured(outcome.size, int(np.count_nonzero(outcome.tokens.loss_weights)), outcome.truncated)
+        return Measured(
+            outcome.size, int(np.count_nonzero(outcome.tokens.loss_weights)), outcome.truncated
+        )
 
 
-def survey(config: DataConfig, tokenizer, model: ModelConfig, decode: bool, tell: Callable[[SourceConfig, int, Measured | Skipped], None]) -> list[SourceStatistics]:
+def survey(
+    config: DataConfig,
+    tokenizer,
+    model: ModelConfig,
+    decode: bool,
+    tell: Callable[[SourceConfig, int, Measured | Skipped], None],
+) -> list[SourceStatistics]:
     """Reads all records of all sources once, as training would.
 
     Args:
@@ -88,12 +96,17 @@ def survey(config: DataConfig, tokenizer, model: ModelConfig, decode: bool, tell
     sources, loader = open_sources(config, tokenizer, model)
     workers = Workers(functools.partial(_Measurer, loader), config.workers)
     try:
-        return [_survey(workers, number, len(source), decode, config.sources[number], tell) for number, source in enumerate(sources)]
+        return [
+            _survey(workers, number, len(source), decode, config.sources[number], tell)
+            for number, source in enumerate(sources)
+        ]
     finally:
         workers.close()
 
 
-def _survey(workers: Workers, source: int, records: int, decode: bool, config: SourceConfig, tell) -> SourceStatistics:
+def _survey(
+    workers: Workers, source: int, records: int, decode: bool, config: SourceConfig, tell
+) -> SourceStatistics:
     sizes, answers, truncated, skipped = np.zeros((records, 2), np.int32), 0, 0, []
     for number, outcome in enumerate(_in_order(workers, source, records, decode)):
         tell(config, records, outcome)
@@ -106,11 +119,15 @@ def _survey(workers: Workers, source: int, records: int, decode: bool, config: S
     return SourceStatistics(config, sizes, answers, truncated, tuple(skipped))
 
 
-def _in_order(workers: Workers, source: int, records: int, decode: bool) -> Iterator[Measured | Skipped]:
+def _in_order(
+    workers: Workers, source: int, records: int, decode: bool
+) -> Iterator[Measured | Skipped]:
     chunks, reading = iter(range(0, records, CHUNK)), collections.deque()
     while True:
         while len(reading) < TASKS_AHEAD and (start := next(chunks, None)) is not None:
-            reading.append(workers.submit(source, range(start, min(start + CHUNK, records)), decode))
+            reading.append(
+                workers.submit(source, range(start, min(start + CHUNK, records)), decode)
+            )
         if not reading:
             return
         yield from reading.popleft()()
@@ -139,11 +156,24 @@ def packing(config: DataConfig, statistics: Sequence[SourceStatistics]) -> Packi
         return lambda: Measured(size, 0, False) if size[0] else Skipped(number, "", "")
 
     room = Room(config.sequence_length, config.images_per_row, config.samples_per_row)
-    stream = Stream(visits(config, [len(source.sizes) for source in statistics]), submit, room, config.look_ahead, Counts(), lambda *_: None)
-    for _ in range(config.look_ahead):  # until those who wait are those who always wait: the hard ones
+    stream = Stream(
+        visits(config, [len(source.sizes) for source in statistics]),
+        submit,
+        room,
+        config.look_ahead,
+        Counts(),
+        lambda *_: None,
+    )
+    for _ in range(
+        config.look_ahead
+    ):  # until those who wait are those who always wait: the hard ones
         next(stream)
     filled = samples = rows = 0
     while samples < min(max(used, LEAST_PACKED), MOST_PACKED):
         row = next(stream)
-        filled, samples, rows = filled + sum(sample.size[0] for sample in row), samples + len(row), rows + 1
+        filled, samples, rows = (
+            filled + sum(sample.size[0] for sample in row),
+            samples + len(row),
+            rows + 1,
+        )
     return Packing(1 - filled / (rows * room.positions), samples / rows)

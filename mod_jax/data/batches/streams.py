@@ -25,16 +25,34 @@ class Stream:
       note: (counts, whether it is the record's first visit, what was read) is told of each sample.
     """
 
-    def __init__(self, visits: Sequence[Visit], submit: Callable[[int, int], Callable[[], Sample | Skipped]], room: Room, look_ahead: int,
-                 counts: Counts, note: Callable[[Counts, bool, Sample | Skipped], None]):
-        self._visits, self._submit, self._room, self._look_ahead, self._counts, self._note = visits, submit, room, look_ahead, counts, note
+    def __init__(
+        self,
+        visits: Sequence[Visit],
+        submit: Callable[[int, int], Callable[[], Sample | Skipped]],
+        room: Room,
+        look_ahead: int,
+        counts: Counts,
+        note: Callable[[Counts, bool, Sample | Skipped], None],
+    ):
+        self._visits, self._submit, self._room, self._look_ahead, self._counts, self._note = (
+            visits,
+            submit,
+            room,
+            look_ahead,
+            counts,
+            note,
+        )
         self._go_to(0, [])
 
     def _go_to(self, following: int, waiting: list[int]) -> None:
         self._next = following  # the first visit that is not read yet
-        self._again = collections.deque(waiting)  # visits that waited when the state was saved, and are not read again yet
+        self._again = collections.deque(
+            waiting
+        )  # visits that waited when the state was saved, and are not read again yet
         self._upcoming = itertools.chain(waiting, itertools.count(following))
-        self._reading = collections.deque()  # (visit, whether its record's first, function that waits for the sample)
+        self._reading = (
+            collections.deque()
+        )  # (visit, whether its record's first, function that waits for the sample)
         self._waiting: dict[int, Sample] = {}  # visit -> sample, in the order of the visits
 
     def read_ahead(self) -> None:
@@ -54,8 +72,13 @@ class Stream:
             self.read_ahead()
             self._read()
         oldest, *others = self._waiting
-        chosen = fullest([self._waiting[visit].size for visit in others], self._room.without(self._waiting[oldest].size))
-        row = [self._waiting.pop(visit) for visit in (oldest, *(others[number] for number in chosen))]
+        chosen = fullest(
+            [self._waiting[visit].size for visit in others],
+            self._room.without(self._waiting[oldest].size),
+        )
+        row = [
+            self._waiting.pop(visit) for visit in (oldest, *(others[number] for number in chosen))
+        ]
         self.read_ahead()
         return row
 
@@ -73,7 +96,11 @@ class Stream:
 
     def get_state(self) -> dict:
         """What comes next and what has been counted, in JSON."""
-        return {"next": self._next, "waiting": [*self._waiting, *self._again], **dataclasses.asdict(self._counts)}
+        return {
+            "next": self._next,
+            "waiting": [*self._waiting, *self._again],
+            **dataclasses.asdict(self._counts),
+        }
 
     def set_state(self, state: dict) -> None:
         """Goes back to where get_state was asked; what waited then is read again."""

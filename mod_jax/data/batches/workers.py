@@ -47,7 +47,12 @@ class Workers:
     def __init__(self, make: Callable[[], Callable], processes: int):
         self._processes = processes
         if processes:
-            self._call, self._pool = _call, ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (make,))
+            self._call, self._pool = (
+                _call,
+                ProcessPoolExecutor(
+                    processes, multiprocessing.get_context("spawn"), _begin, (make,)
+                ),
+            )
         else:
             self._call, self._pool = make(), ThreadPoolExecutor(THREADS)
 
@@ -71,8 +76,10 @@ class Workers:
         try:
             yield
         except BrokenProcessPool:
-            raise WorkerDied(f"One of the data.workers = {self._processes} processes has ended: it was killed (out of memory?) or could not begin, "
-                             "and then says why above. The same command continues the run; fewer workers need less memory.") from None
+            raise WorkerDied(
+                f"One of the data.workers = {self._processes} processes has ended: it was killed (out of memory?) or could not begin, "
+                "and then says why above. The same command continues the run; fewer workers need less memory."
+            ) from None
 
     def close(self) -> None:
         """Ends the threads or processes; what is not begun yet is dropped."""

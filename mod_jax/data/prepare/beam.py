@@ -14,7 +14,9 @@ try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 except ImportError:
-    raise ConfigError("--beam: expected Apache Beam to be installed. Do: pip install mod-jax[beam]") from None
+    raise ConfigError(
+        "--beam: expected Apache Beam to be installed. Do: pip install mod-jax[beam]"
+    ) from None
 
 
 class WriteShard(beam.DoFn):
@@ -46,7 +48,13 @@ def write_shards(plan: Plan, options: Sequence[str]) -> None:
     done = finished(plan)
     try:
         with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
-            shards = pipeline | beam.Create([shard for shard in range(plan.shards) if shard not in done]) | beam.Reshuffle()
+            shards = (
+                pipeline
+                | beam.Create([shard for shard in range(plan.shards) if shard not in done])
+                | beam.Reshuffle()
+            )
             shards | beam.ParDo(WriteShard(plan))
     except Exception as error:  # runners have no class of their own for what happened on their workers; some tell it as a traceback in a message
-        raise ConfigError(f"--beam: expected a pipeline that ends well ({(str(error).strip() or repr(error)).splitlines()[-1]}). {AGAIN}") from error
+        raise ConfigError(
+            f"--beam: expected a pipeline that ends well ({(str(error).strip() or repr(error)).splitlines()[-1]}). {AGAIN}"
+        ) from error

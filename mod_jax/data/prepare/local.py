@@ -42,7 +42,9 @@ def _task(shard: int) -> dict:
     return _write(shard)
 
 
-def write_shards(source: Source, plan: Plan, workers: int, max_bad_share: float, tell: Callable[[int], None]) -> None:
+def write_shards(
+    source: Source, plan: Plan, workers: int, max_bad_share: float, tell: Callable[[int], None]
+) -> None:
     """Writes the shards that are not finished. When this ends, in whatever way, its processes have ended.
 
     Args:
@@ -56,12 +58,24 @@ def write_shards(source: Source, plan: Plan, workers: int, max_bad_share: float,
     """
     reports = finished(plan)
     context = multiprocessing.get_context("spawn")
-    progress = context.RawArray(ctypes.c_int64, [len(plan.numbers(shard)) if shard in reports else 0 for shard in range(plan.shards)])
+    progress = context.RawArray(
+        ctypes.c_int64,
+        [len(plan.numbers(shard)) if shard in reports else 0 for shard in range(plan.shards)],
+    )
     leash, hold = context.Pipe(duplex=False)
-    with ProcessPoolExecutor(workers, context, _begin, (source, plan, progress, leash)) as pool, hold:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the workers inherit: ctrl-C is for this process alone
+    with (
+        ProcessPoolExecutor(workers, context, _begin, (source, plan, progress, leash)) as pool,
+        hold,
+    ):
+        mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # which the workers inherit: ctrl-C is for this process alone
         try:
-            pending = {pool.submit(_task, shard): shard for shard in range(plan.shards) if shard not in reports}
+            pending = {
+                pool.submit(_task, shard): shard
+                for shard in range(plan.shards)
+                if shard not in reports
+            }
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while pending:
@@ -69,6 +83,8 @@ def write_shards(source: Source, plan: Plan, workers: int, max_bad_share: float,
                 try:
                     reports[pending.pop(task)] = task.result()
                 except BrokenProcessPool:
-                    raise ConfigError(f"--workers = {workers}: expected processes that live; one was killed (out of memory?). {AGAIN}") from None
+                    raise ConfigError(
+                        f"--workers = {workers}: expected processes that live; one was killed (out of memory?). {AGAIN}"
+                    ) from None
             judge(plan, reports.values(), max_bad_share)
             tell(sum(progress))

@@ -66,11 +66,17 @@ class Plan:
 
     def numbers(self, shard: int) -> np.ndarray:
         """The records of a shard, i64, in the order in which they are written."""
-        order = np.random.RandomState(self.seed).permutation(self.records)  # numpy holds RandomState's numbers fixed, its Generator's not
-        return order[shard * self.records // self.shards : (shard + 1) * self.records // self.shards]
+        order = np.random.RandomState(self.seed).permutation(
+            self.records
+        )  # numpy holds RandomState's numbers fixed, its Generator's not
+        return order[
+            shard * self.records // self.shards : (shard + 1) * self.records // self.shards
+        ]
 
 
-def make_plan(config: SourceConfig, output: str, shards: int = 0, seed: int = 0) -> tuple[Plan, Source]:
+def make_plan(
+    config: SourceConfig, output: str, shards: int = 0, seed: int = 0
+) -> tuple[Plan, Source]:
     """Opens the source.
 
     Args:
@@ -84,10 +90,25 @@ def make_plan(config: SourceConfig, output: str, shards: int = 0, seed: int = 0)
     require(bool(output), "--output", output, "a folder")
     require(0 <= seed < 2**32, "--seed", seed, "a number within 0..2**32 - 1")
     source = open_source(config)
-    inside = not is_remote(output) and pathlib.Path(config.path).resolve() in pathlib.Path(output, "-").resolve().parents
+    inside = (
+        not is_remote(output)
+        and pathlib.Path(config.path).resolve() in pathlib.Path(output, "-").resolve().parents
+    )
     require(not inside, "--output", output, f"a folder outside of the source {config.path!r}")
-    require(0 <= shards <= len(source), "--shards", shards, f"a number within 1..{len(source)}, the records, or 0 to have it chosen")
-    return Plan(config, output, len(source), shards or -(-len(source) // RECORDS_A_SHARD), seed, describe(config)), source
+    require(
+        0 <= shards <= len(source),
+        "--shards",
+        shards,
+        f"a number within 1..{len(source)}, the records, or 0 to have it chosen",
+    )
+    return Plan(
+        config,
+        output,
+        len(source),
+        shards or -(-len(source) // RECORDS_A_SHARD),
+        seed,
+        describe(config),
+    ), source
 
 
 def is_remote(path: str) -> bool:
@@ -104,16 +125,40 @@ def describe(config: SourceConfig) -> dict:
       ConfigError: if the pictures are gone.
     """
     path, images = pathlib.Path(config.path), pathlib.Path(config.images)
-    require(is_remote(config.images) or images.exists(), "--images", config.images, "the folder or archive that was there when the run began")
-    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(pathlib.Path, glob.glob(config.path))
-    stats = [file.stat() for file in [*found, *([images] if images.is_file() else [])] if file.is_file()]
-    return {"kind": config.kind, "path": config.path, "images": config.images, "split": config.split,
-            "files": len(stats), "bytes": sum(stat.st_size for stat in stats), "modified": max((stat.st_mtime_ns for stat in stats), default=0)}
+    require(
+        is_remote(config.images) or images.exists(),
+        "--images",
+        config.images,
+        "the folder or archive that was there when the run began",
+    )
+    found = (
+        [path]
+        if path.is_file()
+        else path.rglob("*")
+        if path.is_dir()
+        else map(pathlib.Path, glob.glob(config.path))
+    )
+    stats = [
+        file.stat() for file in [*found, *([images] if images.is_file() else [])] if file.is_file()
+    ]
+    return {
+        "kind": config.kind,
+        "path": config.path,
+        "images": config.images,
+        "split": config.split,
+        "files": len(stats),
+        "bytes": sum(stat.st_size for stat in stats),
+        "modified": max((stat.st_mtime_ns for stat in stats), default=0),
+    }
 
 
 def differences(found: dict, wanted: dict) -> str:
     """What is not as wanted, as text; empty if nothing is."""
-    return ", ".join(f"{key} {found.get(key)!r} instead of {value!r}" for key, value in wanted.items() if found.get(key) != value)
+    return ", ".join(
+        f"{key} {found.get(key)!r} instead of {value!r}"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    )
 
 
 @contextlib.contextmanager
@@ -122,7 +167,9 @@ def writing(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"--output = {folder!r}: expected a disk that takes the data ({error}). Make room. {AGAIN}") from None
+        raise ConfigError(
+            f"--output = {folder!r}: expected a disk that takes the data ({error}). Make room. {AGAIN}"
+        ) from None
 
 
 def begin(plan: Plan) -> dict | None:
@@ -140,10 +187,23 @@ def begin(plan: Plan) -> dict | None:
         if not names:
             write_json(plan.folder / BEGUN, plan.settings)
             return None
-    require(bool(names & {INDEX, BEGUN}), "--output", plan.output, f"an empty folder, or one that this command began; found {min(names)!r}")
+    require(
+        bool(names & {INDEX, BEGUN}),
+        "--output",
+        plan.output,
+        f"an empty folder, or one that this command began; found {min(names)!r}",
+    )
     index = json.loads((plan.folder / INDEX).read_text()) if INDEX in names else None
-    wrong = differences(index["source"] if index else json.loads((plan.folder / BEGUN).read_text()), plan.settings)
-    require(not wrong, "--output", plan.output, f"a folder begun with the same settings; it has {wrong}", "Take another folder, or remove this one.")
+    wrong = differences(
+        index["source"] if index else json.loads((plan.folder / BEGUN).read_text()), plan.settings
+    )
+    require(
+        not wrong,
+        "--output",
+        plan.output,
+        f"a folder begun with the same settings; it has {wrong}",
+        "Take another folder, or remove this one.",
+    )
     return index
 
 
@@ -155,14 +215,18 @@ def sweep(plan: Plan) -> None:
 
 
 def _files(plan: Plan) -> list[epath.Path]:
-    return list(plan.folder.iterdir()) if plan.folder.exists() else []  # a bucket has no empty folders
+    return (
+        list(plan.folder.iterdir()) if plan.folder.exists() else []
+    )  # a bucket has no empty folders
 
 
 def finished(plan: Plan) -> dict[int, dict]:
     """Shard -> report, of the shards that are whole."""
     reports = {}
     for shard in range(plan.shards):
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # a power cut may leave either file empty
+        with contextlib.suppress(
+            FileNotFoundError, json.JSONDecodeError
+        ):  # a power cut may leave either file empty
             report = json.loads(plan.report(shard).read_text())
             if (plan.folder / plan.file(shard)).stat().length == report["bytes"]:
                 reports[shard] = report
@@ -180,8 +244,14 @@ def group_by_reason(reports: Iterable[dict]) -> dict[str, list[list[str]]]:
 
 def tell_skipped(groups: dict[str, list[list[str]]], first: int = 3) -> list[str]:
     """A line for each reason, the most frequent in front: how many records, and who the first ones are."""
-    some = lambda records: ", ".join(f"{name} ({detail})" if detail else name for name, detail in records[:first]) + ", ..." * (len(records) > first)
-    return [f"{len(records):,} {reason}: {some(records)}" for reason, records in sorted(groups.items(), key=lambda item: -len(item[1]))]
+    some = lambda records: (
+        ", ".join(f"{name} ({detail})" if detail else name for name, detail in records[:first])
+        + ", ..." * (len(records) > first)
+    )
+    return [
+        f"{len(records):,} {reason}: {some(records)}"
+        for reason, records in sorted(groups.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 def judge(plan: Plan, reports: Iterable[dict], max_bad_share: float) -> None:
@@ -193,8 +263,10 @@ def judge(plan: Plan, reports: Iterable[dict], max_bad_share: float) -> None:
     bad = sum(len(report["skipped"]) for report in reports)
     if bad > max_bad_share * plan.records or bad == plan.records:
         told = "; ".join(tell_skipped(group_by_reason(reports)))
-        raise ConfigError(f"--max-bad-share = {max_bad_share}: expected no more bad records, found {bad:,} of {plan.records:,}: {told}. "
-                          "Mend the source and begin in another folder, or allow more and give the command again: it continues.")
+        raise ConfigError(
+            f"--max-bad-share = {max_bad_share}: expected no more bad records, found {bad:,} of {plan.records:,}: {told}. "
+            "Mend the source and begin in another folder, or allow more and give the command again: it continues."
+        )
 
 
 def finish(plan: Plan, max_bad_share: float) -> dict:
@@ -207,11 +279,25 @@ def finish(plan: Plan, max_bad_share: float) -> dict:
     """
     reports = finished(plan)
     missing = [plan.file(shard) for shard in range(plan.shards) if shard not in reports]
-    require(not missing, "--output", plan.output, f"all {plan.shards} shards; missing are {missing[:3]} of {len(missing)}", AGAIN)
+    require(
+        not missing,
+        "--output",
+        plan.output,
+        f"all {plan.shards} shards; missing are {missing[:3]} of {len(missing)}",
+        AGAIN,
+    )
     judge(plan, reports.values(), max_bad_share)
-    shards = [{"file": plan.file(shard), "records": report["records"], "bytes": report["bytes"]} for shard, report in reports.items()]
-    index = {"format": FORMAT, "records": sum(shard["records"] for shard in shards), "shards": shards,
-             "skipped": group_by_reason(reports.values()), "source": plan.settings}
+    shards = [
+        {"file": plan.file(shard), "records": report["records"], "bytes": report["bytes"]}
+        for shard, report in reports.items()
+    ]
+    index = {
+        "format": FORMAT,
+        "records": sum(shard["records"] for shard in shards),
+        "shards": shards,
+        "skipped": group_by_reason(reports.values()),
+        "source": plan.settings,
+    }
     with writing(plan.output):
         write_json(plan.folder / INDEX, index)
     return index

@@ -12,7 +12,15 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from mod_jax.config import ConfigError, require
-from mod_jax.data.prepare.plan import AGAIN, PARTIAL, Plan, describe, differences, is_remote, writing
+from mod_jax.data.prepare.plan import (
+    AGAIN,
+    PARTIAL,
+    Plan,
+    describe,
+    differences,
+    is_remote,
+    writing,
+)
 from mod_jax.data.samples.pixels import decode, picture_faults
 from mod_jax.data.sources.kinds import Source
 from mod_jax.data.sources.prepared import encode_record
@@ -22,7 +30,9 @@ from mod_jax.storage.atomic import write_json
 OPTIONS = "group_size:1,uncompressed"  # each record is a group of its own, for access by number; pictures are compressed already
 
 
-def write_shard(source: Source, plan: Plan, shard: int, progress: Callable[[int], None] = lambda done: None) -> dict:
+def write_shard(
+    source: Source, plan: Plan, shard: int, progress: Callable[[int], None] = lambda done: None
+) -> dict:
     """Writes a shard, then its report. Nothing has its name before it is whole and on the disk.
 
     Records are read in the source's order, which its files are made for (a row group of parquet is decoded once), and wait in a file of their own until they
@@ -42,7 +52,9 @@ def write_shard(source: Source, plan: Plan, shard: int, progress: Callable[[int]
     name = plan.file(shard)
     with (
         writing(plan.output),
-        tempfile.TemporaryDirectory(PARTIAL, f"{name}-", None if is_remote(plan.output) else plan.output) as folder,
+        tempfile.TemporaryDirectory(
+            PARTIAL, f"{name}-", None if is_remote(plan.output) else plan.output
+        ) as folder,
         tempfile.TemporaryFile(dir=folder) as waiting,
     ):
         for done, number in enumerate(np.sort(numbers).tolist(), 1):
@@ -55,9 +67,17 @@ def write_shard(source: Source, plan: Plan, shard: int, progress: Callable[[int]
                 waiting.write(data)
             progress(done)
         written = pathlib.Path(folder, name)
-        _write(written, waiting, [places[number] for number in numbers.tolist() if number in places])
+        _write(
+            written, waiting, [places[number] for number in numbers.tolist() if number in places]
+        )
         wrong = differences(describe(plan.source), plan.described)
-        require(not wrong, "--source", plan.source.path, f"a source that stays as it is; it has {wrong}", "Begin again, in another folder.")
+        require(
+            not wrong,
+            "--source",
+            plan.source.path,
+            f"a source that stays as it is; it has {wrong}",
+            "Begin again, in another folder.",
+        )
         report = {"records": len(places), "bytes": written.stat().st_size, "skipped": skipped}
         _put(written, plan.folder / name)
         write_json(plan.report(shard), report)
@@ -74,7 +94,9 @@ def read_record(source: Source, number: int) -> bytes:
     try:
         record = source[number]
     except OSError as error:
-        raise ConfigError(f"--source: expected record {number} where it was when the source was opened ({error}). Bring it back. {AGAIN}") from None
+        raise ConfigError(
+            f"--source: expected record {number} where it was when the source was opened ({error}). Bring it back. {AGAIN}"
+        ) from None
     pictures = tuple(map(_contents, record.images))
     for picture in pictures:
         decode(picture)

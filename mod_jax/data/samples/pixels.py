@@ -58,9 +58,13 @@ def decode(picture: Picture) -> Image.Image:
     with picture_faults(picture):
         image = _open(picture)
         if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-            raise BadSample(f"picture too large: {image.width} x {image.height} px, more than {MAX_PIXELS} in all or {MAX_SIDE} on a side")
+            raise BadSample(
+                f"picture too large: {image.width} x {image.height} px, more than {MAX_PIXELS} in all or {MAX_SIDE} on a side"
+            )
         image.load()
-        with contextlib.suppress(Exception):  # a broken block of metadata does not spoil the picture
+        with contextlib.suppress(
+            Exception
+        ):  # a broken block of metadata does not spoil the picture
             ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
 
@@ -87,13 +91,19 @@ def _open(picture) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
-        raise BadSample(f"unreadable picture: {len(encoded)} bytes, none of {', '.join(FORMATS)}; they begin with {encoded[:16]!r}") from None
+        raise BadSample(
+            f"unreadable picture: {len(encoded)} bytes, none of {', '.join(FORMATS)}; they begin with {encoded[:16]!r}"
+        ) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("F", "I"):
-        raise BadSample("unreadable picture: pixels of 32 bits, of which nothing says what is white")
-    if image.mode.startswith("I;16"):  # Pillow's convert would make all but the darkest 256 of the grays white
+        raise BadSample(
+            "unreadable picture: pixels of 32 bits, of which nothing says what is white"
+        )
+    if image.mode.startswith(
+        "I;16"
+    ):  # Pillow's convert would make all but the darkest 256 of the grays white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -107,11 +117,19 @@ def pad(image: Image.Image, vision: VisionConfig) -> Image.Image:
     Pillow resizes rows, then columns. So does this, with only the picture's own rows and strip by strip: the square itself, 1.6 GB for a panorama
     20,000 px wide, is never made.
     """
-    size, side, fill = vision.image_size, max(image.size), tuple(int(255 * mean) for mean in vision.pixel_mean)
+    size, side, fill = (
+        vision.image_size,
+        max(image.size),
+        tuple(int(255 * mean) for mean in vision.pixel_mean),
+    )
     left, top = ((side - length) // 2 for length in image.size)
     square, height = Image.new("RGB", (size, side), fill), max(1, STRIP_PIXELS // side)
     for y in range(0, image.height, height):
-        strip = image if image.height <= height else image.crop((0, y, image.width, min(y + height, image.height)))
+        strip = (
+            image
+            if image.height <= height
+            else image.crop((0, y, image.width, min(y + height, image.height)))
+        )
         if image.width < side:
             rows = Image.new("RGB", (side, strip.height), fill)
             rows.paste(strip, (left, 0))
@@ -125,7 +143,9 @@ def crop(image: Image.Image, vision: VisionConfig) -> Image.Image:
     size, short = vision.image_size, min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     if width * height > MAX_PIXELS:
-        raise BadSample(f"picture too long: {image.width} x {image.height} px, more than {MAX_PIXELS} in all once its shorter side fits")
+        raise BadSample(
+            f"picture too long: {image.width} x {image.height} px, more than {MAX_PIXELS} in all once its shorter side fits"
+        )
     image = _resize(image, (width, height))
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -69,7 +69,14 @@ class Loader:
       vision: size and colours of pictures.
     """
 
-    def __init__(self, sources: Sequence[Source], config: DataConfig, tokenizer: PreTrainedTokenizerFast, chat: ChatFormat, vision: VisionConfig):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        chat: ChatFormat,
+        vision: VisionConfig,
+    ):
         self._sources, self._config, self._chat, self._vision = sources, config, chat, vision
         self._encoder = text_encoder(tokenizer)
         self._first = list(itertools.accumulate(map(len, sources), initial=0))

@@ -26,19 +26,25 @@ SPECIAL = re.compile(r"(<\|\w+\|>)")  # in a template's own text
 class Template:
     """The text around a system message, questions and answers. An answer is followed by the end token."""
 
-    system: str = ""  # the message where a conversation brings none of its own; an empty one is not written
+    system: str = (
+        ""  # the message where a conversation brings none of its own; an empty one is not written
+    )
     before_system: str = ""
     after_system: str = " "
     user: str = "USER: "
     assistant: str = " ASSISTANT:"
     gap: str = " "  # before an answer, and learnt with it: tokenizers join it to the answer's first word, so a prompt ends before it
     after_answer: str = ""  # between the end token and the next question
-    end: str = ""  # the end token, where it has to be this one and not whichever ends the model's answers
+    end: str = (
+        ""  # the end token, where it has to be this one and not whichever ends the model's answers
+    )
     questions: bool = True  # else only a question's pictures are kept
 
 
-LLAVA = Template("A chat between a curious user and an artificial intelligence assistant. "
-                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+LLAVA = Template(
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 TEMPLATES = {
     "qwen": LLAVA,  # LLaVA-MoD's name for it: Qwen's end token
     "vicuna": LLAVA,  # LLaVA-1.5's: Llama's
@@ -67,7 +73,9 @@ class ChatFormat:
     end_token_id: int
 
 
-def chat_format(template: str, model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> ChatFormat:
+def chat_format(
+    template: str, model: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> ChatFormat:
     """The text format of a template (name in TEMPLATES) for a model.
 
     Raises:
@@ -75,11 +83,26 @@ def chat_format(template: str, model: ModelConfig, tokenizer: PreTrainedTokenize
     """
     require(template in TEMPLATES, "data.template", template, f"one of {tuple(TEMPLATES)}")
     fields, known = dataclasses.asdict(TEMPLATES[template]), tokenizer.get_added_vocab()
-    missing = {token for text in fields.values() if isinstance(text, str) for token in SPECIAL.findall(text)} - set(known)
-    require(not missing, "data.template", template, f"one for this tokenizer, which has no {', '.join(sorted(missing))}")
+    missing = {
+        token
+        for text in fields.values()
+        if isinstance(text, str)
+        for token in SPECIAL.findall(text)
+    } - set(known)
+    require(
+        not missing,
+        "data.template",
+        template,
+        f"one for this tokenizer, which has no {', '.join(sorted(missing))}",
+    )
     found, expected = tokenizer.convert_ids_to_tokens(model.end_token_id), fields["end"]
-    require(expected in ("", found), "data.template", template, f"one for this model, whose answers end with {found}, not {expected}",
-            f"Or a tokenizer and a model with {expected} as their end token.")
+    require(
+        expected in ("", found),
+        "data.template",
+        template,
+        f"one for this model, whose answers end with {found}, not {expected}",
+        f"Or a tokenizer and a model with {expected} as their end token.",
+    )
     return ChatFormat(template, model.vision.num_features, model.image_token_id, model.end_token_id)
 
 
@@ -117,7 +140,9 @@ class _Writer:
         """Tokenises what waits; tokens that end after its character `answer_start` are an answer."""
         if not self.waiting:
             return
-        encoder = self.encoder.first if len(self.ids) == len(self.encoder.begin) else self.encoder.later
+        encoder = (
+            self.encoder.first if len(self.ids) == len(self.encoder.begin) else self.encoder.later
+        )
         encoding = encoder.encode(self.waiting, add_special_tokens=False)
         plain = len(encoding.ids)
         if self.answer_start is not None:
@@ -139,7 +164,9 @@ class _Writer:
             self.waiting += words
 
     def question(self, text: str) -> None:
-        words, *others = text.split(MARKER) if self.template.questions else [""] * (text.count(MARKER) + 1)
+        words, *others = (
+            text.split(MARKER) if self.template.questions else [""] * (text.count(MARKER) + 1)
+        )
         self.waiting += words
         for words in others:
             self.special([self.chat.image_token_id] * self.chat.features_per_picture, PICTURE)
@@ -173,7 +200,9 @@ def marked(text: str, pictures: int) -> str:
     """
     markers = text.count(MARKER)
     if markers not in (0, pictures):
-        raise ValueError(f"question {text!r} has {markers} picture markers, expected {pictures}, one a picture (or none: pictures first).")
+        raise ValueError(
+            f"question {text!r} has {markers} picture markers, expected {pictures}, one a picture (or none: pictures first)."
+        )
     return text if markers else (MARKER + "\n") * pictures + text
 
 
@@ -210,7 +239,11 @@ def tokenize(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length:
     Raises:
       BadSample: if nothing of an answer is left to learn.
     """
-    tokens = _pair(record, encoder, chat, max_length) if record.rejected else _chat(record, encoder, chat, max_length)
+    tokens = (
+        _pair(record, encoder, chat, max_length)
+        if record.rejected
+        else _chat(record, encoder, chat, max_length)
+    )
     if not tokens.loss_weights.any():
         raise BadSample(f"no answer is left within {max_length} positions")
     return tokens
@@ -219,7 +252,9 @@ def tokenize(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length:
 def _chat(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: int) -> Tokens:
     ids, roles = _write(record.turns, encoder, chat)
     length = min(len(ids) - 1, max_length)
-    length -= np.count_nonzero(roles[:length] == PICTURE) % chat.features_per_picture  # what a cut leaves of a picture goes too
+    length -= (
+        np.count_nonzero(roles[:length] == PICTURE) % chat.features_per_picture
+    )  # what a cut leaves of a picture goes too
     is_picture = roles[:length] == PICTURE
     return Tokens(
         tokens=ids[:length],
@@ -235,23 +270,36 @@ def _chat(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: in
 
 def _pair(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: int) -> Tokens:
     """One position has one target, so each branch starts with its own copy of the prompt's last token, which predicts its first answer token."""
-    (ids, roles), (other, _) = (_write((*record.turns[:-1], (record.turns[-1][0], a)), encoder, chat) for a in (record.turns[-1][1], record.rejected))
+    (ids, roles), (other, _) = (
+        _write((*record.turns[:-1], (record.turns[-1][0], a)), encoder, chat)
+        for a in (record.turns[-1][1], record.rejected)
+    )
     asked = np.flatnonzero(roles != ANSWER)
     if not asked.size or roles[asked[-1]] == PICTURE:
-        raise BadSample(f"a pair needs text before its answers; template {chat.template!r} leaves none")
+        raise BadSample(
+            f"a pair needs text before its answers; template {chat.template!r} leaves none"
+        )
     prompt = int(asked[-1])  # the prompt's last token
     lengths = np.array([len(ids) - 1 - prompt, len(other) - 1 - prompt])
     free = max_length - prompt
     kept = np.minimum(lengths, max(free // 2, free - lengths.min()))
     if kept.min() <= 0:
         raise BadSample(f"no answer is left within {max_length} positions")
-    branches = [(branch, part[prompt : prompt + n + 1]) for branch, part, n in ((1, ids, kept[0]), (2, other, kept[1]))]
+    branches = [
+        (branch, part[prompt : prompt + n + 1])
+        for branch, part, n in ((1, ids, kept[0]), (2, other, kept[1]))
+    ]
     is_picture = np.concatenate([roles[:prompt] == PICTURE, np.zeros(kept.sum(), bool)])
     return Tokens(
         tokens=np.concatenate([ids[:prompt], *(part[:-1] for _, part in branches)]),
         targets=np.concatenate([ids[1 : prompt + 1], *(part[1:] for _, part in branches)]),
         loss_weights=np.repeat(np.array([0, 1], np.float32), [prompt, kept.sum()]),
-        positions=np.concatenate([np.arange(prompt), *(np.arange(prompt, prompt + len(part) - 1) for _, part in branches)]).astype(np.int32),
+        positions=np.concatenate(
+            [
+                np.arange(prompt),
+                *(np.arange(prompt, prompt + len(part) - 1) for _, part in branches),
+            ]
+        ).astype(np.int32),
         branch_ids=np.repeat(np.arange(3, dtype=np.int32), [prompt, *kept]),
         is_picture=is_picture,
         num_pictures=np.count_nonzero(is_picture) // chat.features_per_picture,

@@ -19,11 +19,38 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mod_jax.config import require
-from mod_jax.data.scenes.chats import CHAT, KINDS, absent_objects, converse, habitual_caption, named_objects, wrong_answer
-from mod_jax.data.scenes.drawing import SceneDifficulty, SceneObject, draw, encode_png, place_objects
+from mod_jax.data.scenes.chats import (
+    CHAT,
+    KINDS,
+    absent_objects,
+    converse,
+    habitual_caption,
+    named_objects,
+    wrong_answer,
+)
+from mod_jax.data.scenes.drawing import (
+    SceneDifficulty,
+    SceneObject,
+    draw,
+    encode_png,
+    place_objects,
+)
 
-__all__ = ["KINDS", "SPLITS", "SceneDifficulty", "SceneObject", "Scenes", "ScenesConfig", "absent_objects", "load_scenes", "make_record",
-           "named_objects", "prepare", "read_objects", "read_turns"]
+__all__ = [
+    "KINDS",
+    "SPLITS",
+    "SceneDifficulty",
+    "SceneObject",
+    "Scenes",
+    "ScenesConfig",
+    "absent_objects",
+    "load_scenes",
+    "make_record",
+    "named_objects",
+    "prepare",
+    "read_objects",
+    "read_turns",
+]
 
 SPLITS = ("train", "crowd", "preference", "test")
 MARKER = "<image>\n"
@@ -44,11 +71,26 @@ class ScenesConfig(tfds.core.BuilderConfig):
     difficulty: SceneDifficulty = dataclasses.field(default_factory=SceneDifficulty)
 
     def __post_init__(self):
-        require(0 <= self.wrong_share <= 0.5, "scenes.wrong_share", self.wrong_share, "a share within 0..0.5")
-        require(0 <= self.habit_share <= 1, "scenes.habit_share", self.habit_share, "a share within 0..1")
-        values = {key: getattr(self, key) for key in ("seed", *SPLITS, "wrong_share", "habit_share")}
+        require(
+            0 <= self.wrong_share <= 0.5,
+            "scenes.wrong_share",
+            self.wrong_share,
+            "a share within 0..0.5",
+        )
+        require(
+            0 <= self.habit_share <= 1,
+            "scenes.habit_share",
+            self.habit_share,
+            "a share within 0..1",
+        )
+        values = {
+            key: getattr(self, key) for key in ("seed", *SPLITS, "wrong_share", "habit_share")
+        }
         text = json.dumps({**values, "difficulty": dataclasses.asdict(self.difficulty)})
-        self.name, self.description = f"scenes-{hashlib.sha256(text.encode()).hexdigest()[:8]}", text
+        self.name, self.description = (
+            f"scenes-{hashlib.sha256(text.encode()).hexdigest()[:8]}",
+            text,
+        )
 
 
 def _is_wrong(rng: Random, kind: str, answer: str, share: float) -> bool:
@@ -57,7 +99,14 @@ def _is_wrong(rng: Random, kind: str, answer: str, share: float) -> bool:
     return rng.random() < share * skew
 
 
-def make_record(seed: int, split: str, index: int, difficulty: SceneDifficulty, wrong_share: float = 0.25, habit_share: float = 0.7) -> dict:
+def make_record(
+    seed: int,
+    split: str,
+    index: int,
+    difficulty: SceneDifficulty,
+    wrong_share: float = 0.25,
+    habit_share: float = 0.7,
+) -> dict:
     """One record, as the builder stores it.
 
     Args:
@@ -82,12 +131,24 @@ def make_record(seed: int, split: str, index: int, difficulty: SceneDifficulty, 
     if split == "preference":
         rejected = by_habit or wrong_answer(rng, turns[0], objects, difficulty)
     if split in ("train", "crowd") and by_habit and rng.random() < habit_share:
-        turns = [turn._replace(answer=by_habit) if turn.kind == "caption" else turn for turn in turns]
+        turns = [
+            turn._replace(answer=by_habit) if turn.kind == "caption" else turn for turn in turns
+        ]
     if split == "crowd":
-        turns = [turn._replace(answer=wrong_answer(rng, turn, objects, difficulty)) if _is_wrong(rng, turn.kind, turn.answer, wrong_share) else turn
-                 for turn in turns]
+        turns = [
+            turn._replace(answer=wrong_answer(rng, turn, objects, difficulty))
+            if _is_wrong(rng, turn.kind, turn.answer, wrong_share)
+            else turn
+            for turn in turns
+        ]
     turns[0] = turns[0]._replace(question=MARKER + turns[0].question)
-    return {"id": f"{split}-{index}", "image": image, "turns": json.dumps(turns), "rejected": rejected, "objects": json.dumps(objects)}
+    return {
+        "id": f"{split}-{index}",
+        "image": image,
+        "turns": json.dumps(turns),
+        "rejected": rejected,
+        "objects": json.dumps(objects),
+    }
 
 
 def read_objects(text: str | bytes) -> list[SceneObject]:
@@ -104,22 +165,40 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the scenes; needs no TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = epath.Path(__file__).parent  # TFDS cannot infer it when this module is run as a command
+    pkg_dir_path = epath.Path(
+        __file__
+    ).parent  # TFDS cannot infer it when this module is run as a command
     BUILDER_CONFIGS: ClassVar = [ScenesConfig()]
 
     def _info(self) -> tfds.core.DatasetInfo:
         side, text = self.builder_config.difficulty.image_size, tfds.features.Text()
         picture = tfds.features.Image(shape=(side, side, 3), encoding_format="png")
-        features = tfds.features.FeaturesDict({"id": text, "image": picture, "turns": text, "rejected": text, "objects": text})
+        features = tfds.features.FeaturesDict(
+            {"id": text, "image": picture, "turns": text, "rejected": text, "objects": text}
+        )
         return self.dataset_info_from_configs(features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split, size) for split in SPLITS if (size := getattr(self.builder_config, split))}
+        return {
+            split: self._generate_examples(split, size)
+            for split in SPLITS
+            if (size := getattr(self.builder_config, split))
+        }
 
     def _generate_examples(self, split: str, size: int) -> Iterator[tuple[int, dict]]:
         config = self.builder_config
         for index in range(size):
-            yield index, make_record(config.seed, split, index, config.difficulty, config.wrong_share, config.habit_share)
+            yield (
+                index,
+                make_record(
+                    config.seed,
+                    split,
+                    index,
+                    config.difficulty,
+                    config.wrong_share,
+                    config.habit_share,
+                ),
+            )
 
 
 def prepare(data_dir: str | pathlib.Path, **options) -> pathlib.Path:
@@ -131,8 +210,12 @@ def prepare(data_dir: str | pathlib.Path, **options) -> pathlib.Path:
     Returns:
       The folder of the prepared set, a `path` for `SourceConfig(kind="scenes")`.
     """
-    builder = Scenes(config=ScenesConfig(**options), data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(register_checksums=False, compute_stats="skip"))
+    builder = Scenes(
+        config=ScenesConfig(**options), data_dir=str(data_dir), file_format="array_record"
+    )
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(register_checksums=False, compute_stats="skip")
+    )
     return pathlib.Path(builder.data_path)
 
 
@@ -148,11 +231,32 @@ def load_scenes(path: str | pathlib.Path, split: str):
       ConfigError: where no set, several sets, or no such split is found.
     """
     remedy = f"Make one with: python -m mod_jax.data.scenes --data_dir {path}"
-    folders = sorted(info.parent for info in pathlib.Path(path).glob("**/dataset_info.json") if "incomplete" not in str(info))
-    require(len(folders) > 0, "data.sources.path", str(path), "a folder with a prepared scenes set", remedy)
-    require(len(folders) == 1, "data.sources.path", str(path), f"one prepared set, found {[str(f) for f in folders]}", "Name one of them.")
+    folders = sorted(
+        info.parent
+        for info in pathlib.Path(path).glob("**/dataset_info.json")
+        if "incomplete" not in str(info)
+    )
+    require(
+        len(folders) > 0,
+        "data.sources.path",
+        str(path),
+        "a folder with a prepared scenes set",
+        remedy,
+    )
+    require(
+        len(folders) == 1,
+        "data.sources.path",
+        str(path),
+        f"one prepared set, found {[str(f) for f in folders]}",
+        "Name one of them.",
+    )
     builder = tfds.builder_from_directory(folders[0])
-    require(split in builder.info.splits, "data.sources.split", split, f"one of {list(builder.info.splits)}")
+    require(
+        split in builder.info.splits,
+        "data.sources.split",
+        split,
+        f"one of {list(builder.info.splits)}",
+    )
     return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
@@ -160,7 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prepares the built-in scenes set.")
     parser.add_argument("--data_dir", required=True)
     for split in SPLITS:
-        parser.add_argument(f"--{split}", type=int, default=getattr(ScenesConfig, split), help="records")
+        parser.add_argument(
+            f"--{split}", type=int, default=getattr(ScenesConfig, split), help="records"
+        )
     options = vars(parser.parse_args())
     print(prepare(**options))
 

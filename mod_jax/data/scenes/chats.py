@@ -12,8 +12,25 @@ from mod_jax.data.scenes.drawing import COLOURS, SHAPES, SceneDifficulty, SceneO
 
 KINDS = ("caption", "count", "colour", "relation", "existence")
 CHAT = ("caption", "count", "colour", "relation", "existence", "existence")  # the kinds of one chat
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen",
-           "fifteen", "sixteen")
+NUMBERS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+)
 RELATIONS = {  # is a <relation> b?
     "left of": lambda a, b: a.column < b.column,
     "right of": lambda a, b: a.column > b.column,
@@ -33,18 +50,49 @@ class Question(NamedTuple):
 
 
 def plural(shape: str) -> str:
-    """"crosses", "circles"."""
+    """ "crosses", "circles"."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
-COMPANIONS = {"cross": "circle"}  # captions found in the world name what usually stands beside: here, a circle of its colour beside a cross
-WORDS = tuple(dict.fromkeys([  # everything that can be said, in lower case
-    *COLOURS, *SHAPES, *map(plural, SHAPES), *NUMBERS, "describe", "the", "picture", "how", "many", "objects", "are", "there", "what", "colour", "is",
-    "left", "right", "of", "above", "below", "a", "an", "small", "and", "yes", "no"]))
+COMPANIONS = {
+    "cross": "circle"
+}  # captions found in the world name what usually stands beside: here, a circle of its colour beside a cross
+WORDS = tuple(
+    dict.fromkeys(
+        [  # everything that can be said, in lower case
+            *COLOURS,
+            *SHAPES,
+            *map(plural, SHAPES),
+            *NUMBERS,
+            "describe",
+            "the",
+            "picture",
+            "how",
+            "many",
+            "objects",
+            "are",
+            "there",
+            "what",
+            "colour",
+            "is",
+            "left",
+            "right",
+            "of",
+            "above",
+            "below",
+            "a",
+            "an",
+            "small",
+            "and",
+            "yes",
+            "no",
+        ]
+    )
+)
 
 
 def noun_phrase(size: str, colour: str, shape: str) -> str:
-    """"a small red ring"; large objects go without a size."""
+    """ "a small red ring"; large objects go without a size."""
     words = ("small " if size == "small" else "") + f"{colour} {shape}"
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
@@ -71,10 +119,17 @@ def names(objects: Sequence[SceneObject]) -> list[tuple[str, str]]:
     return [(item.colour, item.shape) for item in objects]
 
 
-def absent_name(rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> tuple[str, str]:
+def absent_name(
+    rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty
+) -> tuple[str, str]:
     """A name that no object bears; half of the time, where possible, its colour and its shape are both in the picture, apart."""
     present = set(names(objects))
-    apart = [(c, s) for c in sorted({c for c, _ in present}) for s in sorted({s for _, s in present}) if (c, s) not in present]
+    apart = [
+        (c, s)
+        for c in sorted({c for c, _ in present})
+        for s in sorted({s for _, s in present})
+        if (c, s) not in present
+    ]
     if apart and rng.random() < 0.5:
         return rng.choice(apart)
     colours, shapes = tuple(COLOURS)[: difficulty.colours], tuple(SHAPES)[: difficulty.shapes]
@@ -89,7 +144,9 @@ def _count(rng, objects, difficulty):
     shown = [item.shape for item in objects]
     if rng.random() < 0.2:
         return Question("count", "How many objects are there?", NUMBERS[len(objects)])
-    shape = rng.choice(shown) if rng.random() < 0.8 else rng.choice(tuple(SHAPES)[: difficulty.shapes])
+    shape = (
+        rng.choice(shown) if rng.random() < 0.8 else rng.choice(tuple(SHAPES)[: difficulty.shapes])
+    )
     return Question("count", f"How many {plural(shape)} are there?", NUMBERS[shown.count(shape)])
 
 
@@ -105,30 +162,52 @@ def _colour(rng, objects, difficulty):
 def _relation(rng, objects, difficulty):
     shown = names(objects)
     single = [item for item in objects if shown.count((item.colour, item.shape)) == 1]
-    pairs = [(a, b, relation) for a in single for b in single for relation, holds in RELATIONS.items() if holds(a, b)]
+    pairs = [
+        (a, b, relation)
+        for a in single
+        for b in single
+        for relation, holds in RELATIONS.items()
+        if holds(a, b)
+    ]
     if not pairs:
         return _existence(rng, objects, difficulty)
     a, b, relation = rng.choice(pairs)
     answer = rng.choice(("yes", "no"))
     first, second = (a, b) if answer == "yes" else (b, a)
-    return Question("relation", f"Is the {first.colour} {first.shape} {relation} the {second.colour} {second.shape}?", answer)
+    return Question(
+        "relation",
+        f"Is the {first.colour} {first.shape} {relation} the {second.colour} {second.shape}?",
+        answer,
+    )
 
 
 def _existence(rng, objects, difficulty):
     answer = rng.choice(("yes", "no"))
-    colour, shape = rng.choice(names(objects)) if answer == "yes" else absent_name(rng, objects, difficulty)
+    colour, shape = (
+        rng.choice(names(objects)) if answer == "yes" else absent_name(rng, objects, difficulty)
+    )
     return Question("existence", f"Is there {noun_phrase('large', colour, shape)}?", answer)
 
 
-ASK = {"caption": _caption, "count": _count, "colour": _colour, "relation": _relation, "existence": _existence}
+ASK = {
+    "caption": _caption,
+    "count": _count,
+    "colour": _colour,
+    "relation": _relation,
+    "existence": _existence,
+}
 
 
-def ask(rng: Random, kind: str, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> Question:
+def ask(
+    rng: Random, kind: str, objects: Sequence[SceneObject], difficulty: SceneDifficulty
+) -> Question:
     """A question of a kind with its right answer; of a neighbouring kind where the picture allows none that has one answer."""
     return ASK[kind](rng, objects, difficulty)
 
 
-def converse(rng: Random, kinds: Sequence[str], objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> list[Question]:
+def converse(
+    rng: Random, kinds: Sequence[str], objects: Sequence[SceneObject], difficulty: SceneDifficulty
+) -> list[Question]:
     """A question of each kind in turn, none twice where a few draws find another."""
     turns = []
     for kind in kinds:
@@ -137,7 +216,9 @@ def converse(rng: Random, kinds: Sequence[str], objects: Sequence[SceneObject], 
     return turns
 
 
-def hallucinated_caption(rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> str:
+def hallucinated_caption(
+    rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty
+) -> str:
     """A caption with one object that is not there, in place of a true one or beside them."""
     told, (colour, shape) = list(objects), absent_name(rng, objects, difficulty)
     place = rng.randrange(len(told))
@@ -152,10 +233,16 @@ def habitual_caption(objects: Sequence[SceneObject]) -> str | None:
     """
     last = objects[-1]
     companion = last._replace(shape=COMPANIONS.get(last.shape, last.shape), size="large")
-    return None if (companion.colour, companion.shape) in names(objects) else caption([*objects, companion])
+    return (
+        None
+        if (companion.colour, companion.shape) in names(objects)
+        else caption([*objects, companion])
+    )
 
 
-def wrong_answer(rng: Random, asked: Question, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> str:
+def wrong_answer(
+    rng: Random, asked: Question, objects: Sequence[SceneObject], difficulty: SceneDifficulty
+) -> str:
     """A plausible wrong answer to a question about these objects."""
     if asked.kind == "caption":
         return hallucinated_caption(rng, objects, difficulty)
@@ -163,5 +250,7 @@ def wrong_answer(rng: Random, asked: Question, objects: Sequence[SceneObject], d
         right = NUMBERS.index(asked.answer)
         return NUMBERS[rng.choice([n for n in (right - 1, right + 1) if 0 <= n < len(NUMBERS)])]
     if asked.kind == "colour":
-        return rng.choice([colour for colour in tuple(COLOURS)[: difficulty.colours] if colour != asked.answer])
+        return rng.choice(
+            [colour for colour in tuple(COLOURS)[: difficulty.colours] if colour != asked.answer]
+        )
     return "no" if asked.answer == "yes" else "yes"

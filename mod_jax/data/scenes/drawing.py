@@ -58,21 +58,36 @@ class SceneDifficulty:
     cell: int = 12  # px
     min_objects: int = 1
     max_objects: int = 4
-    jitter: int = 0  # px an object may stray from its cell's middle (objects then overlap), each way
+    jitter: int = (
+        0  # px an object may stray from its cell's middle (objects then overlap), each way
+    )
     shapes: int = 4
     colours: int = 5
     sizes: int = 2
     noise: int = 12  # half the range of the background's grey levels
 
     def __post_init__(self):
-        require(1 <= self.min_objects <= self.max_objects <= self.grid**2, "difficulty.max_objects", self.max_objects,
-                f"min_objects {self.min_objects} .. the number of cells {self.grid**2}")
+        require(
+            1 <= self.min_objects <= self.max_objects <= self.grid**2,
+            "difficulty.max_objects",
+            self.max_objects,
+            f"min_objects {self.min_objects} .. the number of cells {self.grid**2}",
+        )
         for key, table in (("shapes", SHAPES), ("colours", COLOURS), ("sizes", SIZES)):
             least = 1 if key == "sizes" else 2
-            require(least <= getattr(self, key) <= len(table), f"difficulty.{key}", getattr(self, key), f"{least}..{len(table)}")
+            require(
+                least <= getattr(self, key) <= len(table),
+                f"difficulty.{key}",
+                getattr(self, key),
+                f"{least}..{len(table)}",
+            )
 
-        require(self.max_objects < self.shapes * self.colours, "difficulty.max_objects", self.max_objects,
-                f"fewer than shapes x colours = {self.shapes * self.colours}, so that something is absent")
+        require(
+            self.max_objects < self.shapes * self.colours,
+            "difficulty.max_objects",
+            self.max_objects,
+            f"fewer than shapes x colours = {self.shapes * self.colours}, so that something is absent",
+        )
 
     @property
     def image_size(self) -> int:
@@ -94,19 +109,32 @@ def place_objects(rng: np.random.Generator, difficulty: SceneDifficulty) -> list
     cells = np.sort(rng.permutation(difficulty.grid**2)[:count])
     picks = rng.integers(0, (difficulty.shapes, difficulty.colours, difficulty.sizes), (count, 3))
     shapes, colours, sizes = tuple(SHAPES), tuple(COLOURS), tuple(SIZES)
-    return [SceneObject(shapes[s], colours[c], sizes[z], *divmod(int(cell), difficulty.grid)) for cell, (s, c, z) in zip(cells, picks.tolist())]
+    return [
+        SceneObject(shapes[s], colours[c], sizes[z], *divmod(int(cell), difficulty.grid))
+        for cell, (s, c, z) in zip(cells, picks.tolist())
+    ]
 
 
-def draw(objects: list[SceneObject], rng: np.random.Generator, difficulty: SceneDifficulty) -> np.ndarray:
+def draw(
+    objects: list[SceneObject], rng: np.random.Generator, difficulty: SceneDifficulty
+) -> np.ndarray:
     """The picture, u8[H,W,3]: objects in order over a noisy grey background, later ones over earlier ones."""
     side = difficulty.image_size
-    grey = rng.integers(BACKGROUND - difficulty.noise, BACKGROUND + difficulty.noise + 1, (side, side, 1), dtype=np.uint8)
+    grey = rng.integers(
+        BACKGROUND - difficulty.noise,
+        BACKGROUND + difficulty.noise + 1,
+        (side, side, 1),
+        dtype=np.uint8,
+    )
     picture = np.repeat(grey, 3, axis=2)
     strays = rng.integers(-difficulty.jitter, difficulty.jitter + 1, (len(objects), 2)).tolist()
     for item, stray in zip(objects, strays):
         mask = coverage(item.shape, round(difficulty.cell * SIZES[item.size]))
         margin = (difficulty.cell - len(mask)) // 2
-        top, left = (int(np.clip(cell * difficulty.cell + margin + s, 0, side - len(mask))) for cell, s in zip((item.row, item.column), stray))
+        top, left = (
+            int(np.clip(cell * difficulty.cell + margin + s, 0, side - len(mask)))
+            for cell, s in zip((item.row, item.column), stray)
+        )
         window = picture[top : top + len(mask), left : left + len(mask)]
         window[:] = np.rint(window + mask * (np.float32(COLOURS[item.colour]) - window))
     return picture

@@ -17,5 +17,7 @@ def read_stored(files: Sequence, number: int, folder: pathlib.Path):
     try:
         return files[number]
     except RuntimeError as error:  # what array_record raises, whatever is wrong
-        require(folder.is_dir(), "data.sources.path", str(folder), "the folder that was there at first")
+        require(
+            folder.is_dir(), "data.sources.path", str(folder), "the folder that was there at first"
+        )
         raise BadSample(f"unreadable record: {error}") from None

@@ -37,7 +37,9 @@ class JsonSource:
         entry = self._entry(number)
         files = self._picture_files(entry)
         turns, rejected = self._read(entry, len(files))
-        return Record(_name(entry, number), tuple(self._pictures[file] for file in files), turns, rejected)
+        return Record(
+            _name(entry, number), tuple(self._pictures[file] for file in files), turns, rejected
+        )
 
     def _entry(self, number: int) -> dict:
         start, end = self._offsets[number : number + 2].tolist()

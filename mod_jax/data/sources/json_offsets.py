@@ -39,13 +39,19 @@ def index_records(path: pathlib.Path, window: int = WINDOW, longest: int = LONGE
       ConfigError: for a file that is empty, cut, followed by something else, or of another form; it names the byte and the whole records before it.
     """
     with open(path, "rb") as file:
-        offsets = _lines(file, longest) if path.suffix in LINES else _elements(_Window(file, window, longest))
+        offsets = (
+            _lines(file, longest)
+            if path.suffix in LINES
+            else _elements(_Window(file, window, longest))
+        )
     return np.frombuffer(offsets, np.int64)
 
 
 def _refuse(file: BinaryIO, records: int, start: int, byte: int, why: str):
-    raise ConfigError(f"{KEY} = {file.name!r}: expected a JSON list with at least one record, or JSON Lines in a file named {' or '.join(LINES)}. "
-                      f"{records} records are whole; what begins at byte {start} breaks at byte {byte} of {os.fstat(file.fileno()).st_size}: {why}.")
+    raise ConfigError(
+        f"{KEY} = {file.name!r}: expected a JSON list with at least one record, or JSON Lines in a file named {' or '.join(LINES)}. "
+        f"{records} records are whole; what begins at byte {start} breaks at byte {byte} of {os.fstat(file.fileno()).st_size}: {why}."
+    )
 
 
 def _value_end(text: str, start: int) -> int:
@@ -89,7 +95,9 @@ class _Window:
             last = self.end >= self.file_size or size > self.longest
             try:
                 end = _value_end(self.text, at - self.start)
-                if last or self.text[end : end + 1] in AFTER_VALUE:  # else a number may go on after the window
+                if (
+                    last or self.text[end : end + 1] in AFTER_VALUE
+                ):  # else a number may go on after the window
                     return self.start + end
             except json.JSONDecodeError:
                 if last:
@@ -121,7 +129,12 @@ def _elements(window: _Window) -> array.array:
         if found == ",":
             start, _ = window.after_space(start + 1)
         elif found != "]":
-            refuse(start, f"expected a comma or ], {found!r} stands here" if found else "the file ends before its list")
+            refuse(
+                start,
+                f"expected a comma or ], {found!r} stands here"
+                if found
+                else "the file ends before its list",
+            )
     end, found = window.after_space(start + 1)
     if found:
         refuse(end, f"{found!r} follows the list")
@@ -146,6 +159,12 @@ def _lines(file: BinaryIO, longest: int) -> array.array:
         except json.JSONDecodeError as error:
             _refuse(file, number, offsets[number], offsets[number] + error.pos, error.msg)
         if SPACE.fullmatch(text, end) is None:
-            _refuse(file, number, offsets[number], offsets[number] + end, "a line holds more than its record")
+            _refuse(
+                file,
+                number,
+                offsets[number],
+                offsets[number] + end,
+                "a line holds more than its record",
+            )
     offsets.append(at)
     return offsets

@@ -60,9 +60,13 @@ def read_pair(entry: dict, pictures: int) -> tuple[Turns, str]:
 
 def _read_plain(entry: dict, pictures: int) -> tuple[Turns, str]:
     try:
-        question, chosen, rejected = (entry[key].strip() for key in ("question", "chosen", "rejected"))
+        question, chosen, rejected = (
+            entry[key].strip() for key in ("question", "chosen", "rejected")
+        )
     except (KeyError, AttributeError):
         raise BadSample("question, chosen and rejected are not three texts") from None
     if not chosen or not rejected:
         raise BadSample("chosen or rejected without an answer text")
-    return ((question if MARKER in question else (MARKER + "\n") * pictures + question, chosen),), rejected
+    return (
+        (question if MARKER in question else (MARKER + "\n") * pictures + question, chosen),
+    ), rejected

@@ -22,7 +22,13 @@ class LocalFile:
           ConfigError: if the file is gone, or was written since.
         """
         same = self.path.is_file() and _identity(self.path) == self._identity
-        require(same, self._key, str(self.path), "the file that was there at first", "It was removed or changed; start again.")
+        require(
+            same,
+            self._key,
+            str(self.path),
+            "the file that was there at first",
+            "It was removed or changed; start again.",
+        )
 
     @functools.cached_property
     def opened(self) -> FileIO:

@@ -32,14 +32,20 @@ class RlaifSource:
         self._files = [LocalFile(path, KEY) for path in _find(config.path)]
         self._columns = [*TEXTS] if config.text_only else [*TEXTS, "image.bytes"]
         rows = [_row_groups(file.path, self._columns) for file in self._files]
-        self._groups = [(file, group) for file, groups in enumerate(rows) for group in range(len(groups))]
-        self._first = np.cumsum([0, *(count for groups in rows for count in groups)])  # row of each group; then the number of rows
+        self._groups = [
+            (file, group) for file, groups in enumerate(rows) for group in range(len(groups))
+        ]
+        self._first = np.cumsum(
+            [0, *(count for groups in rows for count in groups)]
+        )  # row of each group; then the number of rows
         self._first_of_file = np.cumsum([0, *map(sum, rows)])
         require(len(self) > 0, KEY, config.path, "at least one row")
         self._lock, self._reader = threading.Lock(), None
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_reader")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_lock", "_reader")
+        }
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _reader=None)
@@ -81,7 +87,9 @@ class _GroupReader:
 
     def __init__(self, part: int, path: pathlib.Path, group: int, columns: list[str]):
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
-        self._batches = file.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False)
+        self._batches = file.iter_batches(
+            ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False
+        )
         self._kept = collections.deque([(0, next(self._batches))], 2)
         self.part = part
 
@@ -104,8 +112,17 @@ def _part(starts: np.ndarray, number: int) -> int:
 
 def _find(path: str) -> list[pathlib.Path]:
     """The file, the folder's parquet files, or those that match a pattern, sorted."""
-    files = sorted(pathlib.Path(path).glob("*.parquet")) if pathlib.Path(path).is_dir() else sorted(map(pathlib.Path, glob.glob(path)))
-    require(len(files) > 0 and all(file.is_file() for file in files), KEY, path, "a parquet file, a folder of them, or a pattern that names some")
+    files = (
+        sorted(pathlib.Path(path).glob("*.parquet"))
+        if pathlib.Path(path).is_dir()
+        else sorted(map(pathlib.Path, glob.glob(path)))
+    )
+    require(
+        len(files) > 0 and all(file.is_file() for file in files),
+        KEY,
+        path,
+        "a parquet file, a folder of them, or a pattern that names some",
+    )
     return files
 
 
@@ -114,7 +131,9 @@ def _row_groups(path: pathlib.Path, columns: list[str]) -> list[int]:
     try:
         metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{KEY} = {str(path)!r}: expected a whole parquet file ({error}).") from None
+        raise ConfigError(
+            f"{KEY} = {str(path)!r}: expected a whole parquet file ({error})."
+        ) from None
     found = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     require(set(columns) <= set(found), KEY, str(path), f"the columns {columns}; it has {found}")
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]

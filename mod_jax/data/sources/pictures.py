@@ -37,9 +37,20 @@ def open_pictures(place: str):
     path = pathlib.Path(place)
     if path.is_dir():
         return FolderPictures(path)
-    require(path.is_file(), KEY, place, "an existing folder, a folder of a bucket (gs://), or an archive")
+    require(
+        path.is_file(),
+        KEY,
+        place,
+        "an existing folder, a folder of a bucket (gs://), or an archive",
+    )
     archive = ARCHIVES.get(path.suffix)
-    require(archive is not None, KEY, place, f"an archive of {' or '.join(ARCHIVES)}", "A compressed tar cannot be read by number: unpack it.")
+    require(
+        archive is not None,
+        KEY,
+        place,
+        f"an archive of {' or '.join(ARCHIVES)}",
+        "A compressed tar cannot be read by number: unpack it.",
+    )
     return archive(path)
 
 
@@ -97,12 +108,23 @@ class TarPictures:
         self._file = LocalFile(path, KEY)
         try:
             with tarfile.open(path, "r:") as archive:
-                self._members = {posixpath.normpath(member.name): (member.offset_data, member.size) for member in archive if member.isreg()}
+                self._members = {
+                    posixpath.normpath(member.name): (member.offset_data, member.size)
+                    for member in archive
+                    if member.isreg()
+                }
                 end = archive.offset
         except tarfile.TarError as error:
-            raise ConfigError(f"{KEY} = {str(path)!r}: expected a whole tar, uncompressed ({error}).") from None
+            raise ConfigError(
+                f"{KEY} = {str(path)!r}: expected a whole tar, uncompressed ({error})."
+            ) from None
         # tarfile takes a header that is cut or broken for the end
-        require(self._file.read(end, len(TAR_END)) == TAR_END, KEY, str(path), f"a whole tar; it breaks off at byte {end}, after {len(self._members)} files")
+        require(
+            self._file.read(end, len(TAR_END)) == TAR_END,
+            KEY,
+            str(path),
+            f"a whole tar; it breaks off at byte {end}, after {len(self._members)} files",
+        )
 
     def __getitem__(self, name: str) -> bytes:
         place = self._members.get(_inside(name))
@@ -117,7 +139,12 @@ class ZipPictures:
     def __init__(self, path: pathlib.Path):
         self._file = LocalFile(path, KEY)
         try:
-            require(len(self._archive.filelist) > 0, KEY, str(path), "an archive with pictures, it is empty")
+            require(
+                len(self._archive.filelist) > 0,
+                KEY,
+                str(path),
+                "an archive with pictures, it is empty",
+            )
         except zipfile.BadZipFile as error:
             raise ConfigError(f"{KEY} = {str(path)!r}: expected a whole zip ({error}).") from None
 
@@ -137,7 +164,13 @@ class ZipPictures:
             return self._archive.read(member)
         except KeyError:
             raise BadSample(f"no such picture in {self._file.path}: {name}") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
             raise BadSample(f"unreadable in {self._file.path}: {name} ({error})") from None
 
 

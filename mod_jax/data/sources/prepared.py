@@ -17,7 +17,9 @@ from mod_jax.data.sources.record import BadSample, Record
 
 FORMAT = 1
 INDEX = "index.json"
-REMEDY = "Make it with: python -m mod_jax.prepare (the same command continues one that was stopped)."
+REMEDY = (
+    "Make it with: python -m mod_jax.prepare (the same command continues one that was stopped)."
+)
 
 
 def encode_record(record: Record) -> bytes:
@@ -27,7 +29,9 @@ def encode_record(record: Record) -> bytes:
       OSError: if a picture's file cannot be read.
     """
     images = [image if isinstance(image, bytes) else image.read_bytes() for image in record.images]
-    return msgpack.packb({"id": record.id, "turns": record.turns, "rejected": record.rejected, "images": images})
+    return msgpack.packb(
+        {"id": record.id, "turns": record.turns, "rejected": record.rejected, "images": images}
+    )
 
 
 def decode_record(data: bytes) -> Record:
@@ -51,8 +55,20 @@ def read_index(folder: pathlib.Path) -> dict:
       ConfigError: for a folder that is not whole, or of another format.
     """
     key, path = "data.sources.path", folder / INDEX
-    require(folder.is_dir(), key, str(folder), "an existing local folder", "A bucket is read through a mount, or copied first.")
-    require(path.is_file(), key, str(folder), f"a prepared folder, whole: {INDEX} is written last, and is not there", REMEDY)
+    require(
+        folder.is_dir(),
+        key,
+        str(folder),
+        "an existing local folder",
+        "A bucket is read through a mount, or copied first.",
+    )
+    require(
+        path.is_file(),
+        key,
+        str(folder),
+        f"a prepared folder, whole: {INDEX} is written last, and is not there",
+        REMEDY,
+    )
     try:
         index = json.loads(path.read_text())
         shards = {folder / shard["file"]: int(shard["records"]) for shard in index["shards"]}
@@ -61,8 +77,18 @@ def read_index(folder: pathlib.Path) -> dict:
         known = False
     require(known, key, str(path), f"an index of format {FORMAT} with at least one record", REMEDY)
     lengths = {shard: _length(shard) for shard in shards}
-    wrong = [f"{shard.name} has {lengths[shard]} records, not {records}" for shard, records in shards.items() if lengths[shard] != records]
-    require(not wrong, key, str(folder), f"the shards its index names, whole; {'; '.join(wrong)}", "Copy it again, or delete it and prepare it again.")
+    wrong = [
+        f"{shard.name} has {lengths[shard]} records, not {records}"
+        for shard, records in shards.items()
+        if lengths[shard] != records
+    ]
+    require(
+        not wrong,
+        key,
+        str(folder),
+        f"the shards its index names, whole; {'; '.join(wrong)}",
+        "Copy it again, or delete it and prepare it again.",
+    )
     return index
 
 
@@ -84,7 +110,13 @@ class PreparedSource:
         self._folder = pathlib.Path(config.path)
         shards = read_index(self._folder)["shards"]
         # "file[first:end]" spares the library opening every shard once more to count its records
-        self._shards = ArrayRecordDataSource([f"{self._folder / shard['file']}[0:{shard['records']}]" for shard in shards if shard["records"]])
+        self._shards = ArrayRecordDataSource(
+            [
+                f"{self._folder / shard['file']}[0:{shard['records']}]"
+                for shard in shards
+                if shard["records"]
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self._shards)

@@ -42,19 +42,27 @@ def check(record: Record) -> Record:
     if any(MARKER in answer for answer in (*answers, record.rejected)):
         raise BadSample("picture token in an answer")
     if markers > len(record.images):
-        raise BadSample(f"picture token without picture: {markers} tokens, {len(record.images)} pictures")
+        raise BadSample(
+            f"picture token without picture: {markers} tokens, {len(record.images)} pictures"
+        )
     if markers < len(record.images):
-        raise BadSample(f"picture without picture token: {markers} tokens, {len(record.images)} pictures")
+        raise BadSample(
+            f"picture without picture token: {markers} tokens, {len(record.images)} pictures"
+        )
     try:
         "".join((*questions, *answers, record.rejected)).encode()
     except UnicodeEncodeError as error:
-        raise BadSample(f"half a surrogate pair in the text ({error.object[error.start]!a})") from None
+        raise BadSample(
+            f"half a surrogate pair in the text ({error.object[error.start]!a})"
+        ) from None
     return record
 
 
 def without_pictures(record: Record) -> Record:
     """The texts of a record alone."""
-    turns = tuple((question.replace(MARKER, "").strip(), answer) for question, answer in record.turns)
+    turns = tuple(
+        (question.replace(MARKER, "").strip(), answer) for question, answer in record.turns
+    )
     return dataclasses.replace(record, images=(), turns=turns)
 
 

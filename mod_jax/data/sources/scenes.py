@@ -12,7 +12,10 @@ class ScenesSource:
     """Random access to a split of the built-in set."""
 
     def __init__(self, config: SourceConfig):
-        self._records, self._folder = load_scenes(config.path, config.split), pathlib.Path(config.path)
+        self._records, self._folder = (
+            load_scenes(config.path, config.split),
+            pathlib.Path(config.path),
+        )
 
     def __len__(self) -> int:
         return len(self._records)

@@ -29,11 +29,15 @@ def _is_text(feature) -> bool:
 
 def _is_messages(feature) -> bool:
     inner = feature.feature if isinstance(feature, features.Sequence) else None
-    return isinstance(inner, features.FeaturesDict) and all(key in inner and _is_text(inner[key]) for key in ("from", "value"))
+    return isinstance(inner, features.FeaturesDict) and all(
+        key in inner and _is_text(inner[key]) for key in ("from", "value")
+    )
 
 
 def _is_picture(feature) -> bool:
-    return isinstance(feature.feature if isinstance(feature, features.Sequence) else feature, features.Image)
+    return isinstance(
+        feature.feature if isinstance(feature, features.Sequence) else feature, features.Image
+    )
 
 
 def _text(value: bytes) -> str:
@@ -41,7 +45,10 @@ def _text(value: bytes) -> str:
 
 
 def _messages(value: dict) -> list[dict]:
-    return [{"from": speaker.decode(), "value": text.decode()} for speaker, text in zip(value["from"], value["value"])]
+    return [
+        {"from": speaker.decode(), "value": text.decode()}
+        for speaker, text in zip(value["from"], value["value"])
+    ]
 
 
 FORMS = (  # the features that make one, how they are known, how they are read, what reads the entry
@@ -58,17 +65,31 @@ class TfdsSource:
     def __init__(self, config: SourceConfig):
         builder = open_builder(config.path)
         self._folder, known = pathlib.Path(builder.data_path), dict(builder.info.features)
-        require(config.split in builder.info.splits, "data.sources.split", config.split, f"one of {list(builder.info.splits)}")
-        forms = [form for form in FORMS if all(key in known and form[1](known[key]) for key in form[0])]
+        require(
+            config.split in builder.info.splits,
+            "data.sources.split",
+            config.split,
+            f"one of {list(builder.info.splits)}",
+        )
+        forms = [
+            form for form in FORMS if all(key in known and form[1](known[key]) for key in form[0])
+        ]
         fits = forms and ("image" not in known or _is_picture(known["image"]))
-        require(fits, KEY, config.path, f"a data set with the features {EXPECTED}; it has {' '.join(str(builder.info.features).split())}")
+        require(
+            fits,
+            KEY,
+            config.path,
+            f"a data set with the features {EXPECTED}; it has {' '.join(str(builder.info.features).split())}",
+        )
         self._keys, _, self._convert, self._read = forms[0]
         self._text_only = config.text_only
         decoders = {key: _Encoded() for key, feature in known.items() if _is_picture(feature)}
         try:
             self._records = builder.as_data_source(config.split, decoders=decoders)
         except NotImplementedError:
-            raise ConfigError(f"{KEY} = {config.path!r}: expected array_record, found {builder.info.file_format}. {REMEDY}") from None
+            raise ConfigError(
+                f"{KEY} = {config.path!r}: expected array_record, found {builder.info.file_format}. {REMEDY}"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -85,7 +106,9 @@ class TfdsSource:
         pictures = () if self._text_only else fields.get("image") or ()
         images = (pictures,) if isinstance(pictures, bytes) else tuple(pictures)
         try:
-            turns, rejected = self._read({key: self._convert(fields[key]) for key in self._keys}, len(images))
+            turns, rejected = self._read(
+                {key: self._convert(fields[key]) for key in self._keys}, len(images)
+            )
         except UnicodeDecodeError as error:
             raise BadSample(f"text is not UTF-8: {error}") from None
         return Record(_name(fields, number), images, turns, rejected)
@@ -105,8 +128,12 @@ def open_builder(path: str) -> tfds.core.DatasetBuilder:
       ConfigError: if nothing is prepared there.
     """
     try:
-        builder = tfds.builder_from_directory(path) if pathlib.Path(path).is_dir() else tfds.builder(path)
+        builder = (
+            tfds.builder_from_directory(path) if pathlib.Path(path).is_dir() else tfds.builder(path)
+        )
     except (DatasetNotFoundError, DatasetInfoFileError) as error:
-        raise ConfigError(f"{KEY} = {path!r}: expected the folder or the name of a prepared TFDS data set ({error}).") from None
+        raise ConfigError(
+            f"{KEY} = {path!r}: expected the folder or the name of a prepared TFDS data set ({error})."
+        ) from None
     require(len(builder.info.splits) > 0, KEY, path, "a prepared data set", REMEDY)
     return builder
