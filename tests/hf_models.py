@@ -3,6 +3,7 @@
 Every parameter is random, norms and biases too, so that none can be missed unnoticed.
 """
 
+import numpy as np
 import torch
 import transformers
 from transformers import (
@@ -16,6 +17,9 @@ from transformers import (
     Qwen3MoeConfig,
     SiglipVisionConfig,
 )
+
+from mod_jax.interop.loading import open_pretrained
+from mod_jax.interop.pretrained import Config, read
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -143,3 +147,13 @@ def gradients(model: torch.nn.Module) -> dict:
         name: (torch.zeros_like(p) if p.grad is None else p.grad).numpy()
         for name, p in model.named_parameters()
     }
+
+
+def load(path, vision_tower=None, tokenizer=None) -> tuple[Config, dict[str, np.ndarray]]:
+    """Loads the configuration and the float32 parameters of the model in a folder.
+
+    If the folder holds a part of a model (a vision tower or a language model), they are those of
+    the part. Arguments and errors are those of `mod_jax.interop.loading.open_pretrained`.
+    """
+    with open_pretrained(path, vision_tower, tokenizer) as pretrained:
+        return pretrained.config, read(pretrained)

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 
 import families
+import hf_models
 import jax
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from stock.check import TOLERANCE
 
 from mod_jax import convert
 from mod_jax.config import MoEConfig
-from mod_jax.interop.loading import load
 from mod_jax.interop.native import open_native
 from mod_jax.models import llava
 from mod_jax.sharding import make_mesh, parameter_shardings
@@ -92,7 +92,7 @@ def test_what_is_imported_is_exported_with_the_same_tensors_bitwise(dtype, folde
         tensor.dtype == getattr(torch, dtype) and torch.equal(found[name], tensor)
         for name, tensor in wanted.items()
     )
-    assert load(tmp_path / "theirs")[0] == load(folders / dtype / "theirs")[0]
+    assert hf_models.load(tmp_path / "theirs")[0] == hf_models.load(folders / dtype / "theirs")[0]
 
 
 def test_what_is_exported_in_float32_is_imported_with_the_same_numbers_bitwise(tmp_path):
@@ -115,7 +115,7 @@ def test_what_is_exported_in_float32_is_imported_with_the_same_numbers_bitwise(t
 
 def test_what_is_imported_onto_a_mesh_is_restored_there_sharded_and_bitwise(folders):
     theirs, ours = folders / "bfloat16" / "theirs", folders / "bfloat16" / "ours" / "params"
-    config, wanted = load(theirs)
+    config, wanted = hf_models.load(theirs)
     saved = ocp.metadata(ours).metadata
     shardings = parameter_shardings(make_mesh(convert.mesh_sizes(MESH)), saved, llava.axes(config))
     assert all(sharding.num_devices == 8 for sharding in shardings.values()) and not all(

@@ -18,7 +18,6 @@ from mod_jax.batch import Batch
 from mod_jax.data.samples.tokenizer import scenes_tokenizer, text_encoder
 from mod_jax.data.samples.tokens import ChatFormat, tokenize_prompt
 from mod_jax.inference.generation import Prompts, Question, answer, generate
-from mod_jax.interop import loading
 from mod_jax.models import llava
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -181,7 +180,7 @@ def test_markers_without_their_pictures_are_refused():
 def test_token_for_token_what_transformers_generates(tmp_path):
     model = hf_models.build(hf_models.llava(hf_models.clip(), hf_models.qwen2()), seed=1)
     model.save_pretrained(tmp_path / "theirs")
-    config, params = loading.load(tmp_path / "theirs")
+    config, params = hf_models.load(tmp_path / "theirs")
     rng = np.random.default_rng(3)
     text = lambda n: rng.integers(0, hf_models.END_TOKEN, n)
     picture = np.full(config.vision.num_features, hf_models.IMAGE_TOKEN)

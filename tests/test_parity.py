@@ -16,7 +16,7 @@ import transformers
 
 from mod_jax.batch import Batch
 from mod_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from mod_jax.interop import huggingface, loading, names
+from mod_jax.interop import huggingface, names
 from mod_jax.models import llava
 
 TINY_TOWER = VisionConfig(
@@ -152,7 +152,7 @@ TOWERS = {
 def test_vision_tower(kind, layer, tmp_path):
     model = hf_models.build(TOWERS[kind])
     model.save_pretrained(tmp_path / "theirs")
-    vision, tower = loading.load(tmp_path / "theirs")
+    vision, tower = hf_models.load(tmp_path / "theirs")
     images, cls = pictures(2), int(vision.family == "clip")
 
     def theirs(model):
@@ -203,7 +203,7 @@ LANGUAGE_MODELS = {
 def test_language_model(kind, tmp_path):
     model = hf_models.build(LANGUAGE_MODELS[kind])
     model.save_pretrained(tmp_path / "theirs")
-    decoder, part = loading.load(tmp_path / "theirs")
+    decoder, part = hf_models.load(tmp_path / "theirs")
     tokens = random_tokens(2, 14)
     wanted = torch_logits(model, tokens)
 
@@ -250,7 +250,7 @@ def conversation(content: list) -> tuple[np.ndarray, np.ndarray]:
 def test_llava(kind, content, tmp_path):
     model = hf_models.build(LLAVAS[kind])
     model.save_pretrained(tmp_path / "theirs")
-    config, params = loading.load(tmp_path / "theirs")
+    config, params = hf_models.load(tmp_path / "theirs")
     tokens, images = conversation(CONTENTS[content])
     inputs = {"pixel_values": pixel_values(images[0], config.vision)} if images.size else {}
     wanted = torch_logits(model, tokens, **inputs)
@@ -270,7 +270,7 @@ def test_a_sparse_llama_is_exported_with_biases_of_zero(tmp_path):
     """transformers has no sparse llama; qwen2_moe without its biases is one."""
     model = hf_models.build(hf_models.qwen2_moe(qkv_bias=False))
     model.save_pretrained(tmp_path / "theirs")
-    decoder, part = loading.load(tmp_path / "theirs")
+    decoder, part = hf_models.load(tmp_path / "theirs")
     assert not decoder.qkv_bias
     tokens = random_tokens(2, 14)
     huggingface.save(tmp_path / "ours", decoder, part)
