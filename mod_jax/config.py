@@ -1,60 +1,81 @@
-"""Typed configuration behind the ml_collections files: every key, its meaning, and every check of a value.
+"""Typed configuration: the meaning, default, and check of every key.
 
-A file in `configs/` returns a `ConfigDict`; `from_dict` turns it into the frozen dataclasses below, refusing unknown
-keys and wrong types before anything is compiled.
+A file in `configs/` returns an ml_collections `ConfigDict`. `from_dict` converts it to the frozen
+dataclasses below and refuses unknown keys, wrong types and impossible values before anything is
+compiled.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run. The message names the key, its value, what was expected and the remedy."""
+    """A configuration that cannot run.
+
+    The message names the key, its value, what was expected, and the remedy.
+    """
 
 
-def require(ok: bool, key: str, value, expected: str, remedy: str = "") -> None:
-    """Raises ConfigError unless `ok`."""
+def require(ok: bool, key: str, value: object, expected: str, remedy: str = "") -> None:
+    """Raises ConfigError("KEY = VALUE: expected EXPECTED. REMEDY") unless `ok`."""
     if not ok:
-        raise ConfigError(
-            f"{key} = {value!r}: expected {expected}." + (f" {remedy}" if remedy else "")
-        )
+        message = f"{key} = {value!r}: expected {expected}."
+        raise ConfigError(f"{message} {remedy}" if remedy else message)
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+def _require_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    *others, last = choices
+    require(value in choices, key, value, f"{', '.join(others)} or {last}")
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or SigLIP vision tower (sizes of CLIP ViT-L/14 at 336 px by default)."""
+    """A CLIP or SigLIP vision tower. The defaults are CLIP ViT-L/14 at 336 px.
 
-    family: str = "clip"  # clip: CLS token and a norm before the layers; siglip: neither, a biased patch projection
-    image_size: int = 336  # px
-    patch_size: int = 14  # px
+    Attributes:
+      family: "clip" (a class token, and a norm before the layers) or "siglip" (neither, and a bias
+        in the patch projection).
+      image_size: Height and width of a picture, px.
+      patch_size: Height and width of a patch, px.
+      hidden_size: Width of the tower.
+      intermediate_size: Width of the feed-forward layers.
+      num_layers: Number of transformer layers.
+      num_heads: Number of attention heads.
+      hidden_act: Activation: "quick_gelu", "gelu" (exact) or "gelu_tanh".
+      norm_eps: Epsilon of the layer norms.
+      feature_layer: Hidden state that is used as the feature, counted from the end; -1 is the
+        output of the last layer.
+      pixel_mean: Mean of each colour channel (RGB, within 0..1), subtracted from the pixels.
+      pixel_std: Standard deviation of each channel, by which the pixels are divided.
+    """
+
+    family: str = "clip"
+    image_size: int = 336
+    patch_size: int = 14
     hidden_size: int = 1024
     intermediate_size: int = 4096
     num_layers: int = 24
     num_heads: int = 16
-    hidden_act: str = "quick_gelu"  # quick_gelu | gelu | gelu_tanh
+    hidden_act: str = "quick_gelu"
     norm_eps: float = 1e-5
-    feature_layer: int = (
-        -2
-    )  # which hidden state is the feature, counted from the end; -1 is the last layer's output
+    feature_layer: int = -2
     pixel_mean: tuple[float, ...] = CLIP_MEAN
     pixel_std: tuple[float, ...] = CLIP_STD
 
-    def __post_init__(self):
-        require(self.family in ("clip", "siglip"), "vision.family", self.family, "clip or siglip")
-        require(
-            self.hidden_act in ("quick_gelu", "gelu", "gelu_tanh"),
-            "vision.hidden_act",
-            self.hidden_act,
-            "quick_gelu, gelu or gelu_tanh",
-        )
+    def __post_init__(self) -> None:
+        _require_choice("vision.family", self.family, ("clip", "siglip"))
+        activations = ("quick_gelu", "gelu", "gelu_tanh")
+        _require_choice("vision.hidden_act", self.hidden_act, activations)
         require(
             self.image_size >= self.patch_size,
             "vision.image_size",
@@ -76,33 +97,38 @@ class VisionConfig:
 
     @property
     def num_features(self) -> int:
-        """Feature vectors of one picture (CLS is dropped)."""
+        """Number of feature vectors per picture, one per patch; CLIP's class token is dropped."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """Which feed-forward layers become mixtures of experts, and how they route (method, section 1)."""
+    """Which feed-forward layers become mixtures of experts, and how they route.
 
-    layers: str | tuple[int, ...] = (
-        "sparse"  # sparse (0, 2, 4, ...) | first_half | second_half | all | explicit numbers
-    )
+    Attributes:
+      layers: Sparse layers: "sparse" (0, 2, 4, ...), "first_half", "second_half", "all", or the
+        layer numbers themselves.
+      num_experts: Number of experts of a layer (E).
+      experts_per_token: Number of experts that process a token (K).
+      capacity_factor: None routes without drops. Otherwise an expert accepts
+        ceil(K * capacity_factor * N / E) of the N tokens and drops the others.
+      residual: Whether a shared expert processes every token too; a learned softmax over the two
+        mixes its output with that of the routed experts (DeepSpeed-MoE, arXiv 2201.05596).
+    """
+
+    layers: str | tuple[int, ...] = "sparse"
     num_experts: int = 4
     experts_per_token: int = 2
-    capacity_factor: float | None = (
-        None  # None: dropless. Else an expert has ceil(K * factor * N / E) places for N tokens
-    )
-    residual: bool = (
-        False  # a shared expert beside the routed ones, mixed by a learned softmax of two
-    )
+    capacity_factor: float | None = None
+    residual: bool = False
 
-    def __post_init__(self):
-        named = ("sparse", "first_half", "second_half", "all")
+    def __post_init__(self) -> None:
+        names = ("sparse", "first_half", "second_half", "all")
         require(
-            not isinstance(self.layers, str) or self.layers in named,
+            not isinstance(self.layers, str) or self.layers in names,
             "moe.layers",
             self.layers,
-            f"one of {named} or layer numbers",
+            f"one of {names} or layer numbers",
         )
         require(
             1 <= self.experts_per_token <= self.num_experts,
@@ -119,14 +145,20 @@ class MoEConfig:
 
     @property
     def dropless(self) -> bool:
-        """Whether every token finds a place: there is no capacity, or so much that one expert could take all."""
-        return (
-            self.capacity_factor is None
-            or self.experts_per_token * self.capacity_factor >= self.num_experts
-        )
+        """Whether no token is ever dropped.
+
+        True without a capacity, or with one so large that a single expert could accept all tokens.
+        """
+        if self.capacity_factor is None:
+            return True
+        return self.experts_per_token * self.capacity_factor >= self.num_experts
 
     def layer_numbers(self, num_layers: int) -> tuple[int, ...]:
-        """The sparse layers of a decoder of `num_layers`, ascending."""
+        """Numbers of the sparse layers in a decoder of `num_layers`, ascending.
+
+        Raises:
+          ConfigError: If there are none, or one of them is not a layer of the decoder.
+        """
         half = num_layers // 2
         named = {
             "sparse": range(0, num_layers, 2),
@@ -134,11 +166,10 @@ class MoEConfig:
             "second_half": range(half, num_layers),
             "all": range(num_layers),
         }
-        numbers = (
-            tuple(named[self.layers])
-            if isinstance(self.layers, str)
-            else tuple(sorted(set(self.layers)))
-        )
+        if isinstance(self.layers, str):
+            numbers = tuple(named[self.layers])
+        else:
+            numbers = tuple(sorted(set(self.layers)))
         require(
             bool(numbers) and 0 <= numbers[0] and numbers[-1] < num_layers,
             "moe.layers",
@@ -150,7 +181,28 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """One decoder for Qwen1.5/2/2.5 (the defaults are Qwen2-0.5B), Llama and Mistral (no QKV bias) and Qwen3 (q/k norms)."""
+    """A language model. The defaults are Qwen2-0.5B.
+
+    One decoder computes Qwen1.5, Qwen2 and Qwen2.5 (QKV biases), Llama and Mistral (no QKV biases),
+    and Qwen3 (q/k norms).
+
+    Attributes:
+      vocab_size: Rows of the embedding table.
+      hidden_size: Width of the decoder.
+      intermediate_size: Width of a dense feed-forward layer, and of each expert.
+      num_layers: Number of layers, dense and sparse.
+      num_heads: Number of query heads.
+      num_kv_heads: Number of key/value heads.
+      head_dim: Size of a head.
+      rope_theta: Base of the rotary angles.
+      norm_eps: Epsilon of the RMS norms.
+      qkv_bias: Whether query, key and value projections have biases.
+      qk_norm: Whether queries and keys are RMS-normalised per head.
+      tie_embeddings: Whether the output head is the embedding table.
+      max_positions: Longest supported sequence; capped at the sliding window, which is not
+        implemented.
+      moe: Mixture-of-experts layers; None for a dense decoder.
+    """
 
     vocab_size: int = 151936
     hidden_size: int = 896
@@ -164,10 +216,10 @@ class DecoderConfig:
     qkv_bias: bool = True
     qk_norm: bool = False
     tie_embeddings: bool = True
-    max_positions: int = 32768  # of the longest sequence it was made for; a sliding window is not computed, so no longer than the window
+    max_positions: int = 32768
     moe: MoEConfig | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(
             self.num_heads % self.num_kv_heads == 0,
             "decoder.num_heads",
@@ -191,53 +243,84 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A multimodal model: vision tower -> two-layer adaptor -> decoder."""
+    """A multimodal model: vision tower -> two-layer adaptor -> decoder.
+
+    Attributes:
+      vision: The vision tower.
+      decoder: The language model.
+      image_token_id: Token that marks a position of a picture.
+      end_token_id: Token that ends an answer; it also fills padding.
+      dtype: Dtype of the activations, "float32" or "bfloat16". Parameters, the router, softmax,
+        norms and losses are always float32.
+      remat: What the backward pass recomputes in each layer: "none", "dots" (all but the results of
+        matrix products) or "full".
+    """
 
     vision: VisionConfig = VisionConfig()
     decoder: DecoderConfig = DecoderConfig()
     image_token_id: int = 151646
-    end_token_id: int = 151643  # ends an answer, and pads
-    dtype: str = "float32"  # of the activations; parameters and whatever decides (router, softmax, norms, losses) are float32
-    remat: str = "none"  # what the backward pass recomputes in a layer: none | dots (keep matmul results) | full
+    end_token_id: int = 151643
+    dtype: str = "float32"
+    remat: str = "none"
 
-    def __post_init__(self):
-        require(
-            self.dtype in ("float32", "bfloat16"), "model.dtype", self.dtype, "float32 or bfloat16"
-        )
-        require(
-            self.remat in ("none", "dots", "full"), "model.remat", self.remat, "none, dots or full"
-        )
+    def __post_init__(self) -> None:
+        _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _require_choice("model.remat", self.remat, ("none", "dots", "full"))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that are left."""
+    """Number of devices along each mesh axis; one of them may be -1, for all remaining devices.
 
-    data: int = -1  # replicas (across slices)
-    fsdp: int = 1  # rows and dense weights
-    expert: int = 1  # rows, dense weights, and experts
-    tensor: int = 1  # heads, feed-forward and vocabulary
+    Rows of a batch are split over data x fsdp x expert.
+
+    Attributes:
+      data: Replicas of the parameters, which may be in different TPU slices.
+      fsdp: Splits dense weights, and the width of the experts' weights.
+      expert: Splits the experts, and dense weights further.
+      tensor: Splits heads, feed-forward layers and the vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of records."""
+    """One source of records.
 
-    kind: str = "chat"  # chat, preference (LLaVA's JSON) | rlaif (RLAIF-V's parquet) | tfds | prepared (by mod_jax.prepare) | scenes (the built-in set)
-    path: str = ""  # chat, preference: a JSON list, or JSON Lines (.jsonl); rlaif: a file, a folder or a pattern; tfds: a folder or a name; else a folder
-    images: str = ""  # of a JSON source's pictures: a folder, gs://..., a .zip or a .tar
-    split: str = ""  # tfds: one of its own; scenes: train | crowd | preference | test
-    weight: float = 1.0  # share in the mixture
-    text_only: bool = False  # drop the pictures (to train a language model on the texts)
+    Attributes:
+      kind: "chat" and "preference" (LLaVA's JSON), "rlaif" (RLAIF-V's parquet), "tfds", "prepared"
+        (written by `mod_jax.prepare`), or "scenes" (the built-in data set).
+      path: chat and preference: a file with a JSON list, or JSON Lines (.jsonl). rlaif: a file, a
+        folder or a glob pattern. tfds: the folder of a prepared data set, or its name. Otherwise a
+        folder.
+      images: Where the pictures of a JSON source are: a folder, gs://..., a .zip or a .tar.
+      split: tfds: one of the data set's splits. scenes: "train", "crowd", "preference" or "test".
+      weight: Share of the mixture, relative to the weights of the other sources.
+      text_only: Whether pictures are dropped, to train a language model on the texts.
+    """
 
-    def __post_init__(self):
+    kind: str = "chat"
+    path: str = ""
+    images: str = ""
+    split: str = ""
+    weight: float = 1.0
+    text_only: bool = False
+
+    def __post_init__(self) -> None:
         kinds = ("chat", "preference", "rlaif", "tfds", "prepared", "scenes")
         require(self.kind in kinds, "data.sources.kind", self.kind, f"one of {kinds}")
         require(self.weight > 0, "data.sources.weight", self.weight, "a positive share")
 
     @property
     def holds_pairs(self) -> bool | None:
-        """Whether its records are preference pairs; None where only the data say: tfds, prepared."""
+        """Whether the records are preference pairs.
+
+        None for the kinds whose data have to be opened to tell (tfds, prepared).
+        """
         known = {
             "chat": False,
             "preference": True,
@@ -249,23 +332,40 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a stage reads and how rows are packed. All but `workers` and `max_bad_share` decides what the batches are."""
+    """What a stage reads, and how samples are packed into rows.
+
+    All keys except `workers` and `max_bad_share` determine the batches.
+
+    Attributes:
+      sources: The mixture of sources.
+      sequence_length: Positions of a row, those of pictures included.
+      images_per_row: Largest number of pictures in a row.
+      samples_per_row: Largest number of samples in a row.
+      template: Chat template: "qwen", "vicuna", "brief", "plain" or "chatml".
+      fit: How a picture becomes a square: "pad", "crop" or "stretch".
+      seed: Seed of the order of samples.
+      max_bad_share: Share of skipped samples above which the run stops.
+      streams: Number of independent streams that make the rows; the number of hosts has to divide
+        it. 0 means one stream per row of the batch, at most 64.
+      look_ahead: Number of samples of a stream that a row is chosen from. More of them leave less
+        padding and need more memory.
+      workers: Number of processes that read and decode on each host, at about 0.5 GB each. 0 means
+        threads of the training process.
+    """
 
     sources: tuple[SourceConfig, ...] = ()
-    sequence_length: int = 2048  # positions a row, pictures included
+    sequence_length: int = 2048
     images_per_row: int = 3
     samples_per_row: int = 16
     template: str = "qwen"
-    fit: str = "pad"  # how a picture becomes a square: pad | crop | stretch
+    fit: str = "pad"
     seed: int = 0
-    max_bad_share: float = 0.01  # share of skipped samples above which the run stops
-    streams: int = 0  # independent streams that make the rows, on any number of hosts that divides it; 0: one a row, 64 at most
-    look_ahead: int = (
-        32  # samples of a stream that a row is chosen from: more of them, less padding, more memory
-    )
-    workers: int = 0  # processes that read and decode, on each host, of about 0.5 GB each; 0: threads of the process that trains
+    max_bad_share: float = 0.01
+    streams: int = 0
+    look_ahead: int = 32
+    workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one source")
         require(
             0 <= self.max_bad_share <= 1,
@@ -279,46 +379,48 @@ class DataConfig:
             ("streams", 0),
             ("workers", 0),
         ):
-            require(
-                getattr(self, key) >= least,
-                f"data.{key}",
-                getattr(self, key),
-                f"a count of at least {least}",
-            )
+            count = getattr(self, key)
+            require(count >= least, f"data.{key}", count, f"a count of at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What a stage minimises (method, section 2)."""
+    """What a stage minimises (arXiv 2408.15881, sections 3.2 and 3.3).
 
-    kind: str = "next_token"  # next_token | mimic | preference
-    next_token_weight: float = 0.0  # mimic: weight of the next-token loss beside the KL
-    all_tokens: bool = False  # mimic: also the instruction and picture positions
-    preference: str = "kto_pair"  # kto_pair | sigmoid | hinge | ipo
+    Attributes:
+      kind: "next_token", "mimic" (KL from the teacher) or "preference".
+      next_token_weight: mimic: weight of the next-token loss, which is added to the KL.
+      all_tokens: mimic: whether instruction and picture positions are compared too.
+      preference: Preference loss: "kto_pair", "sigmoid" (DPO), "hinge" or "ipo".
+      beta: Scale of the preference loss.
+      label_smoothing: Label smoothing of the sigmoid loss.
+      balance_weight: Weight of the router's load-balance loss.
+      z_weight: Weight of the router's z-loss.
+      compat: Whether to reproduce four differences of the authors' code: the KL mask is taken from
+        unshifted labels, so the first token of an answer is not distilled and the position after
+        the last one is; cross-entropy replaces the KL; a mimic objective with a next-token loss
+        counts the balance loss twice; the KL of KTO is that of the micro-batch and has a gradient.
+    """
+
+    kind: str = "next_token"
+    next_token_weight: float = 0.0
+    all_tokens: bool = False
+    preference: str = "kto_pair"
     beta: float = 0.1
-    label_smoothing: float = 0.0  # sigmoid only
-    balance_weight: float = 0.01  # of the router's load-balance loss
-    z_weight: float = 0.0  # of the router's z-loss
-    compat: bool = False  # reproduce the reference code's differences 1 to 4 (method, section 3)
+    label_smoothing: float = 0.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+    compat: bool = False
 
-    def __post_init__(self):
-        require(
-            self.kind in ("next_token", "mimic", "preference"),
-            "objective.kind",
-            self.kind,
-            "next_token, mimic or preference",
-        )
-        require(
-            self.preference in ("kto_pair", "sigmoid", "hinge", "ipo"),
-            "objective.preference",
-            self.preference,
-            "kto_pair, sigmoid, hinge or ipo",
-        )
+    def __post_init__(self) -> None:
+        _require_choice("objective.kind", self.kind, ("next_token", "mimic", "preference"))
+        preferences = ("kto_pair", "sigmoid", "hinge", "ipo")
+        _require_choice("objective.preference", self.preference, preferences)
         require(
             0 <= self.label_smoothing < 0.5,
             "objective.label_smoothing",
             self.label_smoothing,
-            "a number within 0..0.5",
+            "a number of at least 0 and below 0.5",
         )
         require(self.beta > 0, "objective.beta", self.beta, "a positive number")
 
@@ -330,44 +432,66 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay to 0."""
+    """AdamW with a linear warm-up and a cosine decay to 0.
+
+    Attributes:
+      lr: Peak learning rate.
+      warmup_share: Share of the steps that warm up.
+      b1: Decay rate of the first moment.
+      b2: Decay rate of the second moment.
+      weight_decay: Decoupled weight decay.
+      clip_norm: Largest norm of the whole gradient; 0 switches clipping off.
+    """
 
     lr: float = 2e-5
-    warmup_share: float = 0.03  # of the steps
+    warmup_share: float = 0.03
     b1: float = 0.9
     b2: float = 0.999
     weight_decay: float = 0.0
-    clip_norm: float = 1.0  # of the global gradient; 0 switches it off
+    clip_norm: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.lr > 0, "optimizer.lr", self.lr, "a positive learning rate")
         require(
             0 <= self.warmup_share < 1,
             "optimizer.warmup_share",
             self.warmup_share,
-            "a share within 0..1",
+            "a share of at least 0 and below 1",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage of a recipe; its name is its key in `RecipeConfig.stages`."""
+    """One stage of a recipe. Its name is its key in `RecipeConfig.stages`.
 
-    trains: tuple[
-        str, ...
-    ]  # patterns (fnmatch) over parameter names; one that matches nothing is an error
+    Attributes:
+      trains: Patterns (fnmatch) for the names of the parameters to train. A pattern that matches no
+        parameter is an error.
+      objective: What the stage minimises.
+      data: What the stage reads.
+      steps: Number of optimizer steps.
+      starts_from: Name of the stage whose student is trained further; "" for the recipe's student.
+      upcycle: Makes the dense student sparse before the stage; None leaves it as it is.
+      optimizer: The optimizer.
+      rows: Rows of the global batch.
+      accumulation: Number of micro-batches of a step.
+      seed: Seed of the routers that upcycling adds.
+      checkpoint_every: Steps between two checkpoints.
+    """
+
+    trains: tuple[str, ...]
     objective: ObjectiveConfig
     data: DataConfig
     steps: int
-    starts_from: str = ""  # a stage's name; empty: the recipe's student parts
-    upcycle: MoEConfig | None = None  # make the dense student sparse before this stage
+    starts_from: str = ""
+    upcycle: MoEConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
-    rows: int = 8  # rows of the global batch
-    accumulation: int = 1  # micro-batches a step
+    rows: int = 8
+    accumulation: int = 1
     seed: int = 0
-    checkpoint_every: int = 100  # steps
+    checkpoint_every: int = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.steps > 0, "steps", self.steps, "a positive number of steps")
         require(
             self.rows % self.accumulation == 0,
@@ -386,22 +510,39 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: a whole folder, parts (with a new adaptor if none is named), or sizes with random weights."""
+    """Where a model comes from: one folder, parts, or random weights.
 
-    folder: str = ""  # a whole model: a LLaVA folder, or an imported one
-    language_model: str = ""  # or: a language model's folder, with vision_tower
-    vision_tower: str = ""  # a CLIP or SigLIP folder; beside `folder` where that lacks its tower, as original LLaVA's do
-    adaptor: str = ""  # with language_model: a folder or file that holds an adaptor
-    random: ModelConfig | None = None  # or: sizes
-    seed: int = 0  # of what is initialised: the adaptor, or everything
+    Exactly one of `folder`, `language_model` and `random` is given.
 
-    def __post_init__(self):
-        ways = [bool(self.folder), bool(self.language_model), self.random is not None]
+    Attributes:
+      folder: Folder of a whole model: a LLaVA folder, or one written by `mod_jax.convert import`.
+      language_model: Folder of a language model, to be joined with `vision_tower`.
+      vision_tower: Folder of a CLIP or SigLIP tower. With `folder`, the tower of a model that is
+        stored without one, as original LLaVA is.
+      adaptor: With `language_model`: a folder or file that holds an adaptor; "" makes a new one.
+      random: Sizes of a model whose weights are drawn at random.
+      seed: Seed of what is initialised: the new adaptor, or all random weights.
+    """
+
+    folder: str = ""
+    language_model: str = ""
+    vision_tower: str = ""
+    adaptor: str = ""
+    random: ModelConfig | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ways = {
+            "folder": bool(self.folder),
+            "language_model": bool(self.language_model),
+            "random": self.random is not None,
+        }
+        given = [name for name, is_given in ways.items() if is_given]
         require(
-            sum(ways) == 1,
-            "folder, language_model, random",
-            ways,
-            "exactly one of the three ways to name a model",
+            len(given) == 1,
+            "given keys",
+            given,
+            f"exactly one of the three ways to name a model: {', '.join(ways)}",
         )
         parts = (self.language_model, self.vision_tower)
         require(
@@ -414,93 +555,131 @@ class ModelSource:
             not self.adaptor or all(parts),
             "adaptor",
             self.adaptor,
-            "it beside language_model and vision_tower",
-            "A whole folder has its own.",
+            "an adaptor only with language_model and vision_tower",
+            "A whole model has its own.",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured when the stages are done, on held-out scenes."""
+    """What is measured on held-out scenes when the stages are done.
 
-    models: tuple[str, ...] = ()  # stage names, and "teacher"; empty: nothing is measured
-    path: str = "data/scenes"  # the TFDS data folder
+    Attributes:
+      models: Models to measure: names of stages, and "teacher". Empty measures nothing.
+      path: The data folder (`data_dir`) of the scenes.
+      split: The split that is asked about.
+      template: Chat template of the questions.
+      pictures: Number of scenes.
+      rows: Number of prompts that are answered at a time.
+    """
+
+    models: tuple[str, ...] = ()
+    path: str = "data/scenes"
     split: str = "test"
     template: str = "brief"
     pictures: int = 256
-    rows: int = 256  # prompts answered at a time
+    rows: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class RecipeConfig:
-    """A list of stages, and the models they start from."""
+    """A list of stages, and the models that they start from.
+
+    Attributes:
+      name: Name of the recipe, for people.
+      tokenizer: Folder of the tokenizer.
+      student: Where the student comes from.
+      stages: The stages by name.
+      order: Names of the stages in the order in which they run; a ConfigDict sorts its keys.
+      teacher: Where the teacher comes from; None if no stage needs one.
+      mesh: Mesh of devices.
+      dtype: `ModelConfig.dtype` of student and teacher.
+      remat: `ModelConfig.remat` of the student.
+      keep_checkpoints: Number of checkpoints that each stage keeps.
+      log_every: Steps between two lines of metrics.
+      evaluation: What is measured at the end.
+    """
 
     name: str
-    tokenizer: str  # folder of a tokenizer, or a built-in one: scenes | bytes
+    tokenizer: str
     student: ModelSource
     stages: dict[str, StageConfig]
-    order: tuple[str, ...]  # of the stages; a ConfigDict sorts its keys
+    order: tuple[str, ...]
     teacher: ModelSource | None = None
     mesh: MeshConfig = MeshConfig()
-    dtype: str = "float32"  # of the activations of student and teacher
+    dtype: str = "float32"
     remat: str = "none"
     keep_checkpoints: int = 2
-    log_every: int = 10  # steps
+    log_every: int = 10
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    def __post_init__(self):
-        done = []
+    def __post_init__(self) -> None:
         require(len(self.order) > 0, "order", self.order, "at least one stage")
+        earlier: list[str] = []
         for name in self.order:
             require(
-                name in self.stages and name not in done,
+                name in self.stages and name not in earlier,
                 "order",
                 self.order,
                 f"each name once, out of {sorted(self.stages)}",
             )
-            stage = self.stages[name]
-            require(
-                not stage.starts_from or stage.starts_from in done,
-                f"stages.{name}.starts_from",
-                stage.starts_from,
-                f"an earlier stage {done}, or empty",
-            )
-            require(
-                not stage.objective.needs_teacher or self.teacher is not None,
-                f"stages.{name}.objective.kind",
-                stage.objective.kind,
-                "a teacher",
-                "Set config.teacher.",
-            )
-            pairs = {source.holds_pairs for source in stage.data.sources} - {None}
-            wanted = {stage.objective.kind == "preference"}
-            require(
-                pairs <= wanted,
-                f"stages.{name}.data.sources",
-                [s.kind for s in stage.data.sources],
-                "pairs for a preference objective and chats for the others",
-            )
-            done.append(name)
+            self._check_stage(name, earlier)
+            earlier.append(name)
         for model in self.evaluation.models:
             require(
-                model in (*done, "teacher"),
+                model in (*earlier, "teacher"),
                 "evaluation.models",
                 model,
-                f"a stage {done} or teacher",
+                f"a stage {earlier} or teacher",
             )
 
+    def _check_stage(self, name: str, earlier: list[str]) -> None:
+        stage = self.stages[name]
+        require(
+            not stage.starts_from or stage.starts_from in earlier,
+            f"stages.{name}.starts_from",
+            stage.starts_from,
+            f"an earlier stage {earlier}, or empty",
+        )
+        require(
+            not stage.objective.needs_teacher or self.teacher is not None,
+            f"stages.{name}.objective.kind",
+            stage.objective.kind,
+            "a teacher",
+            "Set config.teacher.",
+        )
+        wants_pairs = stage.objective.kind == "preference"
+        require(
+            all(source.holds_pairs in (wants_pairs, None) for source in stage.data.sources),
+            f"stages.{name}.data.sources",
+            [source.kind for source in stage.data.sources],
+            "pairs for a preference objective and chats for the others",
+        )
 
-def from_dict(cls, values: Mapping, path: str = "config"):
-    """Builds the dataclass `cls` from a mapping, its fields' types from the annotations.
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+DataclassT = TypeVar("DataclassT", bound=_Dataclass)
+
+
+def from_dict(cls: type[DataclassT], values: Mapping[str, Any], path: str = "config") -> DataclassT:
+    """Builds a dataclass from a mapping; the annotations of its fields decide the types.
 
     Args:
-      cls: one of the dataclasses of this module.
-      values: a dict (of a ConfigDict, its to_dict()).
-      path: the key of `values`, for messages.
+      cls: One of the dataclasses of this module.
+      values: A dict; of a ConfigDict, its `to_dict()`.
+      path: Key under which `values` stands, for error messages.
+
+    Returns:
+      The instance, nested mappings converted to the dataclasses of their fields.
+
     Raises:
-      ConfigError: for an unknown or missing key, a wrong type, or a value that a check refuses.
+      ConfigError: For an unknown or a missing key, a wrong type, or a value that a check refuses.
     """
-    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         near = difflib.get_close_matches(key, fields, 1)
         require(
@@ -510,33 +689,38 @@ def from_dict(cls, values: Mapping, path: str = "config"):
             f"a known key ({', '.join(fields)})",
             f"Did you mean {path}.{near[0]}?" if near else "",
         )
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
+    missing = [name for name in fields if name not in values and _is_required(fields[name])]
     require(not missing, path, dict(values), f"the keys {missing} as well")
-    made = {key: _convert(hints[key], values[key], f"{path}.{key}") for key in values}
+    converted = {key: _convert(hints[key], values[key], f"{path}.{key}") for key in values}
     try:
-        return cls(**made)
+        return cls(**converted)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def complete(cls, values: Mapping) -> ConfigDict:
-    """`values` with every default of `cls` filled in, so that each key can be set on the command line; checked as in from_dict."""
+def complete(cls: type[_Dataclass], values: Mapping[str, Any]) -> ConfigDict:
+    """Adds every default of `cls` to `values`, so that the command line can set each key.
+
+    Raises:
+      ConfigError: As `from_dict`.
+    """
     return ConfigDict(dataclasses.asdict(from_dict(cls, values)))
 
 
-def _convert(hint, value, path: str):
+def _is_required(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Converts `value` to the type annotation `hint`, or raises ConfigError naming `path`."""
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         require(isinstance(value, Mapping), path, value, f"a mapping of {hint.__name__}'s keys")
         return from_dict(hint, value, path)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, path)
     if origin is dict:
@@ -545,14 +729,17 @@ def _convert(hint, value, path: str):
     if origin is tuple:
         require(isinstance(value, (tuple, list)), path, value, "a tuple")
         return tuple(_convert(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    exact = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int) and not is_bool:
         return float(value)
-    require(exact, path, value, f"a value of type {hint.__name__}")
+    # bool is a subclass of int, but True is no number of layers
+    matches = isinstance(value, hint) and not (hint is int and is_bool)
+    require(matches, path, value, f"a value of type {hint.__name__}")
     return value
 
 
-def _convert_union(options, value, path: str):
+def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
+    """Converts `value` to the first option that accepts it, or raises the last option's error."""
     if value is None and type(None) in options:
         return None
     errors = []

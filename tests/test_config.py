@@ -1,4 +1,7 @@
-"""Configurations: what is accepted, and that everything else is refused with its key, its value, what was expected and a remedy."""
+"""Configurations: what is accepted.
+
+Everything else is refused; the error names the key, its value, what was expected and the remedy.
+"""
 
 import dataclasses
 import inspect
@@ -26,10 +29,12 @@ CONFIGS = sorted(
     for path in (pathlib.Path(__file__).parents[1] / "configs").rglob("*.py")
     if path.name != "__init__.py"
 )
-CHAT, PAIRS = {"kind": "chat", "path": "chats.json"}, {"kind": "preference", "path": "pairs.json"}
+CHAT = {"kind": "chat", "path": "chats.json"}
+PAIRS = {"kind": "preference", "path": "pairs.json"}
 
 
 def stage(**changes) -> dict:
+    """A small valid stage; `changes` replace its keys."""
     return {
         "trains": ("adaptor.*",),
         "objective": {},
@@ -39,9 +44,10 @@ def stage(**changes) -> dict:
 
 
 def recipe(stages: dict, **changes) -> dict:
+    """A small valid recipe of these stages; `changes` replace its keys."""
     values = {
         "name": "r",
-        "tokenizer": "scenes",
+        "tokenizer": "tokenizer",
         "student": {"folder": "student"},
         "teacher": {"folder": "teacher"},
         "stages": stages,
@@ -49,7 +55,8 @@ def recipe(stages: dict, **changes) -> dict:
     return values | {"order": tuple(stages)} | changes
 
 
-def refused(cls, values, message):
+def assert_refused(cls, values, message):
+    """`from_dict` raises a ConfigError of one line that matches `message`."""
     with pytest.raises(ConfigError, match=message) as error:
         from_dict(cls, values)
     assert "\n" not in str(error.value)
@@ -66,14 +73,12 @@ def test_values_become_typed_dataclasses_all_the_way_down():
         dtype="bfloat16",
     )
     assert isinstance(made.decoder.rope_theta, float)
-    assert (
-        from_dict(ModelConfig, dataclasses.asdict(made)) == made
-    )  # config.json of a run is read again
-    assert hash(made) == hash(from_dict(ModelConfig, values))  # jit needs it
+    assert from_dict(ModelConfig, dataclasses.asdict(made)) == made, "as a run's config.json"
+    assert hash(made) == hash(from_dict(ModelConfig, values)), "jit needs hashable configurations"
 
 
 def test_stages_keep_the_configured_order():
-    """A ConfigDict sorts its keys; `order` does not."""
+    """A ConfigDict sorts its keys, `order` keeps them."""
     stages = {"second": stage(starts_from="first"), "first": stage()}
     made = from_dict(RecipeConfig, ConfigDict(recipe(stages, order=("first", "second"))).to_dict())
     assert made.order == ("first", "second") and made.stages["second"].starts_from == "first"
@@ -84,7 +89,8 @@ def test_stages_keep_the_configured_order():
     [
         (
             {"decoder": {"num_layer": 4}},
-            r"config\.decoder\.num_layer = 4: expected a known key .*Did you mean config\.decoder\.num_layers\?",
+            r"config\.decoder\.num_layer = 4: expected a known key .*"
+            r"Did you mean config\.decoder\.num_layers\?",
         ),
         ({"zzz": 1}, r"config\.zzz = 1: expected a known key \(vision, decoder, .*\)\.$"),
         (
@@ -128,7 +134,7 @@ def test_stages_keep_the_configured_order():
     ],
 )
 def test_a_model_that_cannot_be_is_refused(values, message):
-    refused(ModelConfig, values, message)
+    assert_refused(ModelConfig, values, message)
 
 
 @pytest.mark.parametrize(
@@ -163,18 +169,19 @@ def test_a_model_that_cannot_be_is_refused(values, message):
     ],
 )
 def test_a_stage_that_cannot_run_is_refused(changes, message):
-    refused(StageConfig, stage(**changes), message)
+    assert_refused(StageConfig, stage(**changes), message)
 
 
 def test_a_missing_key_is_named():
-    refused(
+    assert_refused(
         StageConfig,
         {"steps": 3},
         r"config = \{'steps': 3\}: expected the keys \['trains', 'objective', 'data'\] as well",
     )
 
 
-MIMIC, PREFERENCE = stage(objective={"kind": "mimic"}), stage(objective={"kind": "preference"})
+MIMIC = stage(objective={"kind": "mimic"})
+PREFERENCE = stage(objective={"kind": "preference"})
 
 
 @pytest.mark.parametrize(
@@ -227,7 +234,7 @@ MIMIC, PREFERENCE = stage(objective={"kind": "mimic"}), stage(objective={"kind":
         ),
         (
             recipe({"a": stage()}, student={"folder": "f", "adaptor": "a"}),
-            r"adaptor = 'a': expected it beside language_model and vision_tower",
+            r"adaptor = 'a': expected an adaptor only with language_model and vision_tower",
         ),
         (
             recipe({"a": stage(step=1)}),
@@ -236,7 +243,7 @@ MIMIC, PREFERENCE = stage(objective={"kind": "mimic"}), stage(objective={"kind":
     ],
 )
 def test_a_recipe_that_cannot_run_is_refused(values, message):
-    refused(RecipeConfig, values, message)
+    assert_refused(RecipeConfig, values, message)
 
 
 def test_pairs_and_scenes_pairs_serve_a_preference_objective():
@@ -261,13 +268,13 @@ def test_sparse_layers_by_name_or_number(layers, numbers):
 
 
 def test_the_defaults_are_the_published_models():
-    """CLIP ViT-L/14 at 336 px and Qwen2-0.5B, and no model without a source."""
+    """CLIP ViT-L/14 at 336 px and Qwen2-0.5B."""
     assert VisionConfig().num_features == 576
-    assert (
-        DecoderConfig().hidden_size,
-        DecoderConfig().vocab_size,
-        DecoderConfig().sparse_layers,
-    ) == (896, 151936, ())
+    decoder = DecoderConfig()
+    assert (decoder.hidden_size, decoder.vocab_size, decoder.sparse_layers) == (896, 151936, ())
+
+
+def test_a_model_source_has_no_default():
     with pytest.raises(ConfigError, match="exactly one"):
         ModelSource()
 
@@ -278,7 +285,7 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_the_project_is_a_recipe(path):
-    """photos.py takes the folder of the pictures after a colon."""
+    """A config may take an argument: photos.py takes the folder of the pictures."""
     get_config = runpy.run_path(str(path))["get_config"]
     arguments = ["folder"] if inspect.signature(get_config).parameters else []
     made = from_dict(RecipeConfig, get_config(*arguments).to_dict())
