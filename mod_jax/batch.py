@@ -1,36 +1,49 @@
-"""The one batch of every stage: packed rows of chats and preference pairs, with their pictures.
+"""The batch that every stage trains on: packed rows of chats and preference pairs, with their pictures.
 
-Axes: B rows, S positions, N pictures a row, H W picture height and width, G samples a row.
+Axes: B rows, S positions, N pictures per row, H and W picture height and width, G samples per row.
 """
 
 import dataclasses
 
 import jax
+import numpy as np
+
+# Batches are numpy arrays while the host packs them, and jax arrays once they are on the devices.
+Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows. Position i sees position j iff j <= i, both lie in the same segment, and j's branch is 0 or i's own.
+    """Packed rows of samples.
+
+    Position i attends to position j if and only if j <= i, both lie in the same segment, and the
+    branch of j is 0 or the branch of i.
 
     Attributes:
-      tokens: i32[B,S], the inputs; a picture occupies as many picture tokens as its tower gives features.
-      targets: i32[B,S], the next token of each position, already shifted (method: one shift, made once, in the data).
-      loss_weights: f32[B,S], 1 where the target is part of an answer (or its end token), else 0.
-      positions: i32[B,S], rotary positions; a segment starts at 0, both branches of a pair continue their shared prefix.
-      segment_ids: i32[B,S], 1..G numbers the samples of a row, 0 is padding.
-      branch_ids: i32[B,S], 0 shared prefix (and everything of a plain chat), 1 chosen, 2 rejected.
-      picture_index: i32[B,S], row of the features [N * features a picture] that a picture token takes, -1 for text.
-      images: u8[B,N,H,W,3], RGB; unused places are zeros and no token points at them.
-      samples: i32[B,G], number of the source record of each segment, -1 where there is none.
+      tokens: i32[B,S], the input tokens. A picture takes as many picture tokens as the vision tower
+        gives features for it.
+      targets: i32[B,S], the next token of each position. The shift is done once, when samples are
+        tokenized; the losses do not shift again.
+      loss_weights: f32[B,S], 1 where the target belongs to an answer (its end token included),
+        else 0.
+      positions: i32[B,S], rotary positions. Each segment starts at 0; both branches of a pair
+        continue from their shared prefix.
+      segment_ids: i32[B,S], 1..G numbers the samples of a row; 0 is padding.
+      branch_ids: i32[B,S], 0 for the shared prefix of a pair and for all of a plain chat, 1 for the
+        chosen answer, 2 for the rejected one.
+      picture_index: i32[B,S], for a picture token its row among the N * features feature vectors of
+        the batch row; -1 for text.
+      images: u8[B,N,H,W,3], RGB. Unused slots are zeros, and no token points at them.
+      samples: i32[B,G], number of the source record of each segment; -1 where there is none.
     """
 
-    tokens: jax.Array
-    targets: jax.Array
-    loss_weights: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
-    branch_ids: jax.Array
-    picture_index: jax.Array
-    images: jax.Array
-    samples: jax.Array
+    tokens: Array
+    targets: Array
+    loss_weights: Array
+    positions: Array
+    segment_ids: Array
+    branch_ids: Array
+    picture_index: Array
+    images: Array
+    samples: Array
