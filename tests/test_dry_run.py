@@ -1,4 +1,4 @@
-"""--dry-run: what it counts is what is there, what it names is what training would skip, and it writes nothing."""
+"""--dry-run counts what is there, names what training would skip, and writes nothing."""
 
 import dataclasses
 import json
@@ -38,42 +38,50 @@ DECODER = {
     "num_kv_heads": 1,
     "head_dim": 8,
 }
-RECORDS, FEW, LENGTH = 90, 30, 48
-MISSING, BROKEN, UNANSWERED = 7, 20, 33
+RECORDS = 90  # in chats.json
+FEW = 30  # in few.json
+LENGTH = 48  # positions of a row
+MISSING = 7  # numbers of the bad records: no picture file,
+BROKEN = 20  # a picture that is cut off,
+UNANSWERED = 33  # and an empty answer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Chats with no picture, one or two; answers of 1 to 60 words; three bad records. And a source of the good ones among the first."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    """chats.json: no picture, one or two; answers of 1 to 60 words; three bad records.
+
+    few.json: its first FEW good records.
+    """
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
     scenes_tokenizer().save_pretrained(folder / "tokenizer")
     for number in set(range(RECORDS)) - {MISSING}:
         Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(folder / f"{number}.png")
     (folder / f"{BROKEN}.png").write_bytes((folder / "0.png").read_bytes()[:500])
     words = rng.integers(1, 60, RECORDS)
-    answer = lambda i: "" if i == UNANSWERED else " ".join(["one"] * words[i])
-    pictures = lambda i: 1 if i in (MISSING, BROKEN) else i % 3
-    record = lambda i: {
-        "id": f"chat-{i}",
-        "image": [f"{i}.png"] * pictures(i),
-        "conversations": [
-            {"from": "human", "value": "<image>" * pictures(i) + "how many?"},
-            {"from": "gpt", "value": answer(i)},
-        ],
-    }
-    (folder / "chats.json").write_text(json.dumps([record(i) for i in range(RECORDS)]))
-    (folder / "few.json").write_text(
-        json.dumps([record(i) for i in range(FEW + 2) if i not in (MISSING, BROKEN)])
-    )
+
+    def record(i: int) -> dict:
+        pictures = 1 if i in (MISSING, BROKEN) else i % 3
+        answer = "" if i == UNANSWERED else " ".join(["one"] * words[i])
+        turns = [
+            {"from": "human", "value": "<image>" * pictures + "how many?"},
+            {"from": "gpt", "value": answer},
+        ]
+        return {"id": f"chat-{i}", "image": [f"{i}.png"] * pictures, "conversations": turns}
+
+    records = [record(i) for i in range(RECORDS)]
+    few = [record(i) for i in range(FEW + 2) if i not in (MISSING, BROKEN)]
+    (folder / "chats.json").write_text(json.dumps(records))
+    (folder / "few.json").write_text(json.dumps(few))
     return folder
 
 
 def recipe(folder, **changes) -> dict:
-    source = lambda name, weight: {
-        "path": f"{folder}/{name}.json",
-        "images": str(folder),
-        "weight": weight,
-    }
+    """Stage `whole` reads both files, with `changes` to its data; stage `good` reads few.json."""
+
+    def source(name: str, weight: float) -> dict:
+        return {"path": f"{folder}/{name}.json", "images": str(folder), "weight": weight}
+
     data = {
         "sources": (source("chats", 3.0), source("few", 1.0)),
         "sequence_length": LENGTH,
@@ -103,25 +111,25 @@ def recipe(folder, **changes) -> dict:
 
 
 def measure(folder, decode=True, **changes) -> tuple[RecipeConfig, list[SourceStatistics], list]:
-    config, told = from_dict(RecipeConfig, recipe(folder, **changes)), []
+    """The recipe, statistics of stage `whole`, and the (source, records, outcome) reported."""
+    config = from_dict(RecipeConfig, recipe(folder, **changes))
     model = ModelConfig(VisionConfig(**VISION), image_token_id=1, end_token_id=0)
-    return (
-        config,
-        survey(
-            config.stages["whole"].data,
-            load_tokenizer(config.tokenizer),
-            model,
-            decode,
-            lambda *said: told.append(said),
-        ),
-        told,
+    reported = []
+    statistics = survey(
+        config.stages["whole"].data,
+        load_tokenizer(config.tokenizer),
+        model,
+        decode,
+        lambda *report: reported.append(report),
     )
+    return config, statistics, reported
 
 
 def test_sources_are_counted_as_they_are(folder):
-    config, found, told = measure(folder)
-    tokenizer, model = load_tokenizer(config.tokenizer), config.student.random
-    encoder, chat = text_encoder(tokenizer), chat_format("brief", model, tokenizer)
+    config, found, reported = measure(folder)
+    tokenizer = load_tokenizer(config.tokenizer)
+    encoder = text_encoder(tokenizer)
+    chat = chat_format("brief", config.student.random, tokenizer)
     bad = {0: {MISSING, BROKEN, UNANSWERED}, 1: set()}
     for number, statistics in enumerate(found):
         source = open_source(statistics.config)
@@ -130,26 +138,25 @@ def test_sources_are_counted_as_they_are(folder):
             for i in range(len(source))
             if i not in bad[number]
         }
-        assert {i: tuple(size) for i, size in enumerate(statistics.sizes.tolist()) if size[0]} == {
-            i: (len(s.tokens), s.num_pictures) for i, s in samples.items()
-        }
+        sizes = {i: tuple(size) for i, size in enumerate(statistics.sizes.tolist()) if size[0]}
+        assert sizes == {i: (len(s.tokens), s.num_pictures) for i, s in samples.items()}
         assert statistics.answers == sum(int(s.loss_weights.sum()) for s in samples.values())
         assert statistics.truncated == sum(bool(s.truncated) for s in samples.values()) > 0
-    assert [said[1] for said in told] == [RECORDS] * RECORDS + [FEW] * FEW
+    assert [records for _, records, _ in reported] == [RECORDS] * RECORDS + [FEW] * FEW
 
 
 def test_skipped_samples_are_named_with_their_reason(folder):
-    _, found, told = measure(folder)
+    _, found, reported = measure(folder)
     whole, few = found
-    assert [(s.number, s.name) for s in whole.skipped] == [
-        (n, f"chat-{n}") for n in (MISSING, BROKEN, UNANSWERED)
-    ] and not few.skipped
+    bad = [(n, f"chat-{n}") for n in (MISSING, BROKEN, UNANSWERED)]
+    assert [(s.number, s.name) for s in whole.skipped] == bad and not few.skipped
     assert [s.reason.partition(":")[0] for s in whole.skipped] == [
         "no such picture file",
         "unreadable picture",
         "question without an answer text",
     ]
-    assert [said[2] for said in told if isinstance(said[2], Skipped)] == list(whole.skipped)
+    skipped = [outcome for *_, outcome in reported if isinstance(outcome, Skipped)]
+    assert skipped == list(whole.skipped)
 
 
 def test_without_decoding_bad_pictures_are_not_found(folder):
@@ -171,11 +178,11 @@ def test_padding_is_that_of_training(folder, streams):
     )
 
 
-def said(text: str, name: str) -> str:
-    """What follows a fact's name."""
-    return next(line for line in text.splitlines() if line.startswith(name + ": ")).partition(": ")[
-        2
-    ]
+def fact(text: str, name: str) -> str:
+    """The value on the line "NAME: VALUE" of a report."""
+    start = f"{name}: "
+    line = next(line for line in text.splitlines() if line.startswith(start))
+    return line.removeprefix(start)
 
 
 def test_the_report(folder, capsys):
@@ -183,50 +190,58 @@ def test_the_report(folder, capsys):
     assert not dry_run.run(config, ("whole",)) and dry_run.run(config, ("good",))
     whole, good = capsys.readouterr().out.split("stage good")
     _, found, _ = measure(folder)
+    missing = f"{folder}/{MISSING}.png"
     assert (
-        f"skipped {folder}/chats.json record {MISSING} (chat-{MISSING}): no such picture file: {folder}/{MISSING}.png"
-        in whole
+        f"skipped {folder}/chats.json record {MISSING} (chat-{MISSING}): "
+        f"no such picture file: {missing}" in whole
     )
-    assert said(whole, "skipped") == "3 of 120 records, 2.50%; data.max_bad_share = 1.00%: TOO MANY"
-    assert said(good, "skipped") == "0 of 30 records, 0.00%; data.max_bad_share = 1.00%"
-    assert (
-        said(whole, "tokens an epoch")
-        == f"{sum(s.sizes[:, 0].sum() for s in found):,}, of which {sum(s.answers for s in found):,} are learnt"
+    assert fact(whole, "skipped") == "3 of 120 records, 2.50%; data.max_bad_share = 1.00%: TOO MANY"
+    assert fact(good, "skipped") == "0 of 30 records, 0.00%; data.max_bad_share = 1.00%"
+    tokens = sum(s.sizes[:, 0].sum() for s in found)
+    answers = sum(s.answers for s in found)
+    assert fact(whole, "tokens per epoch") == f"{tokens:,}, of which {answers:,} are answer tokens"
+    data = config.stages["whole"].data
+    packed = packing(data, found)
+    assert fact(whole, "rows") == (
+        f"{packed.samples_a_row:.2f} samples per row, "
+        f"{packed.padding:.1%} of the {LENGTH} positions are padding"
     )
-    packed = packing(config.stages["whole"].data, found)
-    assert (
-        said(whole, "rows")
-        == f"{packed.samples_a_row:.2f} samples a row, {packed.padding:.1%} of the {LENGTH} positions padding"
-    )
-    twice = packing(
-        dataclasses.replace(
-            config.stages["whole"].data, sequence_length=2 * LENGTH, images_per_row=8
-        ),
-        found,
-    )
-    assert said(whole, "padding of longer rows").endswith(f", {twice.padding:.1%} of {2 * LENGTH}")
-    assert said(whole, "steps an epoch") == f"{117 / packed.samples_a_row / 4:.1f} of 4 rows"
+    twice = packing(dataclasses.replace(data, sequence_length=2 * LENGTH, images_per_row=8), found)
+    assert fact(whole, "padding of longer rows").endswith(f", {twice.padding:.1%} of {2 * LENGTH}")
+    assert fact(whole, "steps per epoch") == f"{117 / packed.samples_a_row / 4:.1f} of 4 rows"
     row = next(
         line for line in whole.splitlines() if line.strip().startswith(f"{folder}/chats.json")
     ).split()
-    assert (
-        row[1:5] == ["90", "3", str(found[0].truncated), str(found[0].sizes[:, 1].sum())]
-        and row[7] == "75.0%"
-    )
-    assert float(row[9]) == pytest.approx(100 * 4 * packed.samples_a_row * 0.75 / 87, abs=0.01), (
-        "epochs in 100 steps"
-    )
+    assert row[1:5] == ["90", "3", str(found[0].truncated), str(found[0].sizes[:, 1].sum())]
+    assert row[7] == "75.0%"
+    epochs = 100 * 4 * packed.samples_a_row * 0.75 / 87  # in 100 steps
+    assert float(row[9]) == pytest.approx(epochs, abs=0.01)
     bars = {
         int(line.split()[0]): int(line.split()[-1])
-        for line in whole.partition("pictures a sample")[2].splitlines()[1:]
+        for line in whole.partition("pictures per sample")[2].splitlines()[1:]
         if line[:8].strip().isdigit()
     }
-    assert bars == dict(
-        enumerate(np.bincount(np.concatenate([s.used for s in found])[:, 1]).tolist())
-    )
+    pictures = np.concatenate([s.used for s in found])[:, 1]
+    assert bars == dict(enumerate(np.bincount(pictures).tolist()))
 
 
-def test_nothing_good_at_all_is_said_too(folder, tmp_path, capsys):
+def test_a_source_without_a_usable_record_is_reported(folder, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text(json.dumps([{"id": "x", "conversations": []}]))
+    sources = [
+        {"path": f"{tmp_path}/bad.json"},
+        {"path": f"{folder}/few.json", "images": f"{folder}"},
+    ]
+    config = from_dict(RecipeConfig, recipe(folder, sources=sources))
+    assert not dry_run.run(config, ("whole",))
+    row = next(
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.split()[:1] == [sources[0]["path"]]
+    ).split()
+    assert row[1:3] == ["1", "1"] and row[8:] == ["0.0", "nan"]
+
+
+def test_data_without_a_usable_record_are_reported(folder, tmp_path, capsys):
     (tmp_path / "bad.json").write_text(json.dumps([{"id": "x", "conversations": []}]))
     config = from_dict(RecipeConfig, recipe(folder, sources=({"path": f"{tmp_path}/bad.json"},)))
     assert not dry_run.run(config, ("whole",))
@@ -236,7 +251,8 @@ def test_nothing_good_at_all_is_said_too(folder, tmp_path, capsys):
 def test_the_command_reads_in_worker_processes_and_writes_nothing(folder, tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text(
-        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({recipe(folder, workers=1)!r})\n"
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({recipe(folder, workers=1)!r})\n"
     )
     before = sorted(folder.rglob("*")), sorted(tmp_path.rglob("*"))
     command = [
@@ -257,8 +273,6 @@ def test_the_command_reads_in_worker_processes_and_writes_nothing(folder, tmp_pa
         text=True,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert (
-        said(done.stdout, "skipped").startswith("3 of 120 records")
-        and "stage good" not in done.stdout
-    )
+    assert fact(done.stdout, "skipped").startswith("3 of 120 records")
+    assert "stage good" not in done.stdout
     assert (sorted(folder.rglob("*")), sorted(tmp_path.rglob("*"))) == before

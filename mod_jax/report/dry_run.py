@@ -1,17 +1,21 @@
-"""python -m mod_jax.train --config=... --dry-run: reads all data of the stages once, writes nothing, and says what they are.
+"""Statistics of a recipe's data, for `python -m mod_jax.train --config=... --dry-run`.
 
-Every sample that training would skip is named, with the reason. No weights are read; pictures are decoded unless --nodecode is said.
+All records of the stages are read once, and every sample that training would skip is named with
+the reason. Nothing is written, and no weights are read. Pictures are decoded unless --nodecode is
+given.
 """
 
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
+from transformers import PreTrainedTokenizerFast
 
 from mod_jax.config import (
     DataConfig,
@@ -21,41 +25,56 @@ from mod_jax.config import (
     SourceConfig,
     StageConfig,
 )
-from mod_jax.data.batches.statistics import SourceStatistics, packing, survey
+from mod_jax.data.batches.statistics import Measured, Packing, SourceStatistics, packing, survey
 from mod_jax.data.samples.sample import Skipped
 from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.interop import loading
 from mod_jax.recipe import check_tokenizer
 
-BARS, BAR_WIDTH = 16, 40  # of the histogram
-LONGER = 9 / 8, 5 / 4, 3 / 2, 2  # rows whose padding is told too
-FILE_WIDTH = 200  # columns, where the output is no terminal
+BARS = 16  # bars of the histogram of lengths
+BAR_WIDTH = 40  # columns of the longest bar
+LONGER_ROWS = (
+    9 / 8,
+    5 / 4,
+    3 / 2,
+    2,
+)  # times data.sequence_length: rows whose padding is shown too
+FILE_WIDTH = 200  # columns where the output is not a terminal
 
 
-def run(config: RecipeConfig, stages: tuple[str, ...], decode: bool = True) -> bool:
+def run(config: RecipeConfig, stages: Sequence[str], decode: bool = True) -> bool:
     """Prints the statistics of the stages' data.
 
     Args:
-      config: of the recipe.
-      stages: names.
-      decode: whether pictures are decoded.
+      config: The recipe.
+      stages: Names of the stages to report on.
+      decode: Whether pictures are decoded; without it, broken pictures are not found.
+
     Returns:
-      Whether training would read them: no stage has more bad records than its `data.max_bad_share`.
+      Whether training would accept the data: in no stage does the share of skipped records pass
+      `data.max_bad_share`.
+
+    Raises:
+      ConfigError: If a source, the tokenizer or the student's folder cannot be read.
+      WorkerDied: If a worker process ends early.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    model, done, ok = _model_config(config.student, tokenizer), {}, True
+    model = _model_config(config.student, tokenizer)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    surveyed: dict[DataConfig, list[SourceStatistics]] = {}
+    all_accepted = True
     for name in stages:
         stage = config.stages[name]
         console.rule(f"stage {name}")
-        if stage.data not in done:  # stages may read the same data
-            done[stage.data] = _survey(stage, tokenizer, model, decode, console)
-        ok = tell(console, stage, done[stage.data]) and ok
-    return ok
+        if stage.data not in surveyed:  # several stages may read the same data
+            surveyed[stage.data] = _survey(stage.data, tokenizer, model, decode, console)
+        accepted = _print_stage(console, stage, surveyed[stage.data])
+        all_accepted = all_accepted and accepted
+    return all_accepted
 
 
-def _model_config(source: ModelSource, tokenizer) -> ModelConfig:
-    """Sizes and ids of the model that a configuration names."""
+def _model_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
+    """Configuration of the model that `source` names, checked against the tokenizer."""
     if source.random:
         config, origin = source.random, "random weights"
     else:
@@ -66,40 +85,53 @@ def _model_config(source: ModelSource, tokenizer) -> ModelConfig:
 
 
 def _survey(
-    stage: StageConfig, tokenizer, model: ModelConfig, decode: bool, console: Console
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    model: ModelConfig,
+    decode: bool,
+    console: Console,
 ) -> list[SourceStatistics]:
-    with Progress(
-        *Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)
-    ) as progress:
-        bars = {}
+    """Reads all records behind progress bars and prints the skipped ones."""
+    bars: dict[SourceConfig, TaskID] = {}
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
 
-        def note(source: SourceConfig, records: int, outcome) -> None:
+        def show(source: SourceConfig, records: int, outcome: Measured | Skipped) -> None:
             if source not in bars:
-                bars[source] = progress.add_task(title(source), total=records)
+                bars[source] = progress.add_task(_title(source), total=records)
             progress.advance(bars[source])
             if isinstance(outcome, Skipped):
-                console.print(
-                    f"skipped {title(source)} {outcome}",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                line = f"skipped {_title(source)} {outcome}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-        return survey(stage.data, tokenizer, model, decode, note)
+        return survey(data, tokenizer, model, decode, show)
 
 
-def title(source: SourceConfig) -> str:
-    """A source's name for people."""
+def _title(source: SourceConfig) -> str:
     return f"{source.path}:{source.split}" if source.split else source.path
 
 
-def tell(console: Console, stage: StageConfig, sources: list[SourceStatistics]) -> bool:
-    """Prints a stage's statistics; returns whether its share of bad records is allowed."""
+def _print_stage(console: Console, stage: StageConfig, sources: list[SourceStatistics]) -> bool:
+    """Prints a stage's statistics; returns whether its share of skipped records is allowed."""
     packed = packing(stage.data, sources)
-    samples_a_step, weights = (
-        packed.samples_a_row * stage.rows,
-        sum(source.config.weight for source in sources),
+    console.print(_table(stage, sources, packed))
+    used = np.concatenate([source.used for source in sources])
+    _print_histograms(console, used, stage.data.sequence_length)
+    for name, fact in _facts(stage, sources, used, packed).items():
+        console.print(f"{name}: {fact}", highlight=False)
+    records = sum(len(source.sizes) for source in sources)
+    skipped = sum(len(source.skipped) for source in sources)
+    accepted = skipped <= stage.data.max_bad_share * records
+    line = (
+        f"skipped: {skipped:,} of {records:,} records, {skipped / records:.2%}; "
+        f"data.max_bad_share = {stage.data.max_bad_share:.2%}"
     )
+    console.print(line if accepted else f"{line}: TOO MANY", highlight=False)
+    return accepted
+
+
+def _table(stage: StageConfig, sources: list[SourceStatistics], packed: Packing) -> Table:
+    """A row for each source: its counts, its share, and how often training reads it."""
     table = Table(box=box.SIMPLE)
     table.add_column("source", overflow="fold")
     for column in (
@@ -110,13 +142,17 @@ def tell(console: Console, stage: StageConfig, sources: list[SourceStatistics]) 
         "tokens",
         "answer tokens",
         "share",
-        "steps an epoch",
+        "steps per epoch",
         f"epochs in {stage.steps:,} steps",
     ):
         table.add_column(column, justify="right", no_wrap=True)
+    samples_per_step = packed.samples_a_row * stage.rows
+    total_weight = sum(source.config.weight for source in sources)
     for source in sources:
-        share = source.config.weight / weights
-        steps = len(source.used) / (share * samples_a_step) if samples_a_step else float("nan")
+        share = source.config.weight / total_weight
+        # samples_per_step is 0 if no record of the stage can be used, steps if none of this source
+        steps = len(source.used) / (share * samples_per_step) if samples_per_step else math.nan
+        epochs = stage.steps / steps if steps else math.nan
         counts = (
             len(source.sizes),
             len(source.skipped),
@@ -126,61 +162,60 @@ def tell(console: Console, stage: StageConfig, sources: list[SourceStatistics]) 
             source.answers,
         )
         table.add_row(
-            title(source.config),
+            _title(source.config),
             *(f"{count:,}" for count in counts),
             f"{share:.1%}",
             f"{steps:,.1f}",
-            f"{stage.steps / steps:.2f}",
+            f"{epochs:.2f}",
         )
-    console.print(table)
-    longer = {
-        length: packing(
-            dataclasses.replace(stage.data, sequence_length=length, images_per_row=pictures),
-            sources,
-        ).padding
-        for length, pictures in _longer(stage.data)
-    }
-    used = np.concatenate([source.used for source in sources])
-    _bars(
-        console,
-        "positions a sample",
-        *np.histogram(used[:, 0], BARS, (0, stage.data.sequence_length)),
-    )
+    return table
+
+
+def _print_histograms(console: Console, used: np.ndarray, sequence_length: int) -> None:
+    """Prints histograms of positions and pictures; used: i32[records,2], the usable records."""
+    counts, edges = np.histogram(used[:, 0], BARS, (0, sequence_length))
+    _print_bars(console, "positions per sample", counts, edges)
     pictures = np.bincount(used[:, 1])
-    _bars(console, "pictures a sample", pictures, np.arange(len(pictures)))
-    records, skipped = (
-        sum(len(source.sizes) for source in sources),
-        sum(len(source.skipped) for source in sources),
-    )
-    ok = skipped <= stage.data.max_bad_share * records
-    facts = {
-        "tokens an epoch": f"{used[:, 0].sum():,}, of which {sum(source.answers for source in sources):,} are learnt",
-        "rows": f"{packed.samples_a_row:.2f} samples a row, {packed.padding:.1%} of the {stage.data.sequence_length:,} positions padding",
-        "padding of longer rows": ", ".join(
-            f"{padding:.1%} of {length:,}" for length, padding in longer.items()
-        ),
-        "steps an epoch": f"{len(used) / samples_a_step:,.1f} of {stage.rows} rows"
-        if samples_a_step
-        else "none",
-        "skipped": f"{skipped:,} of {records:,} records, {skipped / records:.2%}; data.max_bad_share = {stage.data.max_bad_share:.2%}"
-        + ("" if ok else ": TOO MANY"),
-    }
-    for name, fact in facts.items():
-        console.print(f"{name}: {fact}", highlight=False)
-    return ok
+    _print_bars(console, "pictures per sample", pictures, np.arange(len(pictures)))
 
 
-def _longer(data: DataConfig) -> list[tuple[int, int]]:
-    """Lengths of rows that may suit the samples better, and their pictures."""
-    return [
-        (int(data.sequence_length * more), math.ceil(data.images_per_row * more)) for more in LONGER
-    ]
-
-
-def _bars(console: Console, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
-    console.print(name)
+def _print_bars(console: Console, title: str, counts: np.ndarray, edges: np.ndarray) -> None:
+    console.print(title)
+    largest = counts.max(initial=1)
     for count, edge in zip(counts, edges):
-        console.print(
-            f"{edge:8,.0f} {'█' * round(BAR_WIDTH * count / max(1, counts.max())):{BAR_WIDTH}} {count:,}",
-            highlight=False,
+        bar = "█" * round(BAR_WIDTH * count / largest)
+        console.print(f"{edge:8,.0f} {bar:{BAR_WIDTH}} {count:,}", highlight=False)
+
+
+def _facts(
+    stage: StageConfig, sources: list[SourceStatistics], used: np.ndarray, packed: Packing
+) -> dict[str, str]:
+    """Name -> value of what concerns all sources; used: i32[records,2], as for the histograms."""
+    answers = sum(source.answers for source in sources)
+    samples_per_step = packed.samples_a_row * stage.rows
+    length = stage.data.sequence_length
+    steps = "none"
+    if samples_per_step:
+        steps = f"{len(used) / samples_per_step:,.1f} of {stage.rows} rows"
+    return {
+        "tokens per epoch": f"{used[:, 0].sum():,}, of which {answers:,} are answer tokens",
+        "rows": f"{packed.samples_a_row:.2f} samples per row, "
+        f"{packed.padding:.1%} of the {length:,} positions are padding",
+        "padding of longer rows": ", ".join(
+            f"{padding:.1%} of {longer:,}"
+            for longer, padding in _padding_of_longer_rows(stage.data, sources).items()
+        ),
+        "steps per epoch": steps,
+    }
+
+
+def _padding_of_longer_rows(data: DataConfig, sources: list[SourceStatistics]) -> dict[int, float]:
+    """Length of a row -> share of its positions that would be padding, for longer rows than now."""
+    padding = {}
+    for factor in LONGER_ROWS:
+        length = int(data.sequence_length * factor)
+        longer = dataclasses.replace(
+            data, sequence_length=length, images_per_row=math.ceil(data.images_per_row * factor)
         )
+        padding[length] = packing(longer, sources).padding
+    return padding
