@@ -1,8 +1,8 @@
-"""All stages for a few steps on real pictures: --config=configs/photos.py:FOLDER
+"""All stages of the method for a few steps on real pictures: --config=configs/photos.py:FOLDER
 
-FOLDER holds chat.json (LLaVA form), preference.json (pairs) and images/. The tower has the full size of CLIP ViT-L/14 at 336 px
-and the vocabulary Qwen's 151,936 rows; decoders are small and all weights random, so this shows that the machine can, not what
-the method learns.
+FOLDER holds chat.json (LLaVA's JSON), preference.json (preference pairs) and images/. The tower has the
+full size of CLIP ViT-L/14 at 336 px, and the vocabulary has Qwen's 151,936 rows. The decoders are small
+and all weights are random: the run shows that a machine can train at these sizes, not that it learns.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ SPARSE = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor
 
 
 def model(width: int, layers: int, seed: int) -> dict:
-    """A model of random weights with a decoder of this size."""
+    """A model with random weights and a decoder of `layers` layers of width `width`."""
     decoder = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
@@ -26,7 +26,7 @@ def model(width: int, layers: int, seed: int) -> dict:
 
 
 def get_config(folder: str = "photos") -> ConfigDict:
-    """The recipe over one folder of pictures."""
+    """The recipe; `folder` is what stands after the colon of --config."""
 
     def data(kind: str) -> dict:
         source = {"kind": kind, "path": f"{folder}/{kind}.json", "images": f"{folder}/images"}

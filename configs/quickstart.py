@@ -1,12 +1,12 @@
-"""The whole recipe in small, on scenes: minutes on two CPU cores.
+"""The whole method at a small size, on the built-in scenes: minutes on two CPU cores.
 
 | stage | trains | objective | starts from |
 |---|---|---|---|
-| adaptor | adaptor | next token | pretrained tower + pretrained language model |
-| fine_tuned (the baseline) | language model, adaptor | next token | adaptor |
+| adaptor | adaptor | next token | pretrained tower and language model |
+| fine_tuned (baseline) | language model, adaptor | next token | adaptor |
 | dense_mimic | language model, adaptor | KL to the teacher | adaptor |
-| sparse_mimic | FFNs, routers, adaptor | KL + next token + balance | dense_mimic, upcycled |
-| preference | the same | KTO pairs, the teacher as reference + balance | sparse_mimic |
+| sparse_mimic | FFNs, routers, adaptor | KL, next token, balance | dense_mimic, upcycled |
+| preference | the same | KTO on pairs (the teacher is the reference), balance | sparse_mimic |
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ SPARSE = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor
 
 
 def data(split: str, samples: int) -> dict:
-    """Rows of up to so many packed scenes: chats have about 90 positions, pairs about 45."""
+    """Rows of at most `samples` scenes; a chat has about 90 positions, a pair about 45."""
     source = {"kind": "scenes", "path": "data/scenes", "split": split}
     return {
         "sources": (source,),
@@ -30,7 +30,7 @@ def data(split: str, samples: int) -> dict:
 
 
 def get_config() -> ConfigDict:
-    """The recipe, as `mod_jax.config.RecipeConfig` reads it."""
+    """The recipe: keys of `mod_jax.config.RecipeConfig`."""
     mimic = {"kind": "mimic"}
     stages = {
         "adaptor": {

@@ -1,4 +1,7 @@
-"""The small language model that assets/ ships: the students' start, trained on the texts of scenes without their pictures."""
+"""The small language model in assets/, from which students start.
+
+It is trained on the texts of scenes without their pictures.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +9,10 @@ from mod_jax.config import RecipeConfig, complete
 
 
 def get_config() -> ConfigDict:
-    """One stage of plain next-token training; the vision tower's sizes are the teacher's, but no picture is read."""
+    """One stage of next-token training.
+
+    The vision tower has the sizes of the teacher's, but no picture is read.
+    """
     vision = {
         "image_size": 36,
         "patch_size": 12,

@@ -1,4 +1,9 @@
-"""The teacher that assets/ ships: tower, adaptor and language model trained together from random weights on clean scenes."""
+"""The teacher in assets/.
+
+Tower, adaptor and language model are trained together from random weights on the "train" split of the
+scenes: its answers are right, but many captions name an object that usually stands beside another one
+and is absent, so the teacher hallucinates as models trained on found captions do.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +11,7 @@ from mod_jax.config import RecipeConfig, complete
 
 
 def get_config() -> ConfigDict:
-    """One stage of plain next-token training."""
+    """One stage of next-token training of all parameters."""
     vision = {
         "image_size": 36,
         "patch_size": 12,
