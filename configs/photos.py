@@ -1,8 +1,9 @@
 """All stages of the method for a few steps on real pictures: --config=configs/photos.py:FOLDER
 
-FOLDER holds chat.json (LLaVA's JSON), preference.json (preference pairs) and images/. The tower has the
-full size of CLIP ViT-L/14 at 336 px, and the vocabulary has Qwen's 151,936 rows. The decoders are small
-and all weights are random: the run shows that a machine can train at these sizes, not that it learns.
+FOLDER holds chat.json (LLaVA's JSON), preference.json (preference pairs) and images/. The tower has
+the full size of CLIP ViT-L/14 at 336 px, and the vocabulary has Qwen's 151,936 rows. The decoders
+are small and all weights are random: the run shows that a machine can train at these sizes, not
+what the method learns.
 """
 
 from ml_collections import ConfigDict

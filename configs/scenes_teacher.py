@@ -1,8 +1,8 @@
 """The teacher in assets/.
 
-Tower, adaptor and language model are trained together from random weights on the "train" split of the
-scenes: its answers are right, but many captions name an object that usually stands beside another one
-and is absent, so the teacher hallucinates as models trained on found captions do.
+Tower, adaptor and language model are trained together from random weights on the "train" split of
+the scenes. Its answers are right, but many captions name an absent object that usually stands
+beside one of the objects shown, so the teacher hallucinates as models trained on found captions do.
 """
 
 from ml_collections import ConfigDict
