@@ -1,7 +1,9 @@
-"""From JPEG to Batch, measured: python -m benchmarks.decoding [--photos=FOLDER]
+"""Throughput from JPEG to Batch on one core: python -m benchmarks.decoding [--photos=FOLDER]
 
-Samples a second of one core's time: the input pipeline from prepared array_record, a plain loop over the same files with Pillow and numpy, and the decoder
-alone (libjpeg, by Pillow). Time is this process's CPU time, so that other work on the machine does not count, the median of several rounds.
+Compares the input pipeline on prepared array_record with a plain loop over the same files (Pillow
+and numpy), and with the JPEG decoder alone (libjpeg, through Pillow). Times are CPU time of this
+process, so that other work on the machine does not count; each figure is the median of several
+rounds.
 """
 
 import argparse
@@ -24,30 +26,43 @@ from mod_jax.data.batches.pipeline import Batches
 from mod_jax.data.samples.pixels import load_image
 from mod_jax.data.samples.tokenizer import IMAGE, byte_tokenizer
 
-SAMPLES, ROUNDS, ROWS = 480, 5, 8
+SAMPLES = 480
+ROUNDS = 5
+ROWS = 8  # rows of a batch
 SIZES = ((640, 480), (640, 427), (480, 640))  # px; COCO's, landscape more often than portrait
-QUALITY = 90
-ANSWER = "A street with people, a bus and two dogs, one of which looks at the camera while the other sleeps in the sun. "
+QUALITY = 90  # of the JPEGs
+ANSWER = (
+    "A street with people, a bus and two dogs, one of which looks at the camera while the other "
+    "sleeps in the sun. "
+)
 
 
 def drawn(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A picture whose spectrum falls as a photo's does (1 / frequency), so that it compresses like one."""
+    """A random picture that compresses like a photo: its spectrum falls as 1 / frequency."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     noise = np.fft.rfft2(rng.normal(size=(3, height, width))) / frequency
     planes = np.fft.irfft2(noise, s=(height, width))
     planes = 0.8 * planes[:1] + 0.2 * planes  # mostly grey, as photos are
-    return Image.fromarray(
-        (127 + 55 * planes / planes.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-    )
+    pixels = (127 + 55 * planes / planes.std()).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
 def write_source(folder: pathlib.Path, photos: pathlib.Path | None) -> list[pathlib.Path]:
-    """A chat source of SAMPLES samples with a JPEG each."""
-    rng, files = np.random.default_rng(0), []
-    found = (
-        [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.jpg"))] if photos else []
-    )
+    """Writes a chat source of SAMPLES samples with one JPEG each.
+
+    Args:
+      folder: Where the JPEGs and chat.json are written.
+      photos: Folder of JPEGs to resize for the samples; None draws random pictures.
+
+    Returns:
+      The paths of the JPEGs.
+    """
+    rng = np.random.default_rng(0)
+    found = []
+    if photos:
+        found = [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.jpg"))]
+    files = []
     for number in range(SAMPLES):
         size = SIZES[number % len(SIZES)]
         picture = found[number % len(found)].resize(size) if found else drawn(rng, *size)
@@ -63,18 +78,17 @@ def write_source(folder: pathlib.Path, photos: pathlib.Path | None) -> list[path
 
 
 def plain(path: pathlib.Path, model: ModelConfig) -> np.ndarray:
-    """What a data loader by hand does: decode, pad, resize."""
+    """Decodes, pads and resizes as a hand-written data loader would; u8[H,W,3]."""
     image = Image.open(path).convert("RGB")
     side = max(image.size)
-    canvas = Image.new(
-        "RGB", (side, side), tuple(int(255 * mean) for mean in model.vision.pixel_mean)
-    )
+    colour = tuple(int(255 * mean) for mean in model.vision.pixel_mean)
+    canvas = Image.new("RGB", (side, side), colour)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return np.asarray(canvas.resize((model.vision.image_size,) * 2, Image.Resampling.BICUBIC))
 
 
 def rate(work: Callable[[], int]) -> float:
-    """Samples a second of CPU time: the median round; `work` returns how many it did."""
+    """Samples per second of CPU time, median over ROUNDS; `work` returns its number of samples."""
     rates = []
     for _ in range(ROUNDS):
         start = time.process_time()
@@ -89,7 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--photos",
         type=pathlib.Path,
-        help="folder of JPEGs to make the files of; without it they are drawn",
+        help="folder of JPEGs to resize for the samples; without it pictures are drawn",
     )
     options = parser.parse_args()
     tokenizer = byte_tokenizer()
@@ -101,49 +115,40 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         files = write_source(folder, options.photos)
-        prepare.run(
-            prepare.parser().parse_args(
-                [
-                    f"--source={folder}/chat.json",
-                    f"--images={folder}",
-                    f"--output={folder}/prepared",
-                    "--workers=1",
-                ]
-            )
-        )
         encoded = [path.read_bytes() for path in files]
-        batches = Batches(
-            DataConfig((SourceConfig(kind="prepared", path=str(folder / "prepared")),)),
-            tokenizer,
-            model,
-            ROWS,
-        )
-        next(batches)
+        arguments = [
+            f"--source={folder}/chat.json",
+            f"--images={folder}",
+            f"--output={folder}/prepared",
+            "--workers=1",
+        ]
+        prepare.run(prepare.parser().parse_args(arguments))
+        source = SourceConfig(kind="prepared", path=str(folder / "prepared"))
+        batches = Batches(DataConfig((source,)), tokenizer, model, ROWS)
+        next(batches)  # starts the reading threads
+
+        def decode() -> int:
+            return len([Image.open(io.BytesIO(data)).load() for data in encoded])
 
         def pipeline() -> int:
-            return sum(
-                int((next(batches).samples >= 0).sum()) for _ in range(SAMPLES // (3 * ROWS))
-            )
+            # a row holds three of these samples
+            filled = [next(batches).samples >= 0 for _ in range(SAMPLES // (3 * ROWS))]
+            return sum(int(samples.sum()) for samples in filled)
 
         rates = {
-            "decoder alone (libjpeg)": rate(
-                lambda: len([Image.open(io.BytesIO(data)).load() for data in encoded])
-            ),
-            "plain loop: decode, pad, resize": rate(
-                lambda: len([plain(path, model) for path in files])
-            ),
+            "decoder alone (libjpeg)": rate(decode),
+            "plain loop: decode, pad, resize": rate(lambda: len([plain(f, model) for f in files])),
             "load_image": rate(lambda: len([load_image(data, model.vision) for data in encoded])),
             "array_record to Batch": rate(pipeline),
         }
         batches.close()
-    table = Table(
-        title=f"samples a second a core, {model.vision.image_size} px, {sum(map(len, encoded)) / SAMPLES / 1e3:.0f} kB a JPEG",
-        title_justify="left",
-    )
-    for column in ("", "samples/s", "ms a sample"):
+    kilobytes = sum(map(len, encoded)) / SAMPLES / 1e3
+    title = f"one core, {model.vision.image_size} px, {kilobytes:.0f} kB per JPEG"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "samples per second", "ms per sample"):
         table.add_column(column, justify="right" if column else "left")
-    for way, found in rates.items():
-        table.add_row(way, f"{found:.0f}", f"{1e3 / found:.2f}")
+    for way, per_second in rates.items():
+        table.add_row(way, f"{per_second:.0f}", f"{1e3 / per_second:.2f}")
     Console(width=100).print(table)
 
 

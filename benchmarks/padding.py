@@ -1,7 +1,12 @@
-"""Which share of a row's positions is empty, by way of packing and by length of the rows: python -m benchmarks.padding
+"""Share of row positions that are padding, by packing method and row length.
 
-On lengths as LLaVA-1.5's data have them, of which no record is needed.
+    python -m benchmarks.padding
+
+The sample lengths are drawn from the distributions of LLaVA-1.5's data, so no record is needed.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import grain
 import numpy as np
@@ -11,11 +16,18 @@ from rich.table import Table
 from mod_jax.config import DataConfig, SourceConfig
 from mod_jax.data.batches.statistics import SourceStatistics, packing
 
-SAMPLES, PICTURE, LONGEST, ROWS = 20_000, 576, 2048, 32
+SAMPLES = 20_000
+PICTURE = 576  # positions of a picture
+LONGEST = 2048  # positions; longer samples are cut
+ROWS = 32  # rows of an unpacked batch
+LENGTHS = (2048, 2304, 4096)  # positions of a row
 
-# Samples (thousands, LLaVA-1.5, arXiv 2310.03744, table 7, and LLaVA's own three parts), pictures, and text: median and sigma of a log-normal, in tokens.
-# Sizes are published. Medians are estimates, the template included, from what is: turns a sample (VQAv2 5, GQA 13, Visual Genome 10, RefCOCO < 10, ...) and the
-# sets' bytes (llava_instruct 674 MB and 664,943 samples, llava_pretrain 94 MB and 558,128, of which these lengths make about as much).
+# Name -> (thousands of samples, pictures per sample, median and sigma of a log-normal distribution
+# of the text's length in tokens). The numbers of samples are published (LLaVA-1.5, arXiv
+# 2310.03744, table 7, and LLaVA's own three parts). The medians, which include the template, are
+# estimates from what is published: the turns per sample (VQAv2 5, GQA 13, Visual Genome 10, RefCOCO
+# < 10, ...) and the sizes of the files (llava_instruct: 674 MB for 664,943 samples; llava_pretrain:
+# 94 MB for 558,128), which these lengths add up to approximately.
 INSTRUCTIONS = {
     "LLaVA conversation": (58, 1, 390, 0.35),
     "LLaVA detail": (23, 1, 190, 0.30),
@@ -31,30 +43,38 @@ INSTRUCTIONS = {
     "Visual Genome": (86, 1, 530, 0.10),
 }
 CAPTIONS = {"BLIP captions": (558, 1, 65, 0.20)}
+MIXTURES = {
+    "instructions (LLaVA-1.5)": INSTRUCTIONS,
+    "captions": CAPTIONS,
+    "both, as the dense mimic mixes them": INSTRUCTIONS | CAPTIONS,
+}
 
 
 def draw(parts: dict[str, tuple], seed: int = 0) -> np.ndarray:
-    """Positions and pictures of SAMPLES samples, i32[samples,2]; what is longer than LONGEST is cut."""
+    """Draws positions and pictures of SAMPLES samples, i32[samples,2]."""
     rng = np.random.default_rng(seed)
     counts, pictures, medians, sigmas = np.array(list(parts.values())).T
     part = rng.choice(len(parts), SAMPLES, p=counts / counts.sum())
     text = medians[part] * np.exp(sigmas[part] * rng.normal(size=SAMPLES))
-    return np.stack(
-        [np.minimum(LONGEST, PICTURE * pictures[part] + text), pictures[part]], 1
-    ).astype(np.int32)
+    positions = np.minimum(LONGEST, PICTURE * pictures[part] + text)
+    return np.stack([positions, pictures[part]], 1).astype(np.int32)
 
 
-def ours(sizes: np.ndarray, length: int, **options) -> float:
-    """Padding of the pipeline's rows."""
+def padding_of_pipeline(sizes: np.ndarray, length: int, look_ahead: int) -> float:
+    """Padding of this project's input pipeline."""
     source = SourceConfig(path="drawn")
     config = DataConfig(
-        (source,), sequence_length=length, images_per_row=length // PICTURE, **options
+        (source,),
+        sequence_length=length,
+        images_per_row=length // PICTURE,
+        look_ahead=look_ahead,
     )
-    return packing(config, [SourceStatistics(source, sizes, 0, 0, ())]).padding
+    statistics = SourceStatistics(source, sizes, answers=0, truncated=0, skipped=())
+    return packing(config, [statistics]).padding
 
 
-def grains(sizes: np.ndarray, length: int, bins: int) -> float:
-    """Padding of Grain's first fit into so many rows at once."""
+def padding_of_grain(sizes: np.ndarray, length: int, bins: int) -> float:
+    """Padding of Grain's first-fit packing into `bins` open rows."""
     samples = grain.MapDataset.source(
         [{"tokens": np.ones(positions, np.int8)} for positions, _ in sizes]
     ).to_iter_dataset()
@@ -66,60 +86,56 @@ def grains(sizes: np.ndarray, length: int, bins: int) -> float:
     return 1 - sizes[:, 0].sum() / (len(rows) * length)
 
 
-def to_the_longest(sizes: np.ndarray, rows: int) -> float:
-    """Padding without packing: each batch as long as its longest sample."""
-    batches = sizes[: len(sizes) // rows * rows, 0].reshape(-1, rows)
-    return 1 - batches.sum() / (batches.max(1) * rows).sum()
+def padding_of_batches(sizes: np.ndarray, length: int) -> float:
+    """Padding without packing, each batch of ROWS samples as long as its longest sample."""
+    batches = sizes[: len(sizes) // ROWS * ROWS, 0].reshape(-1, ROWS)
+    return 1 - batches.sum() / (batches.max(1) * ROWS).sum()
 
 
-def least(sizes: np.ndarray, length: int) -> float:
-    """A bound that no packing of whole samples goes below (dual feasible functions: Fekete and Schepers, 2001, u(k))."""
+def padding_of_single_samples(sizes: np.ndarray, length: int) -> float:
+    """Padding without packing, each sample in a row of `length` positions."""
+    return 1 - sizes[:, 0].mean() / length
+
+
+def lower_bound(sizes: np.ndarray, length: int) -> float:
+    """Padding that no packing of whole samples can go below.
+
+    From dual feasible functions (Fekete and Schepers, 2001: u(k)), which bound the number of rows.
+    """
     shares = sizes[:, 0] / length
-    rows = max(
-        np.where(np.isclose(shares * (k + 1) % 1, 0), shares, np.floor(shares * (k + 1)) / k).sum()
-        for k in range(1, 20)
-    )
-    return 1 - shares.sum() / max(rows, shares.sum())
+    rows = []
+    for k in range(1, 20):
+        scaled = shares * (k + 1)
+        is_whole = np.isclose(scaled % 1, 0)
+        rows.append(np.where(is_whole, shares, np.floor(scaled) / k).sum())
+    return 1 - shares.sum() / max(*rows, shares.sum())
 
 
-def main():
-    """Prints the tables."""
-    console, lengths = Console(width=140), (2048, 2304, 4096)
-    for name, parts in {
-        "instructions (LLaVA-1.5)": INSTRUCTIONS,
-        "captions": CAPTIONS,
-        "both, as the dense mimic mixes them": INSTRUCTIONS | CAPTIONS,
-    }.items():
+def methods(sizes: np.ndarray) -> dict[str, Callable[[int], float]]:
+    """Title of a packing method -> its padding as a function of the row length."""
+    return {
+        f"no packing, to the longest of {ROWS}": partial(padding_of_batches, sizes),
+        "no packing, to the row's length": partial(padding_of_single_samples, sizes),
+        "Grain's first fit, 8 open rows": partial(padding_of_grain, sizes, bins=8),
+        "Grain's first fit, 32 open rows": partial(padding_of_grain, sizes, bins=32),
+        "ours, look_ahead 8": partial(padding_of_pipeline, sizes, look_ahead=8),
+        "ours, look_ahead 32": partial(padding_of_pipeline, sizes, look_ahead=32),
+        "ours, look_ahead 128": partial(padding_of_pipeline, sizes, look_ahead=128),
+        "lower bound for whole samples": partial(lower_bound, sizes),
+    }
+
+
+def main() -> None:
+    """Prints a table for each mixture."""
+    console = Console(width=140)
+    for name, parts in MIXTURES.items():
         sizes = draw(parts)
-        ways = {
-            f"no packing, to the longest of {ROWS}": lambda length, sizes=sizes: to_the_longest(
-                sizes, ROWS
-            ),
-            "no packing, to the row's length": lambda length, sizes=sizes: (
-                1 - sizes[:, 0].mean() / length
-            ),
-            **{
-                f"Grain's first fit, {bins} rows at once": lambda length, sizes=sizes, bins=bins: (
-                    grains(sizes, length, bins)
-                )
-                for bins in (8, 32)
-            },
-            **{
-                f"ours, look_ahead {ahead}": lambda length, sizes=sizes, ahead=ahead: ours(
-                    sizes, length, look_ahead=ahead
-                )
-                for ahead in (8, 32, 128)
-            },
-            "whole samples: no packing is below": lambda length, sizes=sizes: least(sizes, length),
-        }
-        table = Table(
-            title=f"padding, {name}: {sizes[:, 0].mean():.0f} positions a sample on average",
-            title_justify="left",
-        )
-        for column in ("", *(f"rows of {length}" for length in lengths)):
+        title = f"padding, {name}: {sizes[:, 0].mean():.0f} positions per sample on average"
+        table = Table(title=title, title_justify="left")
+        for column in ("", *(f"rows of {length}" for length in LENGTHS)):
             table.add_column(column, justify="right" if column else "left")
-        for way, padding in ways.items():
-            table.add_row(way, *(f"{padding(length):.1%}" for length in lengths))
+        for method, padding in methods(sizes).items():
+            table.add_row(method, *(f"{padding(length):.1%}" for length in LENGTHS))
         console.print(table)
 
 
