@@ -1,5 +1,8 @@
-# make quickstart: the whole recipe on this machine's CPU. make test: the tests. Both install what they need into .venv.
-# the first of these that runs and is new enough (a name on the PATH may be a shim without an interpreter behind it)
+# make quickstart runs the whole recipe on this machine's CPU, make test runs the tests.
+# Every target first installs what it needs into .venv.
+
+# The first of these that runs and is new enough; a name on the PATH may be a shim without an
+# interpreter behind it.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -12,47 +15,56 @@ quickstart: $(VENV)/.installed data/scenes
 	$(RUN) -m mod_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
 	$(RUN) -m mod_jax.generate --run=$(WORKDIR) --scene=0 --question="Describe the picture."
 
+# All tests but the slow ones, on eight virtual CPU devices.
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest -q --durations=15 --cov --cov-report=term:skip-covered
 
+# Only the tests that are marked as slow.
 test-slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -q -m slow --durations=15
 
-# Preparing data as an Apache Beam pipeline: Beam needs older packages than requirements.txt pins, so it has an environment of its own.
+# Tests of preparing data as an Apache Beam pipeline. Beam needs older packages than requirements.txt
+# pins, so it gets an environment of its own.
 test-beam: $(VENV)-beam/.installed
 	$(VENV)-beam/bin/python -m pytest -q tests/test_beam.py
 
-# The pretrained tower, language model and teacher that assets/ ships, trained again from nothing.
+# Trains the vision tower, language model and teacher in assets/ again, from random weights.
 assets: $(VENV)/.installed
 	$(RUN) -m benchmarks.pretrain
 
-# The paper's directions over several seeds.
+# Measures the paper's claims over three seeds (benchmarks/LOG.md).
 directions: $(VENV)/.installed data/scenes
 	$(RUN) -m benchmarks.directions
 
-# All stages for a few steps on real pictures, full-size tower and vocabulary: make photos PHOTOS=folder
+# All stages for a few steps on real pictures, with a full-size tower and vocabulary:
+#   make photos PHOTOS=folder
 photos: $(VENV)/.installed
 	$(RUN) -m mod_jax.train --config=configs/photos.py:$(PHOTOS) --workdir=runs/photos
 
-# How far each family and layout is from transformers; writes the table of docs/checkpoints.md.
+# Compares every model family and folder layout with transformers and writes the table in
+# docs/checkpoints.md.
 families: $(VENV)/.installed-test
 	$(RUN) tests/families.py
 
-# Exported students in stock transformers 4.57, in an environment of its own; what they are held to is computed here.
+# Runs exported students in stock transformers 4.57, in an environment of its own. The expected values
+# are computed in .venv.
 check-4.57: $(VENV)/.installed-test $(VENV)-4.57/.installed
 	PYTHONPATH=tests $(RUN) -m stock.write runs/stock
 	$(VENV)-4.57/bin/python tests/stock/check.py runs/stock
 
+# The same checks as .pre-commit-config.yaml.
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-# the built-in set without its train split, which only the teacher reads
+# The built-in scenes without their train split, which only the teacher is trained on.
 data/scenes: $(VENV)/.installed
 	$(RUN) -m mod_jax.data.scenes --data_dir $@ --train 0
 	touch $@
 
 $(VENV)/.installed: requirements.txt setup.py
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; install one, or say make PYTHON=path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; install one, or run make PYTHON=path/to/python3.11"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check --progress-bar=on -r requirements.txt
 	$(RUN) -m pip install --disable-pip-version-check --no-deps -e .

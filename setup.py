@@ -1,4 +1,4 @@
-"""Package metadata; pinned versions for running are in requirements.txt."""
+"""Package metadata. The version ranges are for users; requirements.txt pins what make installs."""
 
 import pathlib
 import re
@@ -8,7 +8,8 @@ import setuptools
 setuptools.setup(
     name="mod-jax",
     version=re.search(r'__version__ = "(.+)"', pathlib.Path("mod_jax/__init__.py").read_text())[1],
-    description="LLaVA-MoD in JAX/Flax: small multimodal mixture-of-experts models distilled from large ones",
+    description="LLaVA-MoD in JAX/Flax: "
+    "small multimodal mixture-of-experts models distilled from large ones",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["mod_jax", "mod_jax.*"]),
     python_requires=">=3.11",
@@ -40,12 +41,20 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "beam": [
-            "apache-beam>=2.77"
-        ],  # prepares data beyond one machine; needs older Pillow, protobuf and pyarrow than requirements.txt pins
-        "bin": [
-            "torch>=2.6"
-        ],  # reads pytorch_model.bin; before 2.6 `weights_only` could be made to run code (CVE-2025-32434)
-        "test": ["pytest", "pytest-cov", "hypothesis", "ruff", "torch==2.13.0"],
+        # Prepares data on many machines. It needs older Pillow, protobuf and pyarrow than
+        # requirements.txt pins, hence an environment of its own.
+        "beam": ["apache-beam>=2.77"],
+        # Reads pytorch_model.bin. Before 2.6, a file could run code in spite of `weights_only`
+        # (CVE-2025-32434).
+        "bin": ["torch>=2.6"],
+        "test": [
+            "hypothesis",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "pytest-cov",
+            "ruff",
+            "torch==2.13.0",
+        ],
     },
 )
