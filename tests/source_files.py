@@ -1,4 +1,4 @@
-"""Small sources of every kind, as files, and what plain readers make of them."""
+"""Writes small sources of every kind, and says which records they hold."""
 
 import io
 import itertools
@@ -17,21 +17,32 @@ from mod_jax.data.scenes.builder import SceneDifficulty, prepare
 from mod_jax.data.sources.prepared import encode_record
 from mod_jax.data.sources.record import Record
 
-COUNTER = itertools.count()  # of TFDS builders: each needs a name of its own
-SCHEMA = pa.schema([("ds_name", pa.string()), ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-                    *((name, pa.string()) for name in ("question", "chosen", "rejected")), ("idx", pa.int64())])  # fmt: skip
+COUNTER = itertools.count()  # TFDS builders need distinct names
+SCHEMA = pa.schema(
+    [
+        ("ds_name", pa.string()),
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("question", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("idx", pa.int64()),
+    ]
+)
 MESSAGES = tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()})
 
 
-def human(text):
+def human(text: str) -> dict:
+    """A message of the human."""
     return {"from": "human", "value": text}
 
 
-def gpt(text):
+def gpt(text: str) -> dict:
+    """A message of the model."""
     return {"from": "gpt", "value": text}
 
 
 def png(colour) -> bytes:
+    """A picture of one colour."""
     file = io.BytesIO()
     Image.new("RGB", (6, 4), colour).save(file, "PNG")
     return file.getvalue()
@@ -72,32 +83,33 @@ PAIR_QUESTIONS = ["<image>\nQ", "<image>\nQ", "<image>\n<image>\nQ", "Q <image>"
 
 
 def files_of(entry: dict) -> list[str]:
+    """The names of an entry's pictures."""
     files = entry.get("image", [])
     return [files] if isinstance(files, str) else files
 
 
 def chat_records(images: dict) -> list[Record]:
-    """What CHATS say, pictures by name from `images`."""
-    texts = [[message["value"].strip() for message in entry["conversations"]] for entry in CHATS]
-    return [Record(str(entry.get("id", number)), tuple(images[file] for file in files_of(entry)), tuple(zip(text[::2], text[1::2])))
-            for number, (entry, text) in enumerate(zip(CHATS, texts))]  # fmt: skip
+    """The records of CHATS, with the pictures `images[name]`."""
+    records = []
+    for number, entry in enumerate(CHATS):
+        texts = [message["value"].strip() for message in entry["conversations"]]
+        pictures = tuple(images[file] for file in files_of(entry))
+        turns = tuple(zip(texts[::2], texts[1::2]))
+        records.append(Record(str(entry.get("id", number)), pictures, turns))
+    return records
 
 
 def pair_records(images: dict) -> list[Record]:
-    """What PAIRS say."""
-    return [
-        Record(
-            entry["id"],
-            tuple(images[file] for file in files_of(entry)),
-            ((question, "good"),),
-            "bad",
-        )
-        for entry, question in zip(PAIRS, PAIR_QUESTIONS)
-    ]
+    """The records of PAIRS, with the pictures `images[name]`."""
+    records = []
+    for entry, question in zip(PAIRS, PAIR_QUESTIONS):
+        pictures = tuple(images[file] for file in files_of(entry))
+        records.append(Record(entry["id"], pictures, ((question, "good"),), "bad"))
+    return records
 
 
 def write_pictures(folder: pathlib.Path) -> dict[str, bytes]:
-    """Pictures of CHATS and PAIRS."""
+    """Writes the pictures of CHATS and PAIRS, and returns them: name -> bytes."""
     pictures = {"a.png": png("red"), "b.png": png("blue")}
     for name, data in pictures.items():
         (folder / name).write_bytes(data)
@@ -105,27 +117,32 @@ def write_pictures(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def write_json(path: pathlib.Path, entries: list) -> None:
-    """A list, or lines."""
+    """Writes JSON Lines if the suffix is .jsonl, otherwise a JSON list."""
     lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-    path.write_text(
-        "\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8"
-    )
+    text = "\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]"
+    path.write_text(text, encoding="utf-8")
 
 
 def rlaif_row(number: int, **fields) -> dict:
-    """A row as RLAIF-V has it."""
-    row = {"ds_name": "set", "image": {"bytes": png((number % 256, 0, 0)), "path": f"{number}.jpg"}, "question": f"What is {number}?",
-           "chosen": f"good {number}", "rejected": f"bad {number}", "idx": number}  # fmt: skip
+    """A row in RLAIF-V's form; `fields` replace its values."""
+    row = {
+        "ds_name": "set",
+        "image": {"bytes": png((number % 256, 0, 0)), "path": f"{number}.jpg"},
+        "question": f"What is {number}?",
+        "chosen": f"good {number}",
+        "rejected": f"bad {number}",
+        "idx": number,
+    }
     return row | fields
 
 
 def write_rlaif(path: pathlib.Path, rows: list[dict], group: int, **options) -> None:
-    """A parquet file with `group` rows a row group."""
+    """Writes a parquet file with `group` rows per row group."""
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, row_group_size=group, **options)
 
 
 def write_tfds(folder: pathlib.Path, features: dict, examples: list[dict]) -> str:
-    """A prepared builder's folder, with the split `train`."""
+    """Prepares a data set with the split `train`, and returns its folder."""
     methods = {
         "VERSION": tfds.core.Version("1.0.0"),
         "pkg_dir_path": epath.Path(__file__).parent,
@@ -136,9 +153,8 @@ def write_tfds(folder: pathlib.Path, features: dict, examples: list[dict]) -> st
         "_split_generators": lambda self, manager: {"train": enumerate(examples)},
         "_generate_examples": None,
     }
-    builder = type(f"Made{next(COUNTER)}", (tfds.core.GeneratorBasedBuilder,), methods)(
-        data_dir=str(folder), file_format="array_record"
-    )
+    made = type(f"Made{next(COUNTER)}", (tfds.core.GeneratorBasedBuilder,), methods)
+    builder = made(data_dir=str(folder), file_format="array_record")
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(register_checksums=False, compute_stats="skip")
     )
@@ -146,7 +162,7 @@ def write_tfds(folder: pathlib.Path, features: dict, examples: list[dict]) -> st
 
 
 def write_prepared(folder: pathlib.Path, shards: list[list[Record]]) -> None:
-    """A prepared folder."""
+    """Writes a prepared folder."""
     folder.mkdir()
     names = [
         f"data-{number:05d}-of-{len(shards):05d}.array_record" for number in range(len(shards))
@@ -159,7 +175,7 @@ def write_prepared(folder: pathlib.Path, shards: list[list[Record]]) -> None:
     index = {
         "format": 1,
         "records": sum(map(len, shards)),
-        "shards": [{"file": n, "records": len(r)} for n, r in zip(names, shards)],
+        "shards": [{"file": name, "records": len(records)} for name, records in zip(names, shards)],
         "skipped": {},
         "source": {},
     }
@@ -167,7 +183,7 @@ def write_prepared(folder: pathlib.Path, shards: list[list[Record]]) -> None:
 
 
 def write_all(folder: pathlib.Path) -> dict[str, SourceConfig]:
-    """A source of every kind."""
+    """Writes a source of every kind."""
     pictures = write_pictures(folder)
     write_json(folder / "chats.json", CHATS)
     write_json(folder / "chats.jsonl", CHATS)

@@ -1,4 +1,4 @@
-"""Where records begin in a JSON list or JSON Lines, against json.loads of the whole text."""
+"""Offsets of the records in a JSON list or JSON Lines, against json.loads of the whole text."""
 
 import itertools
 import json
@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from mod_jax.config import ConfigError
 from mod_jax.data.sources.json_offsets import SEPARATORS, index_records
 
-TEXT = st.text(
-    st.one_of(st.sampled_from('[]{},:"\\ \n\t'), st.characters())
-)  # surrogates too: json writes them as escapes
+# Includes surrogates, which json writes as escapes.
+TEXT = st.text(st.one_of(st.sampled_from('[]{},:"\\ \n\t'), st.characters()))
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
@@ -27,22 +26,22 @@ EXAMPLES = settings(
 
 
 def parts(path: pathlib.Path, **options) -> list[str]:
-    """The text of each record, by the index."""
-    offsets, data = index_records(path, **options), path.read_bytes()
+    """Cuts the file into the texts of its records, by the index."""
+    offsets = index_records(path, **options)
+    data = path.read_bytes()
     return [
         data[start:end].strip(SEPARATORS).decode() for start, end in itertools.pairwise(offsets)
     ]
 
 
 def same(a, b) -> bool:
-    return json.dumps(a) == json.dumps(b)  # NaN is NaN here
+    return json.dumps(a) == json.dumps(b)  # as texts, NaN equals NaN
 
 
 def encoded(value, plain: bool, **options) -> str:
     text = json.dumps(value, ensure_ascii=not plain, **options)
-    return text.encode(
-        "utf-8", "replace"
-    ).decode()  # half a surrogate pair is no UTF-8 unless escaped
+    # An unpaired surrogate cannot be written as UTF-8 unless it is escaped.
+    return text.encode("utf-8", "replace").decode()
 
 
 @EXAMPLES
@@ -56,7 +55,8 @@ def encoded(value, plain: bool, **options) -> str:
 def test_a_list_is_cut_into_its_elements_whatever_the_window(
     tmp_path, records, window, indent, plain, space
 ):
-    path, text = tmp_path / "list.json", encoded(records, plain, indent=indent)
+    path = tmp_path / "list.json"
+    text = encoded(records, plain, indent=indent)
     path.write_bytes((space + text + space).encode())
     assert same([json.loads(part) for part in parts(path, window=window)], json.loads(text))
 
@@ -64,7 +64,8 @@ def test_a_list_is_cut_into_its_elements_whatever_the_window(
 @EXAMPLES
 @given(RECORDS, st.booleans(), st.sampled_from(["\n", "\r\n", "\n \n\n"]), st.booleans())
 def test_lines_are_cut_into_records_and_blank_ones_are_none(tmp_path, records, plain, gap, ends):
-    path, texts = tmp_path / "lines.jsonl", [encoded(record, plain) for record in records]
+    path = tmp_path / "lines.jsonl"
+    texts = [encoded(record, plain) for record in records]
     path.write_bytes((gap.join(texts) + gap * ends).encode())
     assert parts(path) == texts
 
@@ -76,41 +77,46 @@ def refused(path: pathlib.Path, message: str, **options) -> None:
 
 @pytest.mark.parametrize("window", [1, 16, 4096])
 def test_a_list_cut_anywhere_is_refused_with_the_number_of_whole_records(tmp_path, window):
-    path, texts = (
-        tmp_path / "list.json",
-        ['{"id": "a]", "n": [1, {}]}', "-12.5e3", '"\\u00e9 \\" ü"', "[true, null]"],
-    )
+    path = tmp_path / "list.json"
+    texts = ['{"id": "a]", "n": [1, {}]}', "-12.5e3", '"\\u00e9 \\" ü"', "[true, null]"]
     data = ("[" + ",\n".join(texts) + "]").encode()
     ends = [len(("[" + ",\n".join(texts[: n + 1])).encode()) for n in range(4)]
     for cut in range(len(data)):
         path.write_bytes(data[:cut])
-        whole = sum(end <= cut for end in ends) + (
-            ends[0] + 3 < cut < ends[1]
-        )  # a part of the number is a number
-        refused(path, rf"{whole} records are whole; .* of {cut}: ", window=window)
+        # The beginning of the second record, a number, is a number too.
+        whole = sum(end <= cut for end in ends) + (ends[0] + 3 < cut < ends[1])
+        refused(path, rf"{whole} records are complete; .* of {cut}: ", window=window)
 
 
 def test_lines_cut_within_the_last_record_are_refused(tmp_path):
-    path, data = tmp_path / "lines.jsonl", '{"id": 1}\n{"id": 2}\n{"id": "ü"}'.encode()
+    path = tmp_path / "lines.jsonl"
+    data = '{"id": 1}\n{"id": 2}\n{"id": "ü"}'.encode()
     for cut in range(21, len(data)):
         path.write_bytes(data[:cut])
-        refused(path, rf"2 records are whole; what begins at byte 20 breaks at byte \d+ of {cut}: ")
+        message = (
+            rf"2 records are complete; the text from byte 20 on is invalid at byte \d+ of {cut}: "
+        )
+        refused(path, message)
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("a.json", "", "0 records are whole; .*the file is empty"),
+    ("a.json", "", "0 records are complete; .*the file is empty"),
     ("a.json", " \n", "at byte 2 of 2: the file is empty"),
     ("a.jsonl", "\n \n", "the file is empty"),
     ("a.json", "[ ]", "the list is empty"),
-    ("a.json", '{"a": 1}', r"at byte 0 of 8: it is no list, '{' stands here.*|named \.jsonl"),
-    ("a.json", "[1, 2] 3", "2 records are whole; .* at byte 7 of 8: '3' follows the list"),
-    ("a.json", "[1, 2}", r"2 records are whole; .* at byte 5 of 6: expected a comma or \], '}' stands here"),
-    ("a.json", "[1, 2,]", "2 records are whole; what begins at byte 6"),
-    ("a.json", '[1, {"a" 2}]', "1 records are whole; what begins at byte 4 breaks at byte 9 of 12: Expecting ':' delimiter"),
-    ("a.json", "[1, " + "[" * 100_000, "1 records are whole; .*nested too deeply"),
-    ("a.jsonl", "[" * 100_000, "0 records are whole; .*nested too deeply"),
-    ("a.jsonl", '[\n{"a": 1}\n]', "0 records are whole; what begins at byte 0"),
-    ("a.jsonl", "{}\n{}\ngarbage", "2 records are whole; what begins at byte 6"),
+    ("a.json", '{"a": 1}', r"named \.jsonl .* at byte 0 of 8: a list begins with '\[', found '{'"),
+    ("a.json", "[1, 2] 3", "2 records are complete; .* at byte 7 of 8: found '3' after the list"),
+    ("a.json", "[1, 2}",
+     r"2 records are complete; .* at byte 5 of 6: expected ',' or '\]', found '}'"),
+    ("a.json", "[1, 2", "2 records are complete; .* at byte 5 of 5: the file ends before its list"),
+    ("a.json", "[1, 2,]", "2 records are complete; the text from byte 6 on"),
+    ("a.json", '[1, {"a" 2}]',
+     ("1 records are complete; the text from byte 4 on is invalid at byte 9 of 12: "
+      "Expecting ':' delimiter")),
+    ("a.json", "[1, " + "[" * 100_000, "1 records are complete; .*nested too deeply"),
+    ("a.jsonl", "[" * 100_000, "0 records are complete; .*nested too deeply"),
+    ("a.jsonl", '[\n{"a": 1}\n]', "0 records are complete; the text from byte 0 on"),
+    ("a.jsonl", "{}\n{}\ngarbage", "2 records are complete; the text from byte 6 on"),
 ])  # fmt: skip
 def test_other_forms_are_refused_with_the_place(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
@@ -121,7 +127,7 @@ def test_a_record_without_an_end_is_not_searched_for_ever(tmp_path):
     (tmp_path / "a.json").write_text('[1, "' + "x" * 5000 + '"]')
     refused(
         tmp_path / "a.json",
-        "1 records are whole; what begins at byte 4 .*Unterminated string",
+        "1 records are complete; the text from byte 4 on .*Unterminated string",
         window=64,
         longest=1024,
     )

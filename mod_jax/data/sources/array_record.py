@@ -1,23 +1,32 @@
-"""Records of array_record files by number, with the faults told apart."""
+"""Reads single array_record records and tells a corrupt record from a folder that is gone."""
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from mod_jax.config import require
 from mod_jax.data.sources.record import BadSample
 
 
-def read_stored(files: Sequence, number: int, folder: pathlib.Path):
-    """`files[number]`.
+def read_stored(files: Sequence, number: int, folder: pathlib.Path) -> Any:
+    """Returns `files[number]`.
 
+    Args:
+      files: An open array_record data source.
+      number: Number of the record.
+      folder: Folder that holds the files.
     Raises:
-      BadSample: for a record whose bytes are not those that were written.
-      ConfigError: once the folder of the files is gone.
+      BadSample: If the record's bytes are corrupt.
+      ConfigError: If the folder no longer exists.
     """
     try:
         return files[number]
-    except RuntimeError as error:  # what array_record raises, whatever is wrong
+    except RuntimeError as error:  # array_record raises it for every kind of failure
         require(
-            folder.is_dir(), "data.sources.path", str(folder), "the folder that was there at first"
+            folder.is_dir(),
+            "data.sources.path",
+            str(folder),
+            "the folder that existed when the source was opened",
+            "It was removed or unmounted; bring it back.",
         )
         raise BadSample(f"unreadable record: {error}") from None

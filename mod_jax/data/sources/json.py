@@ -1,45 +1,59 @@
-"""LLaVA's chats and preference pairs, as a JSON list or JSON Lines of any size."""
+"""LLaVA's chats and preference pairs, in a JSON list or in JSON Lines of any size."""
 
 import json
 import pathlib
 
-from mod_jax.config import SourceConfig, require
+from mod_jax.config import require
 from mod_jax.data.sources.json_offsets import KEY, SEPARATORS, index_records
-from mod_jax.data.sources.llava_form import read_chat, read_pair
+from mod_jax.data.sources.llava_form import Reader, read_chat, read_pair
 from mod_jax.data.sources.local_file import LocalFile
 from mod_jax.data.sources.pictures import open_pictures
 from mod_jax.data.sources.record import BadSample, Record, printable
 
-READERS = {"chat": read_chat, "preference": read_pair}
-
 
 class JsonSource:
-    """Random access to entries {id, image: str | list, ...} (`entries` has the forms). Holds 8 bytes a record; a record is parsed when it is asked for."""
+    """Random access to the entries {id, image: str | list, ...} of a JSON file.
 
-    def __init__(self, config: SourceConfig):
-        path = pathlib.Path(config.path)
-        require(path.is_file(), KEY, config.path, "an existing JSON file on a local disk or mount")
-        self._read, self._file = READERS[config.kind], LocalFile(path, KEY)
-        self._pictures = None if config.text_only else open_pictures(config.images)
-        self._offsets = index_records(path)
+    `llava_form` describes the entries. A record is parsed when it is read; the source holds 8 bytes
+    per record.
+    """
+
+    def __init__(self, path: str, holds_pairs: bool, images: str | None):
+        """Indexes the file.
+
+        Args:
+          path: The JSON file.
+          holds_pairs: Whether its entries are preference pairs, not chats.
+          images: Where its pictures are (see `open_pictures`). None leaves pictures out: no place
+            is opened, and the records keep their markers.
+        Raises:
+          ConfigError: If the file or the place of the pictures does not exist or has another form.
+        """
+        file = pathlib.Path(path)
+        require(file.is_file(), KEY, path, "an existing JSON file on a local disk or mount")
+        self._read: Reader = read_pair if holds_pairs else read_chat
+        self._file = LocalFile(file, KEY)
+        self._pictures = None if images is None else open_pictures(images)
+        self._offsets = index_records(file)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def name(self, number: int) -> str:
-        """The record's id, or its number where it has none."""
+        """Returns the record's id, or its number if it has none."""
         try:
             return _name(self._entry(number), number)
-        except ValueError:  # BadSample, or ConfigError
+        except ValueError:  # BadSample or ConfigError
             return str(number)
 
     def __getitem__(self, number: int) -> Record:
         entry = self._entry(number)
-        files = self._picture_files(entry)
+        files = _picture_files(entry)
         turns, rejected = self._read(entry, len(files))
-        return Record(
-            _name(entry, number), tuple(self._pictures[file] for file in files), turns, rejected
-        )
+        images: tuple[bytes | pathlib.Path, ...] = ()
+        if self._pictures is not None:
+            images = tuple(self._pictures[file] for file in files)
+        return Record(_name(entry, number), images, turns, rejected)
 
     def _entry(self, number: int) -> dict:
         start, end = self._offsets[number : number + 2].tolist()
@@ -52,12 +66,14 @@ class JsonSource:
             raise BadSample("record is not a JSON object")
         return entry
 
-    def _picture_files(self, entry: dict) -> list[str]:
-        files = entry.get("image") or []
-        files = [files] if isinstance(files, str) else files
-        if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
-            raise BadSample("image is neither a file's name nor a list of them")
-        return files if self._pictures is not None else []
+
+def _picture_files(entry: dict) -> list[str]:
+    files = entry.get("image") or []
+    if isinstance(files, str):
+        files = [files]
+    if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
+        raise BadSample("image is neither a file name nor a list of file names")
+    return files
 
 
 def _name(entry: dict, number: int) -> str:

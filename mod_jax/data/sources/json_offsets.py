@@ -1,7 +1,9 @@
-"""Where the records of a JSON list or of JSON Lines begin, found in one pass that holds a window of the file.
+"""Finds where the records of a JSON list or of JSON Lines begin, in one pass over the file.
 
-Text is taken as Latin-1 here: then a character is a byte, and since JSON's own characters are ASCII, ranges of records come out right whatever is
-in their strings, be it no UTF-8 at all. What is between two starts is a record with white space or a comma after it: see `SEPARATORS`.
+The pass holds one window of the file in memory. It decodes the text as Latin-1, so that a character
+is a byte. As JSON's own characters are ASCII, the ranges of the records are right whatever their
+strings contain, even bytes that are not UTF-8. The text between two offsets is a record followed by
+white space or a comma (`SEPARATORS`).
 """
 
 import array
@@ -10,74 +12,93 @@ import json
 import os
 import pathlib
 import re
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
 from mod_jax.config import ConfigError
 
 KEY = "data.sources.path"
-LINES = (".jsonl", ".ndjson")
+LINES = (".jsonl", ".ndjson")  # suffixes of JSON Lines
 SEPARATORS = b" \t\r\n,"
 AFTER_VALUE = (" ", "\t", "\r", "\n", ",", "]")
 WINDOW = 1 << 23  # bytes read at a time
-LONGEST = 1 << 28  # bytes of the longest record; what has no end within them is no record
-SPACE = re.compile("[ \t\r\n]*")
-DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # only where a value ends is asked
+LONGEST = 1 << 28  # bytes of the longest record; one that does not end within them is invalid
+NOT_SPACE = re.compile("[^ \t\r\n]")
+DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds ends of values, not numbers
 
 
 def index_records(path: pathlib.Path, window: int = WINDOW, longest: int = LONGEST) -> np.ndarray:
-    """Byte offsets of all records.
+    """Finds the byte offsets of all records.
 
     Args:
-      path: JSON Lines by its suffix (LINES), else a JSON list.
-      window: bytes read at a time.
-      longest: bytes a record may have.
+      path: A file of JSON Lines if its suffix is one of `LINES`, otherwise of a JSON list.
+      window: Bytes read at a time.
+      longest: Bytes of the longest record.
     Returns:
       i64[records + 1]: where each record begins, and where the last one ends.
     Raises:
-      ConfigError: for a file that is empty, cut, followed by something else, or of another form; it names the byte and the whole records before it.
+      ConfigError: If the file is empty, truncated, of another form, or goes on after its list. The
+        message names the byte and the number of complete records before it.
     """
     with open(path, "rb") as file:
-        offsets = (
-            _lines(file, longest)
-            if path.suffix in LINES
-            else _elements(_Window(file, window, longest))
-        )
+        if path.suffix in LINES:
+            offsets = _lines(file, longest)
+        else:
+            offsets = _elements(_Window(file, window, longest))
     return np.frombuffer(offsets, np.int64)
 
 
-def _refuse(file: BinaryIO, records: int, start: int, byte: int, why: str):
+def _refuse(file: BinaryIO, records: int, start: int, byte: int, why: str) -> NoReturn:
+    """Raises the ConfigError for text that begins at byte `start` and is invalid at `byte`."""
+    size = os.fstat(file.fileno()).st_size
     raise ConfigError(
-        f"{KEY} = {file.name!r}: expected a JSON list with at least one record, or JSON Lines in a file named {' or '.join(LINES)}. "
-        f"{records} records are whole; what begins at byte {start} breaks at byte {byte} of {os.fstat(file.fileno()).st_size}: {why}."
+        f"{KEY} = {file.name!r}: expected a JSON list with at least one record, or JSON Lines in a "
+        f"file named {' or '.join(LINES)}. {records} records are complete; the text from byte "
+        f"{start} on is invalid at byte {byte} of {size}: {why}."
     )
+
+
+def _skip_space(text: str, start: int) -> int:
+    """Returns the position of the first character from `start` on that is not white space."""
+    found = NOT_SPACE.search(text, start)
+    return found.start() if found else len(text)
 
 
 def _value_end(text: str, start: int) -> int:
     try:
-        return DECODER.raw_decode(text, start)[1]
+        _, end = DECODER.raw_decode(text, start)
     except RecursionError:
         raise json.JSONDecodeError("values are nested too deeply", text, start) from None
+    return end
 
 
 class _Window:
-    """A stretch of the file, moved forward as reading goes on."""
+    """A stretch of the file that moves forward as reading proceeds."""
 
     def __init__(self, file: BinaryIO, size: int, longest: int):
-        self.file, self.size, self.longest = file, size, longest
-        self.start, self.text, self.end = 0, "", 0
+        self.file = file
+        self.size = size
+        self.longest = longest
+        self.start = 0  # byte of the file at which the window begins
+        self.end = 0  # and ends
+        self.text = ""
         self.file_size = os.fstat(file.fileno()).st_size
 
     def move(self, start: int, size: int) -> None:
         self.file.seek(start)
         self.text = self.file.read(size).decode("latin-1")
-        self.start, self.end = start, start + len(self.text)
+        self.start = start
+        self.end = start + len(self.text)
 
     def after_space(self, at: int) -> tuple[int, str]:
-        """The first byte from `at` on that is not white space: where, and what; nothing at the end of the file."""
+        """Finds the first byte from `at` on that is not white space.
+
+        Returns:
+          Its offset and its character; "" at the end of the file.
+        """
         while True:
-            at = self.start + SPACE.match(self.text, at - self.start).end()
+            at = self.start + _skip_space(self.text, at - self.start)
             if at < self.end:
                 return at, self.text[at - self.start]
             if at >= self.file_size:
@@ -85,19 +106,18 @@ class _Window:
             self.move(at, self.size)
 
     def after_value(self, at: int) -> int:
-        """Where the JSON value that begins at byte `at` ends.
+        """Returns the offset at which the JSON value that begins at byte `at` ends.
 
         Raises:
-          JSONDecodeError: if it does not, or not within `longest` bytes.
+          JSONDecodeError: If it is invalid, or does not end within `longest` bytes.
         """
         size = self.size
         while True:
             last = self.end >= self.file_size or size > self.longest
             try:
                 end = _value_end(self.text, at - self.start)
-                if (
-                    last or self.text[end : end + 1] in AFTER_VALUE
-                ):  # else a number may go on after the window
+                # A number at the end of the window may continue after it.
+                if last or self.text[end : end + 1] in AFTER_VALUE:
                     return self.start + end
             except json.JSONDecodeError:
                 if last:
@@ -107,15 +127,17 @@ class _Window:
 
 
 def _elements(window: _Window) -> array.array:
-    """Offsets of the elements of a list."""
+    """Returns the offsets of a list's elements, and where the last one ends."""
     offsets = array.array("q")
 
-    def refuse(byte: int, why: str):
+    def refuse(byte: int, why: str) -> NoReturn:
         _refuse(window.file, len(offsets), start, byte, why)
 
     start, found = window.after_space(0)
+    if not found:
+        refuse(start, "the file is empty")
     if found != "[":
-        refuse(start, f"it is no list, {found!r} stands here" if found else "the file is empty")
+        refuse(start, f"a list begins with '[', found {found!r}")
     start, found = window.after_space(start + 1)
     if found == "]":
         refuse(start, "the list is empty")
@@ -128,43 +150,43 @@ def _elements(window: _Window) -> array.array:
         start, found = window.after_space(end)
         if found == ",":
             start, _ = window.after_space(start + 1)
+        elif not found:
+            refuse(start, "the file ends before its list")
         elif found != "]":
-            refuse(
-                start,
-                f"expected a comma or ], {found!r} stands here"
-                if found
-                else "the file ends before its list",
-            )
+            refuse(start, f"expected ',' or ']', found {found!r}")
     end, found = window.after_space(start + 1)
     if found:
-        refuse(end, f"{found!r} follows the list")
+        refuse(end, f"found {found!r} after the list")
     offsets.append(start)
     return offsets
 
 
 def _lines(file: BinaryIO, longest: int) -> array.array:
-    """Offsets of the lines that are not blank. Only the first and the last are parsed here: any other may be a bad record, but a cut shows at the end."""
-    offsets, at, first, last = array.array("q"), 0, b"", b""
+    """Returns the offsets of all lines that are not blank, and the size of the file.
+
+    Only the first and the last line are parsed. Any other may be a bad record, which is found when
+    it is read, but a file that was truncated shows in its last line.
+    """
+    offsets = array.array("q")
+    at = 0
+    first = b""
+    last = b""
     for line in iter(functools.partial(file.readline, longest), b""):
         if not line.isspace():
             offsets.append(at)
-            first, last = first or line, line
+            first = first or line
+            last = line
         at += len(line)
     if not offsets:
         _refuse(file, 0, 0, 0, "the file is empty")
     for number, line in ((0, first), (len(offsets) - 1, last)):
+        start = offsets[number]
         text = line.decode("latin-1")
         try:
-            end = _value_end(text, SPACE.match(text).end())
+            end = _value_end(text, _skip_space(text, 0))
         except json.JSONDecodeError as error:
-            _refuse(file, number, offsets[number], offsets[number] + error.pos, error.msg)
-        if SPACE.fullmatch(text, end) is None:
-            _refuse(
-                file,
-                number,
-                offsets[number],
-                offsets[number] + end,
-                "a line holds more than its record",
-            )
+            _refuse(file, number, start, start + error.pos, error.msg)
+        if _skip_space(text, end) < len(text):
+            _refuse(file, number, start, start + end, "a line holds more than its record")
     offsets.append(at)
     return offsets

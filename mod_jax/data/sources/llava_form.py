@@ -1,25 +1,32 @@
-"""The forms in which the LLaVA family of data sets writes a conversation or a preference pair: dicts of texts, whatever file they come from.
+"""Parses the forms in which LLaVA's family of data sets writes conversations and preference pairs.
+
+The readers take a dict of texts, from whatever file format it comes:
 
 - chat: {conversations: [{from: human | gpt, value}, ...]}
-- pair: {chosen: [{from, value}, ...], rejected: [...]}, the same but for the last answer
-- plain pair: {question, chosen, rejected}, texts (RLAIF-V's)
+- pair: {chosen: [{from, value}, ...], rejected: [...]}, which differ in the last answer only
+- plain pair: {question, chosen, rejected}, three texts (the form of RLAIF-V)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 from mod_jax.data.sources.record import MARKER, BadSample
 
 Turns = tuple[tuple[str, str], ...]
+Reader = Callable[[dict, int], tuple[Turns, str]]  # read_chat or read_pair
 
 
-def parse_turns(messages: Sequence[dict]) -> Turns:
-    """(question, answer) pairs of LLaVA messages {from: human | gpt, value}; outer white space is dropped.
+def parse_turns(messages: Any) -> Turns:
+    """Returns the (question, answer) pairs of a list of LLaVA messages {from: human | gpt, value}.
+
+    Leading and trailing white space of each text is dropped.
 
     Raises:
-      BadSample: if human and gpt do not alternate, or a message is no such thing.
+      BadSample: If `messages` is not a list of such messages, or human and gpt do not alternate.
     """
     try:
-        roles, texts = [m["from"] for m in messages], [m["value"].strip() for m in messages]
+        roles = [message["from"] for message in messages]
+        texts = [message["value"].strip() for message in messages]
     except (TypeError, KeyError, AttributeError):
         raise BadSample("conversation is not a list of {from, value}") from None
     unknown = [role for role in roles if role not in ("human", "gpt")]
@@ -31,26 +38,36 @@ def parse_turns(messages: Sequence[dict]) -> Turns:
 
 
 def read_chat(entry: dict, pictures: int) -> tuple[Turns, str]:
-    """Turns of a chat, and no rejected answer.
+    """Reads a chat.
 
+    Args:
+      entry: The chat.
+      pictures: Unused; readers of chats and of pairs have the same signature.
+    Returns:
+      The turns, and "" as there is no rejected answer.
     Raises:
-      BadSample: if it is none.
+      BadSample: If the entry is not a chat.
     """
     return parse_turns(entry.get("conversations")), ""
 
 
 def read_pair(entry: dict, pictures: int) -> tuple[Turns, str]:
-    """Turns of a pair, the last answer being the chosen one, and the rejected last answer.
+    """Reads a pair or a plain pair.
 
     Args:
-      entry: a pair or a plain pair.
-      pictures: it has. A plain pair's question without markers gets them in front, a line each, as the reference puts them.
+      entry: The pair.
+      pictures: Number of its pictures. If the question of a plain pair has no markers, one marker
+        per picture is put in front of it, each on a line of its own, as the reference code does.
+    Returns:
+      The turns, whose last answer is the chosen one, and the rejected last answer.
     Raises:
-      BadSample: if the two differ in more than their last answer, or not even in that, or it is no pair.
+      BadSample: If the entry is not a pair, an answer is empty, or chosen and rejected differ in
+        more than their last answer.
     """
     if "question" in entry:
         return _read_plain(entry, pictures)
-    chosen, rejected = parse_turns(entry.get("chosen")), parse_turns(entry.get("rejected"))
+    chosen = parse_turns(entry.get("chosen"))
+    rejected = parse_turns(entry.get("rejected"))
     if not chosen or not rejected or not rejected[-1][1]:
         raise BadSample("chosen or rejected without an answer text")
     if (chosen[:-1], chosen[-1][0]) != (rejected[:-1], rejected[-1][0]):
@@ -60,13 +77,12 @@ def read_pair(entry: dict, pictures: int) -> tuple[Turns, str]:
 
 def _read_plain(entry: dict, pictures: int) -> tuple[Turns, str]:
     try:
-        question, chosen, rejected = (
-            entry[key].strip() for key in ("question", "chosen", "rejected")
-        )
+        texts = [entry[key].strip() for key in ("question", "chosen", "rejected")]
     except (KeyError, AttributeError):
         raise BadSample("question, chosen and rejected are not three texts") from None
+    question, chosen, rejected = texts
     if not chosen or not rejected:
         raise BadSample("chosen or rejected without an answer text")
-    return (
-        (question if MARKER in question else (MARKER + "\n") * pictures + question, chosen),
-    ), rejected
+    if MARKER not in question:
+        question = (MARKER + "\n") * pictures + question
+    return ((question, chosen),), rejected

@@ -1,7 +1,8 @@
-"""RLAIF-V's own form: parquet files with a picture's bytes, a question and two answers a row."""
+"""RLAIF-V's parquet files. A row has a picture's bytes, a question and two answers."""
 
 import collections
 import glob
+import itertools
 import pathlib
 import threading
 
@@ -9,43 +10,55 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mod_jax.config import ConfigError, SourceConfig, require
+from mod_jax.config import ConfigError, require
 from mod_jax.data.sources.llava_form import read_pair
 from mod_jax.data.sources.local_file import LocalFile
 from mod_jax.data.sources.record import BadSample, Record
 
 KEY = "data.sources.path"
 TEXTS = ("question", "chosen", "rejected")
+PICTURE = "image.bytes"
 ROWS_AT_A_TIME = 32
-BUFFER = 1 << 20  # bytes read at a time, so that a row group is streamed and never held
+BUFFER = 1 << 20  # bytes read at a time, so that a row group is streamed and never held in memory
 
 
 class RlaifSource:
-    """Random access to the rows of parquet files with question, chosen, rejected and image {bytes}; other columns are not read.
+    """Random access to the rows of parquet files; columns other than these four are not read.
 
-    Parquet is made to be read in order. Within a row group, going on costs nothing; going back reads the group again from its beginning. So rows in
-    random order cost half a row group each: milliseconds where groups are small (100 rows), a tenth of a second and more where a file is one group.
-    A process holds some rows and a column's dictionary or page (of 1,024 pictures at most, as pyarrow writes them), no row group. Threads take turns.
+    Parquet is made for sequential reading. Within a row group, reading forward costs nothing extra;
+    reading backward starts again at the beginning of the group. Rows in random order therefore cost
+    half a row group each: milliseconds if the groups are small (100 rows), a tenth of a second or
+    more if a file is one group.
+
+    A process holds a few rows and a column's dictionary or page (at most 1,024 pictures, as pyarrow
+    writes them), never a row group. Threads read one at a time.
     """
 
-    def __init__(self, config: SourceConfig):
-        self._files = [LocalFile(path, KEY) for path in _find(config.path)]
-        self._columns = [*TEXTS] if config.text_only else [*TEXTS, "image.bytes"]
-        rows = [_row_groups(file.path, self._columns) for file in self._files]
+    def __init__(self, path: str, with_pictures: bool):
+        """Reads the metadata of the files.
+
+        Args:
+          path: A parquet file, a folder of them, or a glob pattern.
+          with_pictures: Whether the picture column is read. Without it records have no pictures.
+        Raises:
+          ConfigError: If there are no such files, or one is truncated or lacks a column.
+        """
+        self._files = [LocalFile(file, KEY) for file in _find(path)]
+        self._columns = [*TEXTS, PICTURE] if with_pictures else [*TEXTS]
+        rows_of_groups = [_row_groups(file.path, self._columns) for file in self._files]
         self._groups = [
-            (file, group) for file, groups in enumerate(rows) for group in range(len(groups))
+            (file, group) for file, rows in enumerate(rows_of_groups) for group in range(len(rows))
         ]
-        self._first = np.cumsum(
-            [0, *(count for groups in rows for count in groups)]
-        )  # row of each group; then the number of rows
-        self._first_of_file = np.cumsum([0, *map(sum, rows)])
-        require(len(self) > 0, KEY, config.path, "at least one row")
-        self._lock, self._reader = threading.Lock(), None
+        # The row at which each group or file begins; the last entry is the number of rows.
+        self._first = np.cumsum([0, *itertools.chain.from_iterable(rows_of_groups)])
+        self._first_of_file = np.cumsum([0, *map(sum, rows_of_groups)])
+        require(len(self) > 0, KEY, path, "at least one row")
+        self._lock = threading.Lock()
+        self._reader: _GroupReader | None = None
 
     def __getstate__(self) -> dict:
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_lock", "_reader")
-        }
+        own = ("_lock", "_reader")  # of this process
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _reader=None)
@@ -54,7 +67,7 @@ class RlaifSource:
         return int(self._first[-1])
 
     def name(self, number: int) -> str:
-        """The file, and the row in it."""
+        """Returns "<file name>:<row in the file>"."""
         file = _part(self._first_of_file, number)
         return f"{self._files[file].path.name}:{number - self._first_of_file[file]}"
 
@@ -71,8 +84,9 @@ class RlaifSource:
 
     def _row(self, number: int) -> dict:
         part = _part(self._first, number)
-        row, reader = number - int(self._first[part]), self._reader
-        self._reader = None  # one that fails is not read on
+        row = number - int(self._first[part])
+        reader = self._reader
+        self._reader = None  # a reader that fails is not used again
         if reader is None or reader.part != part or row < reader.first:
             file, group = self._groups[part]
             self._files[file].verify()
@@ -83,14 +97,17 @@ class RlaifSource:
 
 
 class _GroupReader:
-    """Reads a row group forward. Keeps two stretches of rows, for threads that ask for neighbours in any order."""
+    """Reads a row group forward.
+
+    Keeps the last two stretches of rows, for threads that ask for neighbouring rows in any order.
+    """
 
     def __init__(self, part: int, path: pathlib.Path, group: int, columns: list[str]):
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
         self._batches = file.iter_batches(
             ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False
         )
-        self._kept = collections.deque([(0, next(self._batches))], 2)
+        self._kept = collections.deque([(0, next(self._batches))], maxlen=2)  # (first row, rows)
         self.part = part
 
     @property
@@ -99,6 +116,7 @@ class _GroupReader:
         return self._kept[0][0]
 
     def row(self, number: int) -> dict:
+        """Returns a row of the group that is not before `first`."""
         while number >= (end := self._kept[-1][0] + len(self._kept[-1][1])):
             self._kept.append((end, next(self._batches)))
         start, rows = next(kept for kept in reversed(self._kept) if kept[0] <= number)
@@ -106,28 +124,27 @@ class _GroupReader:
 
 
 def _part(starts: np.ndarray, number: int) -> int:
-    """Which part, by where the parts start, holds a number."""
+    """Returns the index of the part that holds row `number`, given the first row of each part."""
     return int(np.searchsorted(starts, number, side="right")) - 1
 
 
 def _find(path: str) -> list[pathlib.Path]:
-    """The file, the folder's parquet files, or those that match a pattern, sorted."""
-    files = (
-        sorted(pathlib.Path(path).glob("*.parquet"))
-        if pathlib.Path(path).is_dir()
-        else sorted(map(pathlib.Path, glob.glob(path)))
-    )
+    """Returns the file, the folder's parquet files, or those that match a pattern, sorted."""
+    if pathlib.Path(path).is_dir():
+        files = sorted(pathlib.Path(path).glob("*.parquet"))
+    else:
+        files = sorted(map(pathlib.Path, glob.glob(path)))
     require(
         len(files) > 0 and all(file.is_file() for file in files),
         KEY,
         path,
-        "a parquet file, a folder of them, or a pattern that names some",
+        "a parquet file, a folder of them, or a pattern that matches some",
     )
     return files
 
 
 def _row_groups(path: pathlib.Path, columns: list[str]) -> list[int]:
-    """Rows of each row group."""
+    """Returns the number of rows of each row group of a file that has these columns."""
     try:
         metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:

@@ -1,4 +1,7 @@
-"""Where the pictures that records name are found: a folder, a bucket, or an archive, each read by name from any thread and process."""
+"""The places where sources find the pictures that their records name: folders, buckets, archives.
+
+Every place can be read by name, from any thread and process.
+"""
 
 import functools
 import pathlib
@@ -6,6 +9,8 @@ import posixpath
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable
+from typing import Protocol
 
 from etils import epath
 
@@ -15,20 +20,34 @@ from mod_jax.data.sources.record import BadSample
 
 KEY = "data.sources.images"
 BUCKET = "gs://"
-TAR_END = bytes(1024)
-LARGEST = 1 << 28  # bytes of a picture's file; what an archive claims beyond it is not unpacked
+TAR_END = bytes(1024)  # a tar ends with two blocks of zeros
+LARGEST = 1 << 28  # bytes; a member of a zip that claims to be larger is not unpacked
+FOLDER_AT_OPENING = "the folder that existed when the source was opened"
+BRING_BACK = "It was removed or unmounted; bring it back."
 
 
-def open_pictures(place: str):
-    """Opens the place of pictures.
+class Pictures(Protocol):
+    """A place of pictures, read by name."""
+
+    def __getitem__(self, name: str) -> bytes | pathlib.Path:
+        """Returns the encoded bytes of a picture, or the path of a local file.
+
+        The local file may be missing.
+
+        Raises:
+          BadSample: If the name leads out of the place, or no picture has this name.
+          ConfigError: If the place itself no longer exists.
+        """
+
+
+def open_pictures(place: str) -> Pictures:
+    """Opens a place of pictures.
 
     Args:
-      place: a folder, a folder of a bucket (gs://), or an archive (.zip or .tar); empty where records have no pictures.
-    Returns:
-      `pictures[name]`: the encoded bytes, or the path of a local file, which may be missing. Raises BadSample for a name that leaves the place
-      or is not there, and ConfigError once the place itself has vanished.
+      place: A folder, a folder of a bucket (gs://), or an archive (.zip or .tar). Empty if the
+        records have no pictures.
     Raises:
-      ConfigError: if the place is not there, or of another kind.
+      ConfigError: If the place does not exist or is of another kind.
     """
     if not place:
         return NoPictures()
@@ -43,22 +62,21 @@ def open_pictures(place: str):
         place,
         "an existing folder, a folder of a bucket (gs://), or an archive",
     )
-    archive = ARCHIVES.get(path.suffix)
     require(
-        archive is not None,
+        path.suffix in ARCHIVES,
         KEY,
         place,
         f"an archive of {' or '.join(ARCHIVES)}",
-        "A compressed tar cannot be read by number: unpack it.",
+        "A compressed tar does not allow random access: unpack it.",
     )
-    return archive(path)
+    return ARCHIVES[path.suffix](path)
 
 
 def _inside(name: str) -> str:
-    """The name in its plainest form.
+    """Returns the normalised name.
 
     Raises:
-      BadSample: if it leaves its folder.
+      BadSample: If it leads out of its folder.
     """
     plain = posixpath.normpath(name)
     if plain.startswith(("/", "../")) or plain == "..":
@@ -67,9 +85,9 @@ def _inside(name: str) -> str:
 
 
 class NoPictures:
-    """No place at all."""
+    """The place of a source without pictures. A record that names a picture is bad."""
 
-    def __getitem__(self, name: str):
+    def __getitem__(self, name: str) -> bytes:
         raise BadSample(f"picture {name!r}, but no {KEY} to find it in")
 
 
@@ -80,8 +98,8 @@ class FolderPictures:
         self._folder = folder
 
     def __getitem__(self, name: str) -> pathlib.Path:
-        # a single look, so that a mount that is lost stops the run and does not make every record bad
-        require(self._folder.is_dir(), KEY, str(self._folder), "the folder that was there at first")
+        # A lost mount must stop the run. Without this check every record would be bad instead.
+        require(self._folder.is_dir(), KEY, str(self._folder), FOLDER_AT_OPENING, BRING_BACK)
         return self._folder / _inside(name)
 
 
@@ -97,12 +115,15 @@ class BucketPictures:
         try:
             return (folder / _inside(name)).read_bytes()
         except FileNotFoundError:
-            require(folder.is_dir(), KEY, self._place, "the folder that was there at first")
+            require(folder.is_dir(), KEY, self._place, FOLDER_AT_OPENING, BRING_BACK)
             raise BadSample(f"no such picture: {folder / name}") from None
 
 
 class TarPictures:
-    """Members of a tar. The index of all members is made once, at opening, and goes with the object to other processes."""
+    """Members of a tar.
+
+    The offsets of all members are indexed once, at opening, and pickled with the object.
+    """
 
     def __init__(self, path: pathlib.Path):
         self._file = LocalFile(path, KEY)
@@ -118,7 +139,7 @@ class TarPictures:
             raise ConfigError(
                 f"{KEY} = {str(path)!r}: expected a whole tar, uncompressed ({error})."
             ) from None
-        # tarfile takes a header that is cut or broken for the end
+        # tarfile takes a truncated or corrupt header for the end of the archive.
         require(
             self._file.read(end, len(TAR_END)) == TAR_END,
             KEY,
@@ -127,30 +148,31 @@ class TarPictures:
         )
 
     def __getitem__(self, name: str) -> bytes:
-        place = self._members.get(_inside(name))
-        if place is None:
+        member = self._members.get(_inside(name))
+        if member is None:
             raise BadSample(f"no such picture in {self._file.path}: {name}")
-        return self._file.read(*place)
+        start, size = member
+        return self._file.read(start, size)
 
 
 class ZipPictures:
-    """Members of a zip. Each process reads the archive's directory once (about a second for 100,000 members)."""
+    """Members of a zip.
+
+    Each process reads the archive's directory once, which takes about a second for 100,000 members.
+    """
 
     def __init__(self, path: pathlib.Path):
         self._file = LocalFile(path, KEY)
         try:
-            require(
-                len(self._archive.filelist) > 0,
-                KEY,
-                str(path),
-                "an archive with pictures, it is empty",
-            )
+            members = len(self._archive.filelist)
         except zipfile.BadZipFile as error:
             raise ConfigError(f"{KEY} = {str(path)!r}: expected a whole zip ({error}).") from None
+        require(members > 0, KEY, str(path), "an archive with pictures; it is empty")
 
     @functools.cached_property
     def _archive(self) -> zipfile.ZipFile:
-        # given an open file, ZipFile never closes it: its count of readers, by which it closes its own, is not safe between threads
+        # Pass an open file, which ZipFile never closes. A file that ZipFile opens itself is closed
+        # by a count of its readers, and that count is not thread-safe.
         return zipfile.ZipFile(self._file.opened)
 
     def __getstate__(self) -> dict:
@@ -160,7 +182,8 @@ class ZipPictures:
         try:
             member = self._archive.getinfo(_inside(name))
             if member.file_size > LARGEST:
-                raise BadSample(f"picture of {member.file_size} bytes: {name}")
+                size = member.file_size
+                raise BadSample(f"picture of more than {LARGEST} bytes: {name} ({size})")
             return self._archive.read(member)
         except KeyError:
             raise BadSample(f"no such picture in {self._file.path}: {name}") from None
@@ -174,4 +197,4 @@ class ZipPictures:
             raise BadSample(f"unreadable in {self._file.path}: {name} ({error})") from None
 
 
-ARCHIVES = {".zip": ZipPictures, ".tar": TarPictures}
+ARCHIVES: dict[str, Callable[[pathlib.Path], Pictures]] = {".zip": ZipPictures, ".tar": TarPictures}

@@ -1,7 +1,9 @@
-"""The prepared form of a source, a folder: shards of array_record, and an index.json that names them and is written last.
+"""The prepared form of a source: a folder of array_record shards, and an index that names them.
 
-A record is a msgpack map {id: str, turns: [[question, answer], ...], rejected: str, images: [encoded bytes, ...]}.
-The index is {format, records, shards: [{file, records, bytes}, ...], skipped: {reason: [[id, detail], ...]}, source: what it was made from, and how}.
+A record is a msgpack map {id: str, turns: [[question, answer], ...], rejected: str,
+images: [encoded bytes, ...]}. The index, index.json, is written last. It is
+{format, records, shards: [{file, records, bytes}, ...], skipped: {reason: [[id, detail], ...]},
+source: the settings that the folder was made with}.
 """
 
 import json
@@ -11,22 +13,23 @@ import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
-from mod_jax.config import SourceConfig, require
+from mod_jax.config import require
 from mod_jax.data.sources.array_record import read_stored
 from mod_jax.data.sources.record import BadSample, Record
 
 FORMAT = 1
 INDEX = "index.json"
+KEY = "data.sources.path"
 REMEDY = (
     "Make it with: python -m mod_jax.prepare (the same command continues one that was stopped)."
 )
 
 
 def encode_record(record: Record) -> bytes:
-    """A record with its pictures' files, as msgpack.
+    """Encodes a record, with the contents of its pictures' files, as msgpack.
 
     Raises:
-      OSError: if a picture's file cannot be read.
+      OSError: If a picture's file cannot be read.
     """
     images = [image if isinstance(image, bytes) else image.read_bytes() for image in record.images]
     return msgpack.packb(
@@ -35,10 +38,10 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """What encode_record was given, pictures as bytes.
+    """Decodes what `encode_record` returned; the pictures are bytes.
 
     Raises:
-      BadSample: if it is no such map.
+      BadSample: If `data` is not an encoded record.
     """
     try:
         fields = msgpack.unpackb(data)
@@ -49,24 +52,24 @@ def decode_record(data: bytes) -> Record:
 
 
 def read_index(folder: pathlib.Path) -> dict:
-    """The index of a prepared folder, every shard of it there and as long as it says.
+    """Reads the index of a prepared folder and verifies the length of every shard.
 
     Raises:
-      ConfigError: for a folder that is not whole, or of another format.
+      ConfigError: If the folder is incomplete or of another format.
     """
-    key, path = "data.sources.path", folder / INDEX
+    path = folder / INDEX
     require(
         folder.is_dir(),
-        key,
+        KEY,
         str(folder),
         "an existing local folder",
-        "A bucket is read through a mount, or copied first.",
+        "Mount a bucket, or copy it to a local disk first.",
     )
     require(
         path.is_file(),
-        key,
+        KEY,
         str(folder),
-        f"a prepared folder, whole: {INDEX} is written last, and is not there",
+        f"a complete prepared folder; {INDEX}, which is written last, is missing",
         REMEDY,
     )
     try:
@@ -75,7 +78,7 @@ def read_index(folder: pathlib.Path) -> dict:
         known = index["format"] == FORMAT and index["records"] == sum(shards.values()) > 0
     except (ValueError, KeyError, TypeError):
         known = False
-    require(known, key, str(path), f"an index of format {FORMAT} with at least one record", REMEDY)
+    require(known, KEY, str(path), f"an index of format {FORMAT} with at least one record", REMEDY)
     lengths = {shard: _length(shard) for shard in shards}
     wrong = [
         f"{shard.name} has {lengths[shard]} records, not {records}"
@@ -84,16 +87,16 @@ def read_index(folder: pathlib.Path) -> dict:
     ]
     require(
         not wrong,
-        key,
+        KEY,
         str(folder),
-        f"the shards its index names, whole; {'; '.join(wrong)}",
+        f"complete shards, as its index lists them; {'; '.join(wrong)}",
         "Copy it again, or delete it and prepare it again.",
     )
     return index
 
 
 def _length(shard: pathlib.Path) -> int:
-    """Records of a shard; 0 for one that is cut or missing."""
+    """Returns the number of records of a shard; 0 if it is truncated or missing."""
     reader = ArrayRecordReader(str(shard))
     try:
         records = reader.num_records()
@@ -104,12 +107,18 @@ def _length(shard: pathlib.Path) -> int:
 
 
 class PreparedSource:
-    """Random access to a prepared folder."""
+    """Random access to the records of a prepared folder."""
 
-    def __init__(self, config: SourceConfig):
-        self._folder = pathlib.Path(config.path)
+    def __init__(self, path: str):
+        """Opens the folder and verifies it.
+
+        Raises:
+          ConfigError: If the folder is incomplete or of another format.
+        """
+        self._folder = pathlib.Path(path)
         shards = read_index(self._folder)["shards"]
-        # "file[first:end]" spares the library opening every shard once more to count its records
+        # Naming the range of records, "file[first:end]", spares the library opening every shard
+        # again to count them.
         self._shards = ArrayRecordDataSource(
             [
                 f"{self._folder / shard['file']}[0:{shard['records']}]"
@@ -122,10 +131,10 @@ class PreparedSource:
         return len(self._shards)
 
     def name(self, number: int) -> str:
-        """The record's id; its number where it cannot be read."""
+        """Returns the record's id, or its number if it cannot be read."""
         try:
             return self[number].id
-        except ValueError:  # BadSample, or ConfigError
+        except ValueError:  # BadSample or ConfigError
             return str(number)
 
     def __getitem__(self, number: int) -> Record:

@@ -1,24 +1,29 @@
-"""What a source gives: a conversation about pictures, or a preference pair; and when it cannot be used."""
+"""The record that every source returns, and the checks that every record must pass."""
 
 import dataclasses
 import pathlib
 
-MARKER = "<image>"
+MARKER = "<image>"  # marks the place of a picture in a question
 
 
 class BadSample(ValueError):
-    """A record that cannot be used. The pipeline skips, counts and names it; the message is the reason."""
+    """A record that cannot be used; the message is the reason.
+
+    The pipeline skips such records, counts them and reports them by name.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One conversation about any number of pictures, or a preference pair.
+    """A conversation about any number of pictures, or a preference pair.
 
     Attributes:
-      id: its name in its source.
-      images: the pictures, encoded bytes or paths, in the order of the `<image>` markers.
-      turns: (question, answer) each; markers stand in questions only. Of a pair the last answer is the chosen one.
-      rejected: the other answer to the last question of a pair; empty for a plain conversation.
+      id: Name of the record in its source.
+      images: The pictures as encoded bytes or paths, in the order of the `<image>` markers.
+      turns: (question, answer) of each turn. Markers occur in questions only. The last answer of a
+        preference pair is the chosen one.
+      rejected: The rejected answer to the last question of a preference pair; empty for a plain
+        conversation.
     """
 
     id: str
@@ -26,40 +31,42 @@ class Record:
     turns: tuple[tuple[str, str], ...]
     rejected: str = ""
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether this is a preference pair."""
+        return bool(self.rejected)
+
 
 def check(record: Record) -> Record:
-    """The record itself if markers and pictures agree and every turn has its text.
+    """Returns the record unchanged if its markers match its pictures and every turn has an answer.
 
     Raises:
-      BadSample: otherwise.
+      BadSample: Otherwise.
     """
-    questions, answers = zip(*record.turns) if record.turns else ((), ())
+    questions = [question for question, _ in record.turns]
+    answers = [answer for _, answer in record.turns]
     markers = sum(question.count(MARKER) for question in questions)
+    pictures = len(record.images)
     if not answers:
         raise BadSample("no turns")
     if not all(answers):
         raise BadSample("question without an answer text")
     if any(MARKER in answer for answer in (*answers, record.rejected)):
         raise BadSample("picture token in an answer")
-    if markers > len(record.images):
-        raise BadSample(
-            f"picture token without picture: {markers} tokens, {len(record.images)} pictures"
-        )
-    if markers < len(record.images):
-        raise BadSample(
-            f"picture without picture token: {markers} tokens, {len(record.images)} pictures"
-        )
+    if markers > pictures:
+        raise BadSample(f"picture token without picture: {markers} tokens, {pictures} pictures")
+    if markers < pictures:
+        raise BadSample(f"picture without picture token: {markers} tokens, {pictures} pictures")
     try:
         "".join((*questions, *answers, record.rejected)).encode()
     except UnicodeEncodeError as error:
-        raise BadSample(
-            f"half a surrogate pair in the text ({error.object[error.start]!a})"
-        ) from None
+        surrogate = error.object[error.start]
+        raise BadSample(f"unpaired surrogate in the text ({surrogate!a})") from None
     return record
 
 
 def without_pictures(record: Record) -> Record:
-    """The texts of a record alone."""
+    """Returns the record without its pictures and their markers."""
     turns = tuple(
         (question.replace(MARKER, "").strip(), answer) for question, answer in record.turns
     )
@@ -67,5 +74,5 @@ def without_pictures(record: Record) -> Record:
 
 
 def printable(name) -> str:
-    """A record's name as text that any file or terminal takes."""
+    """Returns `name` as text that can be written as UTF-8: unpaired surrogates are escaped."""
     return str(name).encode("utf-8", "backslashreplace").decode()

@@ -1,30 +1,32 @@
-"""The built-in set as a source of records."""
+"""The built-in set of scenes as a source of records."""
 
 import pathlib
 
-from mod_jax.config import SourceConfig
 from mod_jax.data.scenes.builder import load_scenes, read_turns
 from mod_jax.data.sources.array_record import read_stored
 from mod_jax.data.sources.record import Record
 
 
 class ScenesSource:
-    """Random access to a split of the built-in set."""
+    """Random access to the records of one split of the built-in set."""
 
-    def __init__(self, config: SourceConfig):
-        self._records, self._folder = (
-            load_scenes(config.path, config.split),
-            pathlib.Path(config.path),
-        )
+    def __init__(self, path: str, split: str):
+        """Opens the split; see `load_scenes`.
+
+        Raises:
+          ConfigError: If the folder does not hold exactly one prepared set, or has no such split.
+        """
+        self._folder = pathlib.Path(path)
+        self._records = load_scenes(path, split)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def name(self, number: int) -> str:
-        """The record's id; its number where it cannot be read."""
+        """Returns the record's id, or its number if it cannot be read."""
         try:
             return read_stored(self._records, number, self._folder)["id"].decode()
-        except ValueError:  # BadSample, or ConfigError
+        except ValueError:  # BadSample or ConfigError
             return str(number)
 
     def __getitem__(self, number: int) -> Record:

@@ -1,15 +1,17 @@
-"""Data sets in TFDS's form, prepared as array_record, which is read by number and without TensorFlow."""
+"""Data sets of TFDS, prepared as array_record, which allows random access without TensorFlow."""
 
 import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from mod_jax.config import ConfigError, SourceConfig, require
+from mod_jax.config import ConfigError, require
 from mod_jax.data.sources.array_record import read_stored
-from mod_jax.data.sources.llava_form import read_chat, read_pair
+from mod_jax.data.sources.llava_form import Reader, read_chat, read_pair
 from mod_jax.data.sources.record import BadSample, Record, printable
 
 KEY = "data.sources.path"
@@ -17,9 +19,12 @@ REMEDY = "Prepare it with: tfds build --file_format=array_record."
 
 
 class _Encoded(tfds.decode.SkipDecoding):
-    """Leaves pictures as they are stored, also those of a sequence, for which TFDS's own class has no method without TensorFlow."""
+    """Leaves pictures encoded, also those of a Sequence.
 
-    def decode_batch_example_np(self, pictures):
+    For a Sequence, TFDS's own class has no method that works without TensorFlow.
+    """
+
+    def decode_batch_example_np(self, pictures) -> list[bytes]:
         return list(pictures)
 
 
@@ -35,9 +40,8 @@ def _is_messages(feature) -> bool:
 
 
 def _is_picture(feature) -> bool:
-    return isinstance(
-        feature.feature if isinstance(feature, features.Sequence) else feature, features.Image
-    )
+    inner = feature.feature if isinstance(feature, features.Sequence) else feature
+    return isinstance(inner, features.Image)
 
 
 def _text(value: bytes) -> str:
@@ -51,66 +55,96 @@ def _messages(value: dict) -> list[dict]:
     ]
 
 
-FORMS = (  # the features that make one, how they are known, how they are read, what reads the entry
-    (("conversations",), _is_messages, _messages, read_chat),
-    (("chosen", "rejected"), _is_messages, _messages, read_pair),
-    (("question", "chosen", "rejected"), _is_text, _text, read_pair),
+class _Form(NamedTuple):
+    """A form of entries that is recognised by the features of a data set.
+
+    Attributes:
+      keys: The features that hold the texts.
+      fits: Whether a feature has the type that this form needs.
+      convert: Turns the value of such a feature into texts.
+      read: Reads the turns from the converted texts.
+    """
+
+    keys: tuple[str, ...]
+    fits: Callable[[Any], bool]
+    convert: Callable[[Any], Any]
+    read: Reader
+
+
+FORMS = (
+    _Form(("conversations",), _is_messages, _messages, read_chat),
+    _Form(("chosen", "rejected"), _is_messages, _messages, read_pair),
+    _Form(("question", "chosen", "rejected"), _is_text, _text, read_pair),
 )
-EXPECTED = "conversations, or chosen and rejected, as sequences of {from, value}, or question, chosen and rejected as texts; image, one or a sequence, and id"
+EXPECTED = (
+    "conversations, or chosen and rejected, as sequences of {from, value}, or question, chosen and "
+    "rejected as texts; image, one or a sequence, and id are optional"
+)
 
 
 class TfdsSource:
-    """Random access to a split of a data set with the features of one of FORMS; `image` (Image, or a Sequence of them) and `id` are optional."""
+    """Random access to a split of a data set whose features are one of `FORMS`.
 
-    def __init__(self, config: SourceConfig):
-        builder = open_builder(config.path)
-        self._folder, known = pathlib.Path(builder.data_path), dict(builder.info.features)
-        require(
-            config.split in builder.info.splits,
-            "data.sources.split",
-            config.split,
-            f"one of {list(builder.info.splits)}",
-        )
+    The features `image` (an Image, or a Sequence of them) and `id` are optional.
+    """
+
+    def __init__(self, path: str, split: str):
+        """Opens the split.
+
+        Args:
+          path: See `open_builder`.
+          split: One of the data set's splits.
+        Raises:
+          ConfigError: If nothing is prepared there, or it lacks the split, has other features or is
+            not stored as array_record.
+        """
+        builder = open_builder(path)
+        self._folder = pathlib.Path(builder.data_path)
+        splits = builder.info.splits
+        require(split in splits, "data.sources.split", split, f"one of {list(splits)}")
+        known = dict(builder.info.features)
         forms = [
-            form for form in FORMS if all(key in known and form[1](known[key]) for key in form[0])
+            form
+            for form in FORMS
+            if all(key in known and form.fits(known[key]) for key in form.keys)
         ]
-        fits = forms and ("image" not in known or _is_picture(known["image"]))
+        pictures_fit = "image" not in known or _is_picture(known["image"])
+        found = " ".join(str(builder.info.features).split())
         require(
-            fits,
+            len(forms) > 0 and pictures_fit,
             KEY,
-            config.path,
-            f"a data set with the features {EXPECTED}; it has {' '.join(str(builder.info.features).split())}",
+            path,
+            f"a data set with the features {EXPECTED}; it has {found}",
         )
-        self._keys, _, self._convert, self._read = forms[0]
-        self._text_only = config.text_only
+        self._form = forms[0]
         decoders = {key: _Encoded() for key, feature in known.items() if _is_picture(feature)}
         try:
-            self._records = builder.as_data_source(config.split, decoders=decoders)
+            self._records = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError:
+            found = builder.info.file_format
             raise ConfigError(
-                f"{KEY} = {config.path!r}: expected array_record, found {builder.info.file_format}. {REMEDY}"
+                f"{KEY} = {path!r}: expected array_record, found {found}. {REMEDY}"
             ) from None
 
     def __len__(self) -> int:
         return len(self._records)
 
     def name(self, number: int) -> str:
-        """The record's id; its number where it has none or cannot be read."""
+        """Returns the record's id, or its number if it has none or cannot be read."""
         try:
             return _name(read_stored(self._records, number, self._folder), number)
-        except ValueError:  # BadSample, or ConfigError
+        except ValueError:  # BadSample or ConfigError
             return str(number)
 
     def __getitem__(self, number: int) -> Record:
         fields = read_stored(self._records, number, self._folder)
-        pictures = () if self._text_only else fields.get("image") or ()
+        pictures = fields.get("image") or ()
         images = (pictures,) if isinstance(pictures, bytes) else tuple(pictures)
         try:
-            turns, rejected = self._read(
-                {key: self._convert(fields[key]) for key in self._keys}, len(images)
-            )
+            entry = {key: self._form.convert(fields[key]) for key in self._form.keys}
         except UnicodeDecodeError as error:
             raise BadSample(f"text is not UTF-8: {error}") from None
+        turns, rejected = self._form.read(entry, len(images))
         return Record(_name(fields, number), images, turns, rejected)
 
 
@@ -120,20 +154,22 @@ def _name(fields: dict, number: int) -> str:
 
 
 def open_builder(path: str) -> tfds.core.DatasetBuilder:
-    """The builder of a prepared data set.
+    """Opens the builder of a prepared data set.
 
     Args:
-      path: its folder, the one with dataset_info.json; or its name, found in TFDS's data folders.
+      path: Its folder, which holds dataset_info.json, or its name in TFDS's data folders.
     Raises:
-      ConfigError: if nothing is prepared there.
+      ConfigError: If nothing is prepared there.
     """
     try:
-        builder = (
-            tfds.builder_from_directory(path) if pathlib.Path(path).is_dir() else tfds.builder(path)
-        )
+        if pathlib.Path(path).is_dir():
+            builder = tfds.builder_from_directory(path)
+        else:
+            builder = tfds.builder(path)
     except (DatasetNotFoundError, DatasetInfoFileError) as error:
         raise ConfigError(
-            f"{KEY} = {path!r}: expected the folder or the name of a prepared TFDS data set ({error})."
+            f"{KEY} = {path!r}: expected the folder or the name of a prepared TFDS data set "
+            f"({error})."
         ) from None
     require(len(builder.info.splits) > 0, KEY, path, "a prepared data set", REMEDY)
     return builder
