@@ -1,5 +1,22 @@
-"""python -m mod_jax.data.scenes --data_dir data/scenes: prepares the built-in data set."""
+"""Prepares the built-in set of scenes: python -m mod_jax.data.scenes --data_dir data/scenes"""
 
-from mod_jax.data.scenes.builder import main
+import argparse
 
-main()
+from mod_jax.data.scenes.builder import SPLITS, ScenesConfig, prepare
+
+
+def main() -> None:
+    """Prepares the set and prints its folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mod_jax.data.scenes", description="Prepares the built-in set of scenes."
+    )
+    parser.add_argument("--data_dir", required=True, help="TFDS data folder to write into")
+    for split in SPLITS:
+        size = getattr(ScenesConfig, split)
+        help_text = f"number of records in the split {split} (default: {size}; 0: no such split)"
+        parser.add_argument(f"--{split}", type=int, default=size, help=help_text)
+    print(prepare(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""What is said about a scene: questions with right answers, wrong answers, captions, and captions read back.
+"""Texts about a scene: questions with right and wrong answers, captions, and captions parsed back.
 
-A question is (kind, question, answer); kinds are those of KINDS. Names are (colour, shape).
+The kinds of questions are those of `KINDS`. A name of an object is a pair (colour, shape).
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mod_jax.data.scenes.drawing import COLOURS, SHAPES, SceneDifficulty, SceneObject
 
 KINDS = ("caption", "count", "colour", "relation", "existence")
-CHAT = ("caption", "count", "colour", "relation", "existence", "existence")  # the kinds of one chat
+CHAT = ("caption", "count", "colour", "relation", "existence", "existence")  # kinds of a chat
 NUMBERS = (
     "zero",
     "one",
@@ -31,7 +31,7 @@ NUMBERS = (
     "fifteen",
     "sixteen",
 )
-RELATIONS = {  # is a <relation> b?
+RELATIONS = {  # relation -> whether a is <relation> b
     "left of": lambda a, b: a.column < b.column,
     "right of": lambda a, b: a.column > b.column,
     "above": lambda a, b: a.row < b.row,
@@ -42,7 +42,7 @@ _NAME = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
 
 class Question(NamedTuple):
-    """One turn."""
+    """One turn: a question of a kind, and its answer."""
 
     kind: str
     question: str
@@ -50,16 +50,16 @@ class Question(NamedTuple):
 
 
 def plural(shape: str) -> str:
-    """ "crosses", "circles"."""
+    """Returns the plural of a shape: "crosses", "circles"."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
-COMPANIONS = {
-    "cross": "circle"
-}  # captions found in the world name what usually stands beside: here, a circle of its colour beside a cross
-WORDS = tuple(
+# Captions in real data name what usually stands beside an object, even if the picture does not show
+# it. Here a circle of the same colour usually stands beside a cross.
+COMPANIONS = {"cross": "circle"}
+WORDS = tuple(  # all words that the texts can contain, in lower case
     dict.fromkeys(
-        [  # everything that can be said, in lower case
+        [
             *COLOURS,
             *SHAPES,
             *map(plural, SHAPES),
@@ -92,80 +92,89 @@ WORDS = tuple(
 
 
 def noun_phrase(size: str, colour: str, shape: str) -> str:
-    """ "a small red ring"; large objects go without a size."""
+    """Returns "a small red ring"; the size of a large object is not named."""
     words = ("small " if size == "small" else "") + f"{colour} {shape}"
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def caption(objects: Sequence) -> str:
-    """All objects in their order: "a red circle, a small blue square and a green ring"."""
-    phrases = [noun_phrase(item.size, item.colour, item.shape) for item in objects]
-    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+    """Names all objects in order: "a red circle, a small blue square and a green ring"."""
+    *others, last = [noun_phrase(item.size, item.colour, item.shape) for item in objects]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def named_objects(text: str) -> list[tuple[str, str]]:
-    """(colour, shape) of every object that a text names, in its order."""
+    """Returns (colour, shape) of every object that a text names, in the order of the text."""
     return _NAME.findall(text.lower())
 
 
 def absent_objects(text: str, objects: Sequence[SceneObject]) -> list[tuple[str, str]]:
-    """(colour, shape) of every object that a text names and the picture does not show: its hallucinations."""
+    """Returns (colour, shape) of the hallucinations: objects that a text names but are absent."""
     present = names(objects)
     return [name for name in named_objects(text) if name not in present]
 
 
 def names(objects: Sequence[SceneObject]) -> list[tuple[str, str]]:
-    """(colour, shape) of each object."""
+    """Returns (colour, shape) of each object."""
     return [(item.colour, item.shape) for item in objects]
 
 
 def absent_name(
     rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty
 ) -> tuple[str, str]:
-    """A name that no object bears; half of the time, where possible, its colour and its shape are both in the picture, apart."""
+    """Draws the name of an absent object.
+
+    With probability 1/2, if possible, its colour and its shape both occur in the picture, but on
+    different objects.
+    """
     present = set(names(objects))
-    apart = [
-        (c, s)
-        for c in sorted({c for c, _ in present})
-        for s in sorted({s for _, s in present})
-        if (c, s) not in present
+    shown_colours = sorted({colour for colour, _ in present})
+    shown_shapes = sorted({shape for _, shape in present})
+    near_misses = [
+        (colour, shape)
+        for colour in shown_colours
+        for shape in shown_shapes
+        if (colour, shape) not in present
     ]
-    if apart and rng.random() < 0.5:
-        return rng.choice(apart)
-    colours, shapes = tuple(COLOURS)[: difficulty.colours], tuple(SHAPES)[: difficulty.shapes]
-    return rng.choice([(c, s) for c in colours for s in shapes if (c, s) not in present])
+    if near_misses and rng.random() < 0.5:
+        return rng.choice(near_misses)
+    colours = tuple(COLOURS)[: difficulty.colours]
+    shapes = tuple(SHAPES)[: difficulty.shapes]
+    absent = [
+        (colour, shape) for colour in colours for shape in shapes if (colour, shape) not in present
+    ]
+    return rng.choice(absent)
 
 
-def _caption(rng, objects, difficulty):
+def _caption(rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> Question:
     return Question("caption", CAPTION_QUESTION, caption(objects))
 
 
-def _count(rng, objects, difficulty):
+def _count(rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> Question:
     shown = [item.shape for item in objects]
     if rng.random() < 0.2:
         return Question("count", "How many objects are there?", NUMBERS[len(objects)])
-    shape = (
-        rng.choice(shown) if rng.random() < 0.8 else rng.choice(tuple(SHAPES)[: difficulty.shapes])
-    )
+    shapes = shown if rng.random() < 0.8 else tuple(SHAPES)[: difficulty.shapes]
+    shape = rng.choice(shapes)
     return Question("count", f"How many {plural(shape)} are there?", NUMBERS[shown.count(shape)])
 
 
-def _colour(rng, objects, difficulty):
+def _colour(rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> Question:
     shown = [item.shape for item in objects]
-    single = [item for item in objects if shown.count(item.shape) == 1]
-    if not single:
+    unambiguous = [item for item in objects if shown.count(item.shape) == 1]
+    if not unambiguous:
         return _count(rng, objects, difficulty)
-    item = rng.choice(single)
+    item = rng.choice(unambiguous)
     return Question("colour", f"What colour is the {item.shape}?", item.colour)
 
 
-def _relation(rng, objects, difficulty):
+def _relation(rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty) -> Question:
     shown = names(objects)
-    single = [item for item in objects if shown.count((item.colour, item.shape)) == 1]
+    unambiguous = [item for item in objects if shown.count((item.colour, item.shape)) == 1]
     pairs = [
         (a, b, relation)
-        for a in single
-        for b in single
+        for a in unambiguous
+        for b in unambiguous
         for relation, holds in RELATIONS.items()
         if holds(a, b)
     ]
@@ -181,11 +190,14 @@ def _relation(rng, objects, difficulty):
     )
 
 
-def _existence(rng, objects, difficulty):
+def _existence(
+    rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty
+) -> Question:
     answer = rng.choice(("yes", "no"))
-    colour, shape = (
-        rng.choice(names(objects)) if answer == "yes" else absent_name(rng, objects, difficulty)
-    )
+    if answer == "yes":
+        colour, shape = rng.choice(names(objects))
+    else:
+        colour, shape = absent_name(rng, objects, difficulty)
     return Question("existence", f"Is there {noun_phrase('large', colour, shape)}?", answer)
 
 
@@ -201,15 +213,23 @@ ASK = {
 def ask(
     rng: Random, kind: str, objects: Sequence[SceneObject], difficulty: SceneDifficulty
 ) -> Question:
-    """A question of a kind with its right answer; of a neighbouring kind where the picture allows none that has one answer."""
+    """Draws a question of a kind, with its right answer.
+
+    If no question of this kind has a unique answer for the picture, a similar kind takes its place:
+    count for colour, existence for relation.
+    """
     return ASK[kind](rng, objects, difficulty)
 
 
 def converse(
     rng: Random, kinds: Sequence[str], objects: Sequence[SceneObject], difficulty: SceneDifficulty
 ) -> list[Question]:
-    """A question of each kind in turn, none twice where a few draws find another."""
-    turns = []
+    """Draws a question of each kind in turn.
+
+    Each is drawn four times and the first one that was not asked before is taken, so repetitions
+    are rare.
+    """
+    turns: list[Question] = []
     for kind in kinds:
         draws = [ask(rng, kind, objects, difficulty) for _ in range(4)]
         turns.append(next((turn for turn in draws if turn not in turns), draws[0]))
@@ -219,38 +239,39 @@ def converse(
 def hallucinated_caption(
     rng: Random, objects: Sequence[SceneObject], difficulty: SceneDifficulty
 ) -> str:
-    """A caption with one object that is not there, in place of a true one or beside them."""
-    told, (colour, shape) = list(objects), absent_name(rng, objects, difficulty)
-    place = rng.randrange(len(told))
-    told[place : place + rng.randint(0, 1)] = [told[place]._replace(colour=colour, shape=shape)]
-    return caption(told)
+    """Returns a caption with one absent object, which replaces a true one or is added to them."""
+    named = list(objects)
+    colour, shape = absent_name(rng, objects, difficulty)
+    place = rng.randrange(len(named))
+    replaced = rng.randint(0, 1)  # number of true objects that the absent one replaces
+    named[place : place + replaced] = [named[place]._replace(colour=colour, shape=shape)]
+    return caption(named)
 
 
 def habitual_caption(objects: Sequence[SceneObject]) -> str | None:
-    """The caption that habit makes of a picture: after a last object with a companion it names the companion, which is not there.
+    """Returns the caption by habit, which adds the absent companion of the last object.
 
-    None where the last object has none, or the picture shows it. Habit, unlike chance, is what a model learns to say.
+    Returns None if the last object has no companion, or the picture shows the companion. Unlike
+    random errors, a habit is regular, so a model learns it.
     """
     last = objects[-1]
     companion = last._replace(shape=COMPANIONS.get(last.shape, last.shape), size="large")
-    return (
-        None
-        if (companion.colour, companion.shape) in names(objects)
-        else caption([*objects, companion])
-    )
+    if (companion.colour, companion.shape) in names(objects):
+        return None
+    return caption([*objects, companion])
 
 
 def wrong_answer(
     rng: Random, asked: Question, objects: Sequence[SceneObject], difficulty: SceneDifficulty
 ) -> str:
-    """A plausible wrong answer to a question about these objects."""
+    """Draws a plausible wrong answer to a question about these objects."""
     if asked.kind == "caption":
         return hallucinated_caption(rng, objects, difficulty)
     if asked.kind == "count":
         right = NUMBERS.index(asked.answer)
-        return NUMBERS[rng.choice([n for n in (right - 1, right + 1) if 0 <= n < len(NUMBERS)])]
+        neighbours = [number for number in (right - 1, right + 1) if 0 <= number < len(NUMBERS)]
+        return NUMBERS[rng.choice(neighbours)]
     if asked.kind == "colour":
-        return rng.choice(
-            [colour for colour in tuple(COLOURS)[: difficulty.colours] if colour != asked.answer]
-        )
+        colours = tuple(COLOURS)[: difficulty.colours]
+        return rng.choice([colour for colour in colours if colour != asked.answer])
     return "no" if asked.answer == "yes" else "yes"

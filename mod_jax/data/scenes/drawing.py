@@ -1,6 +1,6 @@
-"""Pictures of simple objects on a grid.
+"""Draws pictures of simple objects on a grid.
 
-Axes: H W picture height and width, h w those of one object's square.
+Axes: H and W are the picture's height and width, h and w those of the square around one object.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 
-# Shape -> is the point inside? x and y run over -1..1 within the object's square, y downwards.
+# Shape -> whether a point is inside. x and y run over -1..1 in the object's square, y downwards.
 SHAPES = {
     "circle": lambda x, y: x**2 + y**2 <= 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.9,
@@ -36,12 +36,12 @@ SHAPES = {
     "star": lambda x, y: np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1,
 }
 
-SIZES = {"large": 0.92, "small": 0.6}  # side of an object's square, as a share of the cell
-BACKGROUND = 190  # mean grey
+SIZES = {"large": 0.92, "small": 0.6}  # side of an object's square as a share of its cell's side
+BACKGROUND = 190  # mean grey level
 
 
 class SceneObject(NamedTuple):
-    """One object; row and column number its cell, from the upper left."""
+    """One object. `row` and `column` are those of its cell, counted from the upper left."""
 
     shape: str
     colour: str
@@ -52,26 +52,37 @@ class SceneObject(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SceneDifficulty:
-    """How hard the pictures are."""
+    """How hard the pictures are.
 
-    grid: int = 3  # cells a side
-    cell: int = 12  # px
+    Attributes:
+      grid: Cells along each side.
+      cell: Side of a cell in px.
+      min_objects: Least number of objects.
+      max_objects: Greatest number of objects.
+      jitter: Greatest distance in px, along each axis, of an object from the middle of its cell.
+        Objects may then overlap.
+      shapes: Number of shapes in use, the first ones of `SHAPES`.
+      colours: Number of colours in use, the first ones of `COLOURS`.
+      sizes: Number of sizes in use, the first ones of `SIZES`.
+      noise: Half the range of the background's grey levels.
+    """
+
+    grid: int = 3
+    cell: int = 12
     min_objects: int = 1
     max_objects: int = 4
-    jitter: int = (
-        0  # px an object may stray from its cell's middle (objects then overlap), each way
-    )
+    jitter: int = 0
     shapes: int = 4
     colours: int = 5
     sizes: int = 2
-    noise: int = 12  # half the range of the background's grey levels
+    noise: int = 12
 
     def __post_init__(self):
         require(
             1 <= self.min_objects <= self.max_objects <= self.grid**2,
             "difficulty.max_objects",
             self.max_objects,
-            f"min_objects {self.min_objects} .. the number of cells {self.grid**2}",
+            f"min_objects ({self.min_objects}) to the number of cells ({self.grid**2})",
         )
         for key, table in (("shapes", SHAPES), ("colours", COLOURS), ("sizes", SIZES)):
             least = 1 if key == "sizes" else 2
@@ -79,14 +90,13 @@ class SceneDifficulty:
                 least <= getattr(self, key) <= len(table),
                 f"difficulty.{key}",
                 getattr(self, key),
-                f"{least}..{len(table)}",
+                f"{least} to {len(table)}",
             )
-
         require(
             self.max_objects < self.shapes * self.colours,
             "difficulty.max_objects",
             self.max_objects,
-            f"fewer than shapes x colours = {self.shapes * self.colours}, so that something is absent",
+            f"fewer than shapes x colours = {self.shapes * self.colours}, so that one is absent",
         )
 
     @property
@@ -97,28 +107,39 @@ class SceneDifficulty:
 
 @functools.cache
 def coverage(shape: str, side: int) -> np.ndarray:
-    """Share of each pixel that `shape` covers, f32[h,w,1], from 4 x 4 points a pixel."""
+    """Returns the share of each pixel that `shape` covers, f32[h,w,1].
+
+    Args:
+      shape: One of `SHAPES`.
+      side: Side of the object's square in px. Each pixel is sampled at 4 x 4 points.
+    """
     points = (np.arange(side * 4) + 0.5) / (side * 2) - 1
     inside = SHAPES[shape](points[None, :], points[:, None])
     return inside.reshape(side, 4, side, 4).mean((1, 3), dtype=np.float32)[..., None]
 
 
 def place_objects(rng: np.random.Generator, difficulty: SceneDifficulty) -> list[SceneObject]:
-    """Random objects in distinct cells, in reading order."""
+    """Draws random objects in distinct cells, in reading order."""
     count = int(rng.integers(difficulty.min_objects, difficulty.max_objects + 1))
     cells = np.sort(rng.permutation(difficulty.grid**2)[:count])
     picks = rng.integers(0, (difficulty.shapes, difficulty.colours, difficulty.sizes), (count, 3))
-    shapes, colours, sizes = tuple(SHAPES), tuple(COLOURS), tuple(SIZES)
-    return [
-        SceneObject(shapes[s], colours[c], sizes[z], *divmod(int(cell), difficulty.grid))
-        for cell, (s, c, z) in zip(cells, picks.tolist())
-    ]
+    shapes = tuple(SHAPES)
+    colours = tuple(COLOURS)
+    sizes = tuple(SIZES)
+    objects = []
+    for cell, (shape, colour, size) in zip(cells.tolist(), picks.tolist()):
+        row, column = divmod(cell, difficulty.grid)
+        objects.append(SceneObject(shapes[shape], colours[colour], sizes[size], row, column))
+    return objects
 
 
 def draw(
     objects: list[SceneObject], rng: np.random.Generator, difficulty: SceneDifficulty
 ) -> np.ndarray:
-    """The picture, u8[H,W,3]: objects in order over a noisy grey background, later ones over earlier ones."""
+    """Draws the picture, u8[H,W,3], with a noisy grey background.
+
+    Objects are drawn in order, so that later ones cover earlier ones.
+    """
     side = difficulty.image_size
     grey = rng.integers(
         BACKGROUND - difficulty.noise,
@@ -127,21 +148,22 @@ def draw(
         dtype=np.uint8,
     )
     picture = np.repeat(grey, 3, axis=2)
-    strays = rng.integers(-difficulty.jitter, difficulty.jitter + 1, (len(objects), 2)).tolist()
-    for item, stray in zip(objects, strays):
+    jitter = rng.integers(-difficulty.jitter, difficulty.jitter + 1, (len(objects), 2)).tolist()
+    for item, shifts in zip(objects, jitter):
         mask = coverage(item.shape, round(difficulty.cell * SIZES[item.size]))
         margin = (difficulty.cell - len(mask)) // 2
         top, left = (
-            int(np.clip(cell * difficulty.cell + margin + s, 0, side - len(mask)))
-            for cell, s in zip((item.row, item.column), stray)
+            int(np.clip(cell * difficulty.cell + margin + shift, 0, side - len(mask)))
+            for cell, shift in zip((item.row, item.column), shifts)
         )
         window = picture[top : top + len(mask), left : left + len(mask)]
-        window[:] = np.rint(window + mask * (np.float32(COLOURS[item.colour]) - window))
+        colour = np.array(COLOURS[item.colour], np.float32)
+        window[:] = np.rint(window + mask * (colour - window))
     return picture
 
 
 def encode_png(picture: np.ndarray) -> bytes:
-    """PNG of u8[H,W,3]; lightly compressed, for speed."""
+    """Encodes u8[H,W,3] as PNG, lightly compressed for speed."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG", compress_level=1)
     return file.getvalue()
