@@ -1,7 +1,6 @@
 """Worker processes: what they read is what threads read; one that is killed stops the run; none outlives it."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import multiprocessing
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import grain
 import numpy as np
 import psutil
 import pytest
@@ -19,7 +19,7 @@ from PIL import Image
 from mod_jax.batch import Batch
 from mod_jax.config import DataConfig, ModelConfig, SourceConfig, VisionConfig
 from mod_jax.data.batches.pipeline import Batches
-from mod_jax.data.batches.workers import WorkerDied, Workers
+from mod_jax.data.batches.workers import WorkerDied, in_process
 from mod_jax.data.samples.tokenizer import scenes_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,24 +94,45 @@ def test_processes_read_what_threads_read_and_a_killed_one_stops_the_run(config)
     assert not multiprocessing.active_children()
 
 
-def test_workers_that_cannot_begin_stop_the_run(capfd):
-    workers = Workers(functools.partial(int, "no number"), 1)
-    with pytest.raises(WorkerDied, match="could not begin, and then says why above"):
-        workers.submit(1)()
-    workers.close()
-    assert "no number" in capfd.readouterr().err
+@dataclasses.dataclass
+class Breaks:
+    """Pickles, and cannot be unpickled."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        return index
+
+
+def test_workers_that_cannot_begin_stop_the_run():
+    numbers = grain.MapDataset.source(Breaks()).to_iter_dataset()
+    with pytest.raises(ValueError, match="no number"):
+        next(iter(in_process(numbers, 1)))
+
+
+@pytest.mark.parametrize("workers, processes", [(1, 1), (3, 3), (9, 4)])
+def test_streams_are_dealt_to_the_workers(config, workers, processes):
+    """No worker goes without a stream; here there are four."""
+    alone, dealt = make(config, 0), make(config, workers)
+    for _ in range(2):
+        assert_equal(next(dealt), next(alone))
+    assert len(multiprocessing.active_children()) == processes
+    dealt.close()
+    alone.close()
 
 
 SCRIPT = """
 import multiprocessing, time
-from mod_jax.data.batches.workers import Workers
-
-def make():
-    return lambda: None
+import grain
+from mod_jax.data.batches.workers import in_process
 
 if __name__ == "__main__":
-    workers = Workers(make, 1)
-    workers.submit()()
+    numbers = iter(in_process(grain.MapDataset.range(9).to_iter_dataset(), 1))
+    next(numbers)
     print(multiprocessing.active_children()[0].pid, flush=True)
     time.sleep(600)
 """

@@ -1,50 +1,52 @@
-"""Which record comes when: a mixture of shuffled sources that the seed alone decides."""
+"""The order of samples: an endless mixture of shuffled sources, decided by the seed alone."""
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
 from mod_jax.config import DataConfig
 
+T = TypeVar("T")
 
-class Visit(NamedTuple):
+
+class Visit(NamedTuple, Generic[T]):
     """One reading of a record.
 
     Attributes:
-      source: number of the source.
-      number: of the record in it.
-      first: whether it is in the source's first epoch.
+      outcome: What the source holds at the record's index.
+      first: Whether this is the source's first epoch.
     """
 
-    source: int
-    number: int
+    outcome: T
     first: bool
 
 
-def _visit(source: int, length: int, index: int, number: int) -> Visit:
-    return Visit(source, number, index < length)
+def _visit(length: int, index: int, outcome: T) -> Visit[T]:
+    return Visit(outcome, index < length)
 
 
-def visits(config: DataConfig, lengths: Sequence[int]) -> grain.MapDataset[Visit]:
-    """The endless sequence of visits, by number.
+def visits(
+    config: DataConfig, sources: Sequence[grain.sources.RandomAccessDataSource[T]]
+) -> grain.MapDataset[Visit[T]]:
+    """Returns the endless sequence of visits, as a Grain dataset with random access.
 
-    Each source is a new permutation of its records every epoch; sources take turns by their weights.
+    Every epoch visits each source's records in a new random order. The sources take turns
+    according to their weights.
 
     Args:
-      config: seed and weights.
-      lengths: records of each source.
+      config: The seed, and the weights of the sources.
+      sources: Random-access sources in their configured order, for example `Samples`.
     """
-    seeds = np.random.SeedSequence(config.seed).generate_state(
-        len(lengths)
-    )  # apart, as Grain adds the epoch to them
-    sources = [
-        grain.MapDataset.range(length)
+    # Grain adds the epoch to a seed, so the sources' seeds are drawn far apart.
+    seeds = np.random.SeedSequence(config.seed).generate_state(len(sources))
+    endless = [
+        grain.MapDataset.source(source)
         .shuffle(seed=int(seed))
         .repeat()
-        .map_with_index(functools.partial(_visit, source, length))
-        for source, (length, seed) in enumerate(zip(lengths, seeds))
+        .map_with_index(functools.partial(_visit, len(source)))
+        for source, seed in zip(sources, seeds)
     ]
-    return grain.MapDataset.mix(sources, weights=[source.weight for source in config.sources])
+    return grain.MapDataset.mix(endless, weights=[source.weight for source in config.sources])

@@ -1,24 +1,26 @@
-"""What a stage's data are, measured before it runs: every record read once, nothing kept of it but its lengths."""
+"""What a stage's data are, measured before it runs.
 
-import collections
+Every record is read once, and nothing of it is kept but its lengths.
+"""
+
 import dataclasses
-import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import grain
 import numpy as np
 
 from mod_jax.config import DataConfig, ModelConfig, SourceConfig
 from mod_jax.data.batches.order import visits
 from mod_jax.data.batches.packing import Room
-from mod_jax.data.batches.pipeline import open_sources
-from mod_jax.data.batches.skips import Counts
+from mod_jax.data.batches.pipeline import THREADS, open_samples
 from mod_jax.data.batches.streams import Stream
-from mod_jax.data.batches.workers import Workers
-from mod_jax.data.samples.sample import Loader, Skipped
+from mod_jax.data.batches.workers import allow_flags, begin_worker, deaths
+from mod_jax.data.samples.sample import Sample, Samples, Skipped
 
-CHUNK = 64  # records a task
-TASKS_AHEAD = 64
+CHUNK = 64  # records measured at a time
+CHUNKS_AHEAD = 16
 LEAST_PACKED, MOST_PACKED = 500, 20_000  # samples: fewer say little, more do not change the shares
 
 
@@ -60,56 +62,40 @@ class SourceStatistics:
         return self.sizes[self.sizes[:, 0] > 0]
 
 
-class _Measurer:
-    def __init__(self, make: Callable[[], Loader]):
-        self._load = make()
-
-    def __call__(self, source: int, numbers: range, decode: bool) -> list[Measured | Skipped]:
-        return [self._measure(self._load(source, number, decode)) for number in numbers]
-
-    def _measure(self, outcome) -> Measured | Skipped:
-        if isinstance(outcome, Skipped):
-            return outcome
-        return Measured(
-            outcome.size, int(np.count_nonzero(outcome.tokens.loss_weights)), outcome.truncated
-        )
-
-
 def survey(
     config: DataConfig,
     tokenizer,
     model: ModelConfig,
     decode: bool,
-    tell: Callable[[SourceConfig, int, Measured | Skipped], None],
+    note: Callable[[SourceConfig, int, Measured | Skipped], None],
 ) -> list[SourceStatistics]:
     """Reads all records of all sources once, as training would.
 
     Args:
-      config: of the data.
-      tokenizer: a fast Hugging Face tokenizer.
-      model: as for `Batches`.
-      decode: whether pictures are decoded too: without it bad ones are not found.
-      tell: (source, its records, what was read) is told of every record, in the order of the sources.
+      config: The data.
+      tokenizer: A fast Hugging Face tokenizer.
+      model: As for `Batches`.
+      decode: Whether pictures are decoded too; without it bad ones go unnoticed.
+      note: Called with (source, number of its records, outcome) for every record, in the order of
+        the sources.
     Raises:
-      ConfigError: as `Batches`; WorkerDied.
+      ConfigError: as `Batches`.
+      WorkerDied: if a worker process was killed.
     """
-    sources, loader = open_sources(config, tokenizer, model)
-    workers = Workers(functools.partial(_Measurer, loader), config.workers)
-    try:
-        return [
-            _survey(workers, number, len(source), decode, config.sources[number], tell)
-            for number, source in enumerate(sources)
-        ]
-    finally:
-        workers.close()
+    samples = open_samples(config, tokenizer, model, decode)
+    return [
+        _survey(source, samples_of_source, config.workers, note)
+        for source, samples_of_source in zip(config.sources, samples)
+    ]
 
 
-def _survey(
-    workers: Workers, source: int, records: int, decode: bool, config: SourceConfig, tell
-) -> SourceStatistics:
-    sizes, answers, truncated, skipped = np.zeros((records, 2), np.int32), 0, 0, []
-    for number, outcome in enumerate(_in_order(workers, source, records, decode)):
-        tell(config, records, outcome)
+def _survey(config: SourceConfig, samples: Samples, workers: int, note) -> SourceStatistics:
+    sizes = np.zeros((len(samples), 2), np.int32)
+    answers = 0
+    truncated = 0
+    skipped = []
+    for number, outcome in enumerate(_measured(samples, workers)):
+        note(config, len(samples), outcome)
         if isinstance(outcome, Skipped):
             skipped.append(outcome)
         else:
@@ -119,18 +105,26 @@ def _survey(
     return SourceStatistics(config, sizes, answers, truncated, tuple(skipped))
 
 
-def _in_order(
-    workers: Workers, source: int, records: int, decode: bool
-) -> Iterator[Measured | Skipped]:
-    chunks, reading = iter(range(0, records, CHUNK)), collections.deque()
-    while True:
-        while len(reading) < TASKS_AHEAD and (start := next(chunks, None)) is not None:
-            reading.append(
-                workers.submit(source, range(start, min(start + CHUNK, records)), decode)
-            )
-        if not reading:
-            return
-        yield from reading.popleft()()
+def _measured(samples: Samples, workers: int) -> Iterator[Measured | Skipped]:
+    """Measures all samples in their order, in threads or in worker processes."""
+    chunks = grain.MapDataset.source(samples).map(_measure).batch(CHUNK, batch_fn=list)
+    reading = chunks.to_iter_dataset(grain.ReadOptions(THREADS, CHUNKS_AHEAD))
+    allow_flags()
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=CHUNKS_AHEAD)
+    iterator = iter(reading.mp_prefetch(options, begin_worker))
+    try:
+        with deaths(workers):
+            for chunk in iterator:
+                yield from chunk
+    finally:
+        iterator.close()
+
+
+def _measure(outcome: Sample | Skipped) -> Measured | Skipped:
+    if isinstance(outcome, Skipped):
+        return outcome
+    answers = int(np.count_nonzero(outcome.tokens.loss_weights))
+    return Measured(outcome.size, answers, outcome.truncated)
 
 
 class Packing(NamedTuple):
@@ -146,34 +140,40 @@ class Packing(NamedTuple):
 
 
 def packing(config: DataConfig, statistics: Sequence[SourceStatistics]) -> Packing:
-    """Packs an epoch (within LEAST_PACKED and MOST_PACKED samples) as a stream of the training does, by lengths alone."""
+    """Packs an epoch (within LEAST_PACKED and MOST_PACKED samples) as a stream of the training does.
+
+    Only the lengths of the samples are needed.
+    """
     used = sum(len(source.used) for source in statistics)
     if not used:
         return Packing(1.0, 0.0)
-
-    def submit(source: int, number: int):
-        size = tuple(map(int, statistics[source].sizes[number]))
-        return lambda: Measured(size, 0, False) if size[0] else Skipped(number, "", "")
-
     room = Room(config.sequence_length, config.images_per_row, config.samples_per_row)
-    stream = Stream(
-        visits(config, [len(source.sizes) for source in statistics]),
-        submit,
-        room,
-        config.look_ahead,
-        Counts(),
-        lambda *_: None,
-    )
-    for _ in range(
-        config.look_ahead
-    ):  # until those who wait are those who always wait: the hard ones
-        next(stream)
-    filled = samples = rows = 0
+    order = visits(config, [_Sizes(source.sizes) for source in statistics])
+    endless_patience = sys.maxsize
+    stream = Stream(0, order, room, config.look_ahead, 0, endless_patience, Stream.beginning())
+    rows = iter(stream)
+    for _ in range(config.look_ahead):  # until the samples that wait are the usual, hard ones
+        next(rows)
+    filled = samples = count = 0
     while samples < min(max(used, LEAST_PACKED), MOST_PACKED):
-        row = next(stream)
-        filled, samples, rows = (
-            filled + sum(sample.size[0] for sample in row),
-            samples + len(row),
-            rows + 1,
-        )
-    return Packing(1 - filled / (rows * room.positions), samples / rows)
+        row = next(rows).samples
+        filled += sum(sample.size[0] for sample in row)
+        samples += len(row)
+        count += 1
+    return Packing(1 - filled / (count * room.positions), samples / count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """A random-access source of measured samples: their sizes are all that is known."""
+
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Measured | Skipped:
+        positions, pictures = self.sizes[index].tolist()
+        if not positions:
+            return Skipped(index, "", "")
+        return Measured((positions, pictures), 0, False)

@@ -1,109 +1,237 @@
-"""A stream: an endless sequence of samples, packed into rows by itself, so that its rows depend on nothing else."""
+"""Streams: each packs its own sequence of visits into rows, as a Grain dataset with its own state.
+
+Because a stream's rows depend on nothing but its visits, any number of hosts and worker processes
+can share the streams and still produce the same batches. Grain slices the mixture among its worker
+processes instead, so its batches change with their number; hence the two datasets below.
+"""
 
 import collections
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import grain
 
 from mod_jax.data.batches.order import Visit
 from mod_jax.data.batches.packing import Room, fullest
-from mod_jax.data.batches.skips import Counts
 from mod_jax.data.samples.sample import Sample, Skipped
 
-READ_AHEAD = 8  # samples that are read beyond those a row is chosen from
+READ_AHEAD = 8  # samples that a stream reads beyond those that a row is chosen from
 
 
-class Stream:
-    """Rows of samples, one after the other. A row takes the sample that waits longest, and those of the others that fill it best.
+@dataclasses.dataclass
+class Counts:
+    """Records that a stream has read. Later epochs count nothing twice."""
+
+    seen: int = 0
+    truncated: int = 0
+    bad: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The samples of one row, and what happened while they were read.
+
+    Attributes:
+      stream: Number of the stream that the row belongs to.
+      samples: The row's samples; empty only when the stream has given up.
+      skipped: Bad records read since the stream's previous row.
+      bad_run: Length of the run of bad records that the stream has read last.
+      state: The stream's state after this row; restoring it continues with the next row.
+    """
+
+    stream: int
+    samples: tuple[Sample, ...]
+    skipped: tuple[Skipped, ...]
+    bad_run: int
+    state: dict
+
+
+class _Numbered(NamedTuple):
+    number: int
+    visit: Visit
+
+
+@dataclasses.dataclass(frozen=True)
+class _Upcoming:
+    """A random-access source: first the visits that were waiting, then all visits from `start` on."""
+
+    visits: grain.MapDataset[Visit]
+    waiting: tuple[int, ...]
+    start: int
+
+    def __len__(self) -> int:
+        return len(self.visits) - self.start
+
+    def __getitem__(self, index: int) -> _Numbered:
+        again = index < len(self.waiting)
+        number = self.waiting[index] if again else self.start + index - len(self.waiting)
+        return _Numbered(number, self.visits[number])
+
+
+class Stream(grain.IterDataset[Row]):
+    """Packs visits into rows.
+
+    A row takes the sample that has waited longest, and those of the other waiting samples that
+    together fill it best.
 
     Args:
-      visits: what it reads, by number.
-      submit: (source, number) -> function that waits for the sample; of samples that are not skipped only the size matters here.
-      room: of a row.
-      look_ahead: samples that wait.
-      counts: of what it reads.
-      note: (counts, whether it is the record's first visit, what was read) is told of each sample.
+      number: Of the stream.
+      visits: What the stream reads.
+      room: What a row holds.
+      look_ahead: Number of samples that wait to be chosen.
+      threads: Threads that read and decode ahead.
+      give_up_after: Run of bad records after which the stream returns an empty row.
+      state: Where to begin, from `beginning` or `StreamIterator.get_state`.
     """
 
     def __init__(
         self,
-        visits: Sequence[Visit],
-        submit: Callable[[int, int], Callable[[], Sample | Skipped]],
+        number: int,
+        visits: grain.MapDataset[Visit],
         room: Room,
         look_ahead: int,
-        counts: Counts,
-        note: Callable[[Counts, bool, Sample | Skipped], None],
+        threads: int,
+        give_up_after: int,
+        state: dict,
     ):
-        self._visits, self._submit, self._room, self._look_ahead, self._counts, self._note = (
-            visits,
-            submit,
-            room,
-            look_ahead,
-            counts,
-            note,
-        )
-        self._go_to(0, [])
+        super().__init__(visits)
+        self.number = number
+        self.visits = visits
+        self.room = room
+        self.look_ahead = look_ahead
+        self.read_options = grain.ReadOptions(threads, READ_AHEAD)
+        self.give_up_after = give_up_after
+        self.state = state
 
-    def _go_to(self, following: int, waiting: list[int]) -> None:
-        self._next = following  # the first visit that is not read yet
-        self._again = collections.deque(
-            waiting
-        )  # visits that waited when the state was saved, and are not read again yet
-        self._upcoming = itertools.chain(waiting, itertools.count(following))
-        self._reading = (
-            collections.deque()
-        )  # (visit, whether its record's first, function that waits for the sample)
+    def __iter__(self) -> "StreamIterator":
+        return StreamIterator(self)
+
+    @staticmethod
+    def beginning() -> dict:
+        """Returns the state of a stream that has read nothing."""
+        return {"next": 0, "waiting": [], **dataclasses.asdict(Counts())}
+
+
+class StreamIterator(grain.DatasetIterator[Row]):
+    """The rows of a stream. Its state is small: numbers of visits, and counts."""
+
+    def __init__(self, stream: Stream):
+        super().__init__()
+        self._stream = stream
+        self._begin(stream.state)
+
+    def _begin(self, state: dict) -> None:
+        start, waiting = state["next"], state["waiting"]
+        upcoming = grain.MapDataset.source(_Upcoming(self._stream.visits, tuple(waiting), start))
+        self._reader = iter(upcoming.to_iter_dataset(self._stream.read_options))
+        self._next = start  # the first visit that has not been read yet
+        self._again = collections.deque(waiting)  # waited when the state was saved; to be reread
         self._waiting: dict[int, Sample] = {}  # visit -> sample, in the order of the visits
+        self._counts = counts_of(state)
+        self._bad_run = 0
 
-    def read_ahead(self) -> None:
-        """Begins to read what the next rows are made of."""
-        while len(self._waiting) + len(self._reading) < self._look_ahead + READ_AHEAD:
-            visit = next(self._upcoming)
-            source, number, first = self._visits[visit]
-            self._reading.append((visit, first, self._submit(source, number)))
-
-    def __next__(self) -> list[Sample]:
-        """The samples of the next row.
-
-        Raises:
-          TooManyBadSamples, WorkerDied.
-        """
-        while len(self._waiting) < self._look_ahead:
-            self.read_ahead()
-            self._read()
+    def __next__(self) -> Row:
+        skipped: list[Skipped] = []
+        while len(self._waiting) < self._stream.look_ahead:
+            self._read(skipped)
+            if self._bad_run >= self._stream.give_up_after:
+                return self._row((), skipped)
         oldest, *others = self._waiting
         chosen = fullest(
             [self._waiting[visit].size for visit in others],
-            self._room.without(self._waiting[oldest].size),
+            self._stream.room.without(self._waiting[oldest].size),
         )
-        row = [
-            self._waiting.pop(visit) for visit in (oldest, *(others[number] for number in chosen))
-        ]
-        self.read_ahead()
-        return row
+        taken = (oldest, *(others[index] for index in chosen))
+        return self._row(tuple(self._waiting.pop(visit) for visit in taken), skipped)
 
-    def _read(self) -> None:
-        visit, first, wait = self._reading.popleft()
-        outcome = wait()
+    def _read(self, skipped: list[Skipped]) -> None:
+        number, (outcome, first) = next(self._reader)
         if self._again:
             self._again.popleft()
-            first = False  # it was counted then
+            first = False  # it was counted before the state was saved
         else:
             self._next += 1
-        self._note(self._counts, first, outcome)
-        if not isinstance(outcome, Skipped):
-            self._waiting[visit] = outcome
+        bad = isinstance(outcome, Skipped)
+        if first:
+            self._counts.seen += 1
+            self._counts.bad += bad
+            self._counts.truncated += not bad and outcome.truncated
+        if bad:
+            self._bad_run += 1
+            skipped.append(outcome)
+        else:
+            self._bad_run = 0
+            self._waiting[number] = outcome
+
+    def _row(self, samples: tuple[Sample, ...], skipped: list[Skipped]) -> Row:
+        return Row(self._stream.number, samples, tuple(skipped), self._bad_run, self.get_state())
 
     def get_state(self) -> dict:
-        """What comes next and what has been counted, in JSON."""
-        return {
-            "next": self._next,
-            "waiting": [*self._waiting, *self._again],
-            **dataclasses.asdict(self._counts),
-        }
+        """Returns the next visit, the visits that wait, and the counts, in JSON types."""
+        waiting = [*self._waiting, *self._again]
+        return {"next": self._next, "waiting": waiting, **dataclasses.asdict(self._counts)}
 
     def set_state(self, state: dict) -> None:
-        """Goes back to where get_state was asked; what waited then is read again."""
-        self._go_to(state["next"], state["waiting"])
-        for field in dataclasses.fields(Counts):
-            setattr(self._counts, field.name, state[field.name])
+        """Continues behind the row after which `get_state` was called; what waited is reread."""
+        self._reader.close()
+        self._begin(state)
+
+    def start_prefetch(self) -> None:
+        """Starts reading ahead in the background."""
+        self._reader.start_prefetch()
+
+    def close(self) -> None:
+        """Ends the reading threads."""
+        super().close()
+        self._reader.close()
+
+
+def counts_of(state: dict) -> Counts:
+    """Returns the counts in a stream's state."""
+    return Counts(**{field.name: state[field.name] for field in dataclasses.fields(Counts)})
+
+
+class RoundRobin(grain.IterDataset[Row]):
+    """Takes `block` rows from each stream in turn, in one process.
+
+    Equivalent to `grain.experimental.InterleaveIterDataset` with blocks of rows.
+
+    Args:
+      streams: To take rows from.
+      block: Rows taken from a stream before the next one's turn.
+    """
+
+    def __init__(self, streams: list[Stream], block: int):
+        super().__init__(streams)
+        self.streams = streams
+        self.block = block
+
+    def __iter__(self) -> "RoundRobinIterator":
+        return RoundRobinIterator([iter(stream) for stream in self.streams], self.block)
+
+
+class RoundRobinIterator(grain.DatasetIterator[Row]):
+    """The rows of several streams in turn."""
+
+    def __init__(self, iterators: list[StreamIterator], block: int):
+        super().__init__(iterators)
+        self._iterators = iterators
+        self._block = block
+        self._rows = 0
+
+    def __next__(self) -> Row:
+        stream = self._rows // self._block % len(self._iterators)
+        row = next(self._iterators[stream])
+        self._rows += 1
+        return row
+
+    def get_state(self) -> dict:
+        """Returns the number of rows so far, and the streams' states."""
+        states = [iterator.get_state() for iterator in self._iterators]
+        return {"rows": self._rows, "streams": states}
+
+    def set_state(self, state: dict) -> None:
+        """Goes back to where `get_state` was called."""
+        self._rows = state["rows"]
+        for iterator, stream in zip(self._iterators, state["streams"], strict=True):
+            iterator.set_state(stream)

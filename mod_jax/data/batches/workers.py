@@ -1,86 +1,73 @@
-"""Who reads and decodes: threads of this process, or processes of their own. What is read is the same."""
+"""Grain's worker processes: how they begin, and how they end with the process they work for."""
 
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from typing import TypeVar
 
-THREADS = 4  # decoding leaves Python's lock alone, tokenising and copying do not
+import grain
+from absl import flags
+from grain.experimental import ThreadPrefetchIterDataset
 
-_work: Callable  # of a worker process
+T = TypeVar("T")
 
 
 class WorkerDied(RuntimeError):
-    """A worker process has ended before its work."""
+    """A worker process has ended before its work was done."""
 
 
-def _begin(make: Callable[[], Callable]) -> None:
-    """Makes a process a worker."""
-    global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the process that it works for
-    threading.Thread(target=_follow, daemon=True).start()
-    _work = make()
+def begin_worker(*_) -> None:
+    """Prepares a process that has just started as a worker.
+
+    Ctrl-C is left to the process that it works for, and the worker ends with that process, even
+    if that is killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
 
 
-def _follow() -> None:
-    """Ends this process with the one that it works for, also if that is killed."""
-    multiprocessing.parent_process().join()
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker process follows its parent"
+    parent.join()
     os._exit(1)
 
 
-def _call(*arguments):
-    return _work(*arguments)
+def allow_flags() -> None:
+    """Lets Grain read its absl flags where no command has parsed any, as in a notebook or a test."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
-class Workers:
-    """Does work in the background.
+def in_process(dataset: grain.IterDataset[T], buffer: int) -> grain.IterDataset[T]:
+    """Returns the dataset's elements, made in a worker process of their own.
 
     Args:
-      make: gives the function that does the work; made once in each process, so it pickles (small).
-      processes: how many; 0: threads of this process.
+      dataset: What the process iterates over; it is pickled.
+      buffer: Elements that are made ahead.
     """
+    allow_flags()
+    options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=buffer)
+    # Grain starts a process when the first element is asked for. Its own thread asks, so that
+    # several processes start at the same time.
+    return ThreadPrefetchIterDataset(
+        dataset.mp_prefetch(options, begin_worker), prefetch_buffer_size=1
+    )
 
-    def __init__(self, make: Callable[[], Callable], processes: int):
-        self._processes = processes
-        if processes:
-            self._call, self._pool = (
-                _call,
-                ProcessPoolExecutor(
-                    processes, multiprocessing.get_context("spawn"), _begin, (make,)
-                ),
-            )
-        else:
-            self._call, self._pool = make(), ThreadPoolExecutor(THREADS)
 
-    def submit(self, *arguments) -> Callable[[], object]:
-        """Begins work.
-
-        Returns:
-          A function that waits for the result. It and `submit` raise WorkerDied.
-        """
-        with self._alive():
-            result = self._pool.submit(self._call, *arguments).result
-
-        def wait():
-            with self._alive():
-                return result()
-
-        return wait
-
-    @contextlib.contextmanager
-    def _alive(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenProcessPool:
-            raise WorkerDied(
-                f"One of the data.workers = {self._processes} processes has ended: it was killed (out of memory?) or could not begin, "
-                "and then says why above. The same command continues the run; fewer workers need less memory."
-            ) from None
-
-    def close(self) -> None:
-        """Ends the threads or processes; what is not begun yet is dropped."""
-        self._pool.shutdown(cancel_futures=True)
+@contextlib.contextmanager
+def deaths(workers: int) -> Iterator[None]:
+    """Turns Grain's report of a killed worker process into WorkerDied, with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise WorkerDied(
+            f"One of the data.workers = {workers} processes has ended: it was killed (out of "
+            "memory?) or could not begin, and then says why above. The same command continues "
+            "the run; fewer workers need less memory."
+        ) from None

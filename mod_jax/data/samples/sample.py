@@ -1,15 +1,14 @@
-"""One record, read and decoded: a Sample, or why it is none."""
+"""A record becomes a sample: its tokens and its decoded pictures, or the reason why it is skipped."""
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+import functools
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mod_jax.config import DataConfig, VisionConfig
 from mod_jax.data.samples.pixels import load_image
-from mod_jax.data.samples.tokenizer import text_encoder
+from mod_jax.data.samples.tokenizer import TextEncoder, text_encoder
 from mod_jax.data.samples.tokens import ChatFormat, Tokens, tokenize
 from mod_jax.data.sources.kinds import Source
 from mod_jax.data.sources.record import BadSample
@@ -17,12 +16,12 @@ from mod_jax.data.sources.record import BadSample
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One record, decoded.
+    """One record, tokenized and decoded.
 
     Attributes:
-      tokens: its positions.
+      tokens: The sequence positions that the sample occupies.
       images: u8[pictures,H,W,3].
-      number: of its record, through all sources.
+      number: Index of the record in the concatenation of all sources.
     """
 
     tokens: Tokens
@@ -31,12 +30,12 @@ class Sample:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Positions and pictures."""
+        """Number of positions and number of pictures."""
         return len(self.tokens.tokens), len(self.images)
 
     @property
     def truncated(self) -> bool:
-        """Whether its text was cut."""
+        """Whether the text was cut to fit the row."""
         return bool(self.tokens.truncated)
 
 
@@ -45,9 +44,9 @@ class Skipped:
     """A record that cannot be used.
 
     Attributes:
-      number: of the record, through all sources.
-      name: its id.
-      reason: why.
+      number: Index of the record in the concatenation of all sources.
+      name: The record's id.
+      reason: Why it cannot be used.
     """
 
     number: int
@@ -58,44 +57,58 @@ class Skipped:
         return f"record {self.number} ({self.name}): {self.reason}"
 
 
-class Loader:
-    """Reads samples of several sources; safe to call from several threads.
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """The samples of one source, as a Grain random-access source (`__len__` and `__getitem__`).
 
-    Args:
-      sources: in their configured order.
-      config: limits, and how pictures become squares.
-      tokenizer: a fast Hugging Face tokenizer.
-      chat: the text format.
-      vision: size and colours of pictures.
+    Reading is thread-safe. A pickle holds no open files, so another process opens its own.
+
+    Attributes:
+      source: The records.
+      first: Index of the source's first record in the concatenation of all sources.
+      config: Limits of a row, and how pictures become squares.
+      tokenizer: A fast Hugging Face tokenizer.
+      chat: The text format.
+      vision: Size and colours of the pictures.
+      decode: Whether pictures are decoded. Without it they stay black, and bad ones go unnoticed.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        config: DataConfig,
-        tokenizer: PreTrainedTokenizerFast,
-        chat: ChatFormat,
-        vision: VisionConfig,
-    ):
-        self._sources, self._config, self._chat, self._vision = sources, config, chat, vision
-        self._encoder = text_encoder(tokenizer)
-        self._first = list(itertools.accumulate(map(len, sources), initial=0))
+    source: Source
+    first: int
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerFast
+    chat: ChatFormat
+    vision: VisionConfig
+    decode: bool = True
 
-    def __call__(self, source: int, number: int, decode: bool = True) -> Sample | Skipped:
-        """Reads record `number` of source `source`; without `decode` its pictures stay black."""
-        place = self._first[source] + number
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample | Skipped:
         try:
-            return self._load(source, number, decode, place)
+            return self._load(index)
         except BadSample as error:
-            return Skipped(place, self._sources[source].name(number), str(error))
+            return Skipped(self.first + index, self.source.name(index), str(error))
 
-    def _load(self, source: int, number: int, decode: bool, place: int) -> Sample:
-        record, config, size = self._sources[source][number], self._config, self._vision.image_size
-        if len(record.images) > config.images_per_row:
-            raise BadSample(f"{len(record.images)} pictures, a row holds {config.images_per_row}")
-        tokens = tokenize(record, self._encoder, self._chat, config.sequence_length)
+    def _load(self, index: int) -> Sample:
+        record = self.source[index]
+        if len(record.images) > self.config.images_per_row:
+            raise BadSample(
+                f"{len(record.images)} pictures, a row holds {self.config.images_per_row}"
+            )
+        tokens = tokenize(record, self._encoder, self.chat, self.config.sequence_length)
+        size = self.vision.image_size
         images = np.zeros((tokens.num_pictures, size, size, 3), np.uint8)
-        if decode:
+        if self.decode:
             for image, picture in zip(images, record.images):
-                image[:] = load_image(picture, self._vision, config.fit)
-        return Sample(tokens, images, place)
+                image[:] = load_image(picture, self.vision, self.config.fit)
+        return Sample(tokens, images, self.first + index)
+
+    @functools.cached_property
+    def _encoder(self) -> TextEncoder:
+        return text_encoder(self.tokenizer)
+
+    def __getstate__(self) -> dict:
+        # A pickled tokenizers.Tokenizer forgets `encode_special_tokens`, so the encoder is made
+        # anew in each process.
+        return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
