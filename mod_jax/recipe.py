@@ -192,7 +192,7 @@ class Recipe:
             )
             trained, _ = split_trained(before.params, stage.trains)
             loop.check_same(
-                saved.about(steps), self._about(name, before), saved.folder
+                saved.metadata(steps), self._about(name, before), saved.folder
             )  # the teacher is not needed to put the student together
             params = {n: before.params[n] for n in trained}
             shapes = jax.eval_shape(
@@ -234,7 +234,7 @@ class Recipe:
             saved = self._checkpoints(name)
             if saved.latest is not None:
                 loop.check_same(
-                    saved.about(saved.latest), {"config": self._resolved(name)}, saved.folder
+                    saved.metadata(saved.latest), {"config": self._resolved(name)}, saved.folder
                 )
             saved.close()
 

@@ -1,5 +1,9 @@
 """Checkpoints: what is restored is what was saved, on any mesh; another model's is refused."""
 
+import asyncio
+import dataclasses
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +13,7 @@ from etils import epath
 
 from mod_jax.config import ConfigError, MeshConfig, OptimizerConfig
 from mod_jax.sharding import make_mesh, parameter_shardings, replicated
-from mod_jax.training.checkpoint import (
-    Checkpoints,
-    RestoreStreams,
-    SaveStreams,
-    StreamsHandler,
-    abstract,
-)
+from mod_jax.training.checkpoint import Checkpoints, StreamStates, abstract
 from mod_jax.training.state import TrainState, make_optimizer, new_state, state_shardings
 
 AXES = {"a.w_df": ("embed", "mlp"), "b.scale_d": ("embed",)}
@@ -88,7 +86,7 @@ def test_state_and_data_come_back_bit_for_bit_on_any_mesh(first, second, tmp_pat
         wanted_on(mesh_of(second), state),
         Counting(),
     )
-    assert again.latest == 3 and again.about(3) == {"config": {"lr": 0.1}}
+    assert again.latest == 3 and again.metadata(3) == {"config": {"lr": 0.1}}
     found = again.restore(3, wanted, fresh)
     jax.tree.map(np.testing.assert_array_equal, found, state)
     jax.tree.map(
@@ -109,11 +107,26 @@ def test_streams_are_found_whichever_process_saved_them(tmp_path, monkeypatch):
     states = {number: {"next": 10 * number, "waiting": [number]} for number in range(6)}
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        StreamsHandler().save(
-            epath.Path(tmp_path),
-            SaveStreams({number: states[number] for number in range(3 * process, 3 * process + 3)}),
-        )
-    assert StreamsHandler().restore(epath.Path(tmp_path), RestoreStreams()) == states
+        mine = {number: states[number] for number in range(3 * process, 3 * process + 3)}
+        asyncio.run(in_background(StreamStates(mine).save(Created(tmp_path))))
+    found = StreamStates()
+    asyncio.run(in_background(found.load(epath.Path(tmp_path))))
+    assert found.states == states
+
+
+@dataclasses.dataclass
+class Created:
+    """A folder that is there already, where Orbax has one that is being made."""
+
+    path: pathlib.Path
+
+    async def await_creation(self):
+        return epath.Path(self.path)
+
+
+async def in_background(started):
+    """Waits for the first half of a save or a load, which starts it, and for the second."""
+    await (await started)
 
 
 def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
@@ -139,7 +152,7 @@ def test_the_last_ones_stay(tmp_path):
     saved.close()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["6", "8"]
     again = Checkpoints(tmp_path, keep=2)
-    assert again.latest == 8 and again.about(6) == {"step": 6}
+    assert again.latest == 8 and again.metadata(6) == {"step": 6}
     again.close()
 
 

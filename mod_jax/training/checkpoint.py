@@ -1,45 +1,52 @@
-"""Orbax checkpoints of a stage: trained weights and optimizer, the data's position, and what the run was."""
+"""Orbax checkpoints of a stage: trained weights, optimizer, the data's position, and metadata."""
 
 import dataclasses
 import json
+from collections.abc import Awaitable
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from mod_jax.config import ConfigError
+from mod_jax.data.batches.pipeline import Batches
 from mod_jax.training.state import TrainState
 
 
-class StreamsHandler(ocp.CheckpointHandler):
-    """The states of the data's streams, by number: every process writes those it has, and reads those it is to have.
+@dataclasses.dataclass
+class StreamStates:
+    """The states of the data's streams, as an Orbax `StatefulCheckpointable`.
 
-    Equivalent to Grain's handler where each process has one iterator; that one is restored on as many processes as it was saved on.
+    Every process saves the states that it has, and loads those of all processes. Equivalent to
+    Grain's own checkpointable where each process has one iterator; but that one can only be loaded
+    by as many processes as have saved it.
+
+    Attributes:
+      states: Number of a stream -> its state, in JSON types.
     """
 
-    def save(self, directory: epath.Path, args: "SaveStreams") -> None:
-        """Writes this process's file, at once: Orbax commits the folder when all processes have."""
-        (directory / f"process_{jax.process_index()}.json").write_text(json.dumps(args.states))
+    states: dict[int, dict] = dataclasses.field(default_factory=dict)
 
-    def restore(self, directory: epath.Path, args: "RestoreStreams") -> dict[int, dict]:
-        """The states of all streams."""
-        del args
-        files = [json.loads(path.read_text()) for path in directory.glob("process_*.json")]
-        return {int(number): state for file in files for number, state in file.items()}
+    async def save(self, directory: ocp.path.PathAwaitingCreation) -> Awaitable[None]:
+        """Writes this process's file in the background; the states are taken now."""
+        name = f"process_{jax.process_index()}.json"
+        text = json.dumps(self.states)
 
+        async def write() -> None:
+            folder = await directory.await_creation()
+            (folder / name).write_text(text)
 
-@ocp.args.register_with_handler(StreamsHandler, for_save=True)
-@dataclasses.dataclass
-class SaveStreams(ocp.args.CheckpointArgs):
-    """What StreamsHandler saves: number of a stream -> JSON."""
+        return write()
 
-    states: dict[int, dict]
+    async def load(self, directory: epath.Path) -> Awaitable[None]:
+        """Reads the files of all processes."""
 
+        async def read() -> None:
+            for path in directory.glob("process_*.json"):
+                states = json.loads(path.read_text())
+                self.states |= {int(number): state for number, state in states.items()}
 
-@ocp.args.register_with_handler(StreamsHandler, for_restore=True)
-@dataclasses.dataclass
-class RestoreStreams(ocp.args.CheckpointArgs):
-    """All that StreamsHandler finds."""
+        return read()
 
 
 def _tree(state: TrainState) -> dict:
@@ -47,91 +54,89 @@ def _tree(state: TrainState) -> dict:
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of one stage, written while training goes on; a kill in mid-save leaves the previous one.
+    """The last checkpoints of one stage.
+
+    They are written while training goes on. A kill in the middle of a save leaves the previous
+    checkpoint as the newest one.
 
     Args:
-      folder: local, or gs://.
-      keep: how many stay.
+      folder: A local folder, or gs://.
+      keep: Number of checkpoints that are kept.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int):
         self.folder = epath.Path(folder)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        # named, so that a checkpoint's metadata can be read before anything is restored
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "data": StreamsHandler(),
-            "about": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+        )
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
-        return self._manager.latest_step()
+        """Step of the newest complete checkpoint."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
 
-    def save(self, step: int, state: TrainState, data, about: dict) -> None:
-        """Starts to save; returns as soon as the state may change again.
+    def save(self, step: int, state: TrainState, data: Batches, metadata: dict) -> None:
+        """Starts to save; returns as soon as the state's buffers may be overwritten.
 
         Args:
-          step: steps done.
-          state: to save.
-          data: the iterator of batches, at its position (`data.pipeline.Batches`).
-          about: JSON: configuration, frozen parts.
+          step: Number of steps done.
+          state: Train state to save.
+          data: The iterator of batches, at its position.
+          metadata: Run metadata in JSON types: the configuration, and what the frozen parts are.
         """
-        items = {
-            "state": ocp.args.StandardSave(_tree(state)),
-            "data": SaveStreams(data.get_state()),
-            "about": ocp.args.JsonSave(about),
-        }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        parts = {"state": _tree(state), "data": StreamStates(data.get_state())}
+        self._checkpointer.save_checkpointables_async(
+            step, parts, force=True, custom_metadata=metadata
+        )
 
-    def about(self, step: int) -> dict:
-        """What was said of the run at `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
-            "about"
-        ]
+    def metadata(self, step: int) -> dict:
+        """Returns the run metadata stored with checkpoint `step`."""
+        return self._checkpointer.metadata(step).custom_metadata
 
-    def restore(self, step: int, state: TrainState, data) -> TrainState:
-        """Reads a state and sets the data iterator back to its position, be it on another number of processes.
+    def restore(self, step: int, state: TrainState, data: Batches | None) -> TrainState:
+        """Reads a state, and sets the data iterator back to its position.
+
+        The number of processes may differ from that of the run that saved.
 
         Args:
-          state: abstract (shapes, dtypes and shardings to restore to).
-          data: the iterator of batches; None leaves the data's position alone.
+          step: Of the checkpoint.
+          state: Shapes, dtypes and shardings to restore to, see `abstract`.
+          data: The iterator of batches; None leaves the data's position alone.
         Raises:
           ConfigError: if the checkpoint holds other parameters or shapes.
         """
         self._check(step, state)
-        items = {"state": ocp.args.StandardRestore(_tree(state))}
+        parts: dict = {"state": _tree(state)}
         if data is not None:
-            items["data"] = RestoreStreams()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            parts["data"] = StreamStates()
+        restored = self._checkpointer.load_checkpointables(step, parts)
         if data is not None:
-            data.set_state(restored["data"])
+            data.set_state(restored["data"].states)
         return TrainState(**restored["state"])
 
     def _check(self, step: int, state: TrainState) -> None:
-        stored = self._manager.item_metadata(step)["state"]["params"]
+        stored = self._checkpointer.metadata(step).metadata["params"]
         there = {name: tuple(array.shape) for name, array in stored.items()}
         wanted = {name: tuple(array.shape) for name, array in state.params.items()}
         wrong = [
-            f"{n}: checkpoint {there.get(n)}, configuration {wanted.get(n)}"
-            for n in sorted({*there, *wanted})
-            if there.get(n) != wanted.get(n)
+            f"{name}: checkpoint {there.get(name)}, configuration {wanted.get(name)}"
+            for name in sorted({*there, *wanted})
+            if there.get(name) != wanted.get(name)
         ]
         if wrong:
             raise ConfigError(
-                f"{self.folder}/{step} holds another model; use another --workdir or the configuration it was made with: "
-                + "; ".join(wrong)
+                f"{self.folder}/{step} holds another model; use another --workdir or the "
+                "configuration it was made with: " + "; ".join(wrong)
             )
 
     def close(self) -> None:
-        """Waits for what is being saved."""
-        self._manager.close()
+        """Waits until everything is saved."""
+        self._checkpointer.close()
 
 
 def abstract(state: TrainState, shardings: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state, as `restore` needs them."""
+    """Returns shapes, dtypes and shardings of a state, as `Checkpoints.restore` needs them."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )

@@ -73,7 +73,7 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
     saved = checkpoint.Checkpoints(stage.folder / "checkpoints", keep)
     done = saved.latest or 0
     if done:
-        check_same(saved.about(done), stage.about, stage.folder)
+        check_same(saved.metadata(done), stage.about, stage.folder)
         shapes = jax.eval_shape(lambda params: new_state(params, optimizer), stage.trained)
         state = saved.restore(done, checkpoint.abstract(shapes, state_shardings), stage.data)
     else:
