@@ -1,15 +1,21 @@
-"""Makes any source ready for fast, sequential reading: python -m mod_jax.prepare --source=chat.json --images=images --output=data/chat
+"""Prepares any source for fast sequential reading, as a folder of array_record shards.
 
-The folder that it writes is a source too: {"kind": "prepared", "path": "data/chat"}. Every record is checked and every picture decoded, once; bad ones are
-left out, counted and named. The records stand in a random order, which the seed and the source decide.
+    python -m mod_jax.prepare --source=chat.json --images=images --output=data/chat
 
-The same command continues one that was stopped, by whatever it was; finished shards are kept. Beyond one machine, where --runner and what follows is Beam's:
+The folder is a source too: {"kind": "prepared", "path": "data/chat"}. Every record is checked and
+every picture is decoded once; bad records are left out, counted and named. The records are in a
+random order that depends on the seed and the source alone.
 
-    python -m mod_jax.prepare --source=... --images=... --output=gs://bucket/chat --beam --runner=DataflowRunner --project=...
+If a run was stopped, whatever the reason, the same command continues it and keeps all finished
+shards. To use more than one machine, add --beam; all other options are then passed to Beam:
+
+    python -m mod_jax.prepare --source=... --images=... --output=gs://bucket/chat --beam \\
+        --runner=DataflowRunner --project=...
 """
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -25,34 +31,43 @@ from rich.progress import (
 
 from mod_jax.config import ConfigError, DataConfig, SourceConfig, require
 from mod_jax.data.prepare import local
-from mod_jax.data.prepare.plan import Plan, begin, clear, finish, make_plan, sweep, tell_skipped
+from mod_jax.data.prepare.plan import (
+    AGAIN,
+    Plan,
+    begin,
+    clear,
+    finish,
+    make_plan,
+    sweep,
+    tell_skipped,
+)
 from mod_jax.data.sources.kinds import Source
 
 
 def run(options: argparse.Namespace, beam_options: Sequence[str] = ()) -> dict:
-    """Prepares, unless all is done already.
+    """Prepares a source, unless its folder is already complete.
 
     Args:
-      options: of `parser`.
-      beam_options: for Beam.
+      options: Parsed options of `parser`.
+      beam_options: Options for Beam.
     Returns:
-      The index (`data.prepared`).
+      The index of the prepared folder (`mod_jax.data.sources.prepared`).
     Raises:
-      ConfigError: if it cannot be done, or was stopped by a fault.
+      ConfigError: If an option is wrong, or a fault stopped the run.
     """
     require(options.workers > 0, "--workers", options.workers, "a positive number of processes")
     require(
         0 <= options.max_bad_share <= 1,
         "--max-bad-share",
         options.max_bad_share,
-        "a share within 0..1",
+        "a share between 0 and 1",
     )
     source_config = SourceConfig(options.kind, options.source, options.images, options.split)
     plan, source = make_plan(source_config, options.output, options.shards, options.seed)
     index = begin(plan)
     if index is None:
         if options.beam:
-            from mod_jax.data.prepare import beam  # an optional dependency
+            from mod_jax.data.prepare import beam  # needs the optional Apache Beam
 
             beam.write_shards(plan, beam_options)
         else:
@@ -63,7 +78,7 @@ def run(options: argparse.Namespace, beam_options: Sequence[str] = ()) -> dict:
 
 
 def with_bar(source: Source, plan: Plan, options: argparse.Namespace) -> None:
-    """Prepares in worker processes and shows how far it is."""
+    """Prepares in worker processes and shows a progress bar."""
     columns = (
         TextColumn("prepare"),
         BarColumn(),
@@ -86,80 +101,90 @@ def with_bar(source: Source, plan: Plan, options: argparse.Namespace) -> None:
             sweep(plan)
 
 
-def tell(index: dict, output: str) -> None:
-    """Prints what a prepared folder holds and lacks."""
-    written, skipped, shards = (
-        index["records"],
-        sum(map(len, index["skipped"].values())),
-        index["shards"],
-    )
+def print_summary(index: dict, output: str) -> None:
+    """Prints what a prepared folder holds, and which records were skipped."""
+    written = index["records"]
+    skipped = sum(map(len, index["skipped"].values()))
+    shards = index["shards"]
     size = sum(shard["bytes"] for shard in shards)
     print(
-        f"{output}: {written:,} of {written + skipped:,} records written, {skipped:,} skipped, {len(shards)} shards, {size:,} bytes"
+        f"{output}: {written:,} of {written + skipped:,} records written, {skipped:,} skipped, "
+        f"{len(shards)} shards, {size:,} bytes"
     )
     for line in tell_skipped(index["skipped"]):
         print(f"  skipped {line}")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser(
+    """Builds the parser of the command line."""
+    arguments = argparse.ArgumentParser(
         prog="python -m mod_jax.prepare",
         description=__doc__,
         allow_abbrev=False,
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--source", required=True, help="file, folder or name of the source")
-    made.add_argument(
-        "--images", default="", help="folder or archive of its pictures, where they are apart"
+    arguments.add_argument("--source", required=True, help="file, folder or name of the source")
+    arguments.add_argument(
+        "--images", default="", help="folder or archive of its pictures, if they are separate"
     )
-    made.add_argument(
+    arguments.add_argument(
         "--output",
         required=True,
-        help="folder to write, local or gs:// (then each shard is made in TMPDIR and copied)",
+        help="folder to write, local or gs:// (each shard is then made in TMPDIR and copied)",
     )
-    made.add_argument(
-        "--kind", default="chat", help="of the source, as in a configuration (`SourceConfig.kind`)"
+    arguments.add_argument(
+        "--kind",
+        default="chat",
+        help="kind of the source, as in a configuration (`SourceConfig.kind`; default: chat)",
     )
-    made.add_argument("--split", default="", help="of the source, where it has several")
-    made.add_argument(
-        "--shards", type=int, default=0, help="files to write; by default one for each 4096 records"
+    arguments.add_argument("--split", default="", help="split of the source, if it has several")
+    arguments.add_argument(
+        "--shards",
+        type=int,
+        default=0,
+        help="number of files to write (default: one per 4096 records)",
     )
-    made.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes; by default one a core"
+    arguments.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="number of processes (default: one per core)",
     )
-    made.add_argument("--seed", type=int, default=0, help="of the order")
-    made.add_argument(
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the order (default: 0)")
+    arguments.add_argument(
         "--max-bad-share",
         type=float,
         default=DataConfig.max_bad_share,
-        help="share of skipped records above which it stops",
+        help="stop if more than this share of the records is bad "
+        f"(default: {DataConfig.max_bad_share})",
     )
-    made.add_argument(
+    arguments.add_argument(
         "--beam",
         action="store_true",
-        help="run as an Apache Beam pipeline; other options go to Beam",
+        help="run as an Apache Beam pipeline; unknown options are passed to Beam",
     )
-    return made
+    return arguments
 
 
 def cli() -> None:
-    """The command; an expected error is one line and exit code 1."""
+    """Runs the command. An expected error is printed as one line, with exit code 1."""
+    # A background job of a non-interactive shell inherits an ignored or blocked SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     options, others = parser().parse_known_args()
     try:
         require(
             options.beam or not others,
             "command line",
             " ".join(others),
-            "no more options without --beam",
+            "only known options without --beam",
             "See --help.",
         )
-        tell(run(options, others), options.output)
+        print_summary(run(options, others), options.output)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("error: interrupted. Give the same command again: it continues.")
+        sys.exit(f"error: interrupted. {AGAIN}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small source and how it is prepared without processes, for the tests of preparing."""
+"""A small source, and preparing it in this process, for the tests of `mod_jax.prepare`."""
 
 import io
 import json
@@ -15,42 +15,34 @@ from mod_jax.data.prepare.shard import write_shard
 
 
 def picture(number: int, form: str = "JPEG", side: int = 16) -> bytes:
-    """Noise, so that no two are alike and a cut one is cut in its pixels."""
+    """Encodes noise: no two pictures are alike, and truncation always loses pixels."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side + 3, 3), np.uint8)
     file = io.BytesIO()
-    Image.fromarray(
-        np.random.default_rng(number).integers(0, 256, (side, side + 3, 3), np.uint8)
-    ).save(file, form)
+    Image.fromarray(pixels).save(file, form)
     return file.getvalue()
 
 
 def chat(number: int) -> dict:
-    """A record of LLaVA's form: without a picture, with one, with two, or with one in its second turn, by turns."""
+    """A record in LLaVA's form.
+
+    In turn it has no picture, one, two, or one in its second turn.
+    """
     question, images = [
         ("Why?", None),
-        ("<image>\nWhat?", "{}.jpg"),
-        ("Is <image> in <image>?", ["{}.jpg", "b/{}.png"]),
-        ("Why?", ["{}.jpg"]),
+        ("<image>\nWhat?", f"{number}.jpg"),
+        ("Is <image> in <image>?", [f"{number}.jpg", f"b/{number}.png"]),
+        ("Why?", [f"{number}.jpg"]),
     ][number % 4]
-    name = lambda file: file.format(number)
     turns = [("human", question), ("gpt", f"Because of {number}.")]
     if number % 4 == 3:
         turns += [("human", "And <image>?"), ("gpt", "Also.")]
-    record = {
-        "id": f"r{number}",
-        "conversations": [{"from": speaker, "value": text} for speaker, text in turns],
-    }
-    return (
-        record
-        if images is None
-        else {
-            **record,
-            "image": name(images) if isinstance(images, str) else list(map(name, images)),
-        }
-    )
+    messages = [{"from": speaker, "value": text} for speaker, text in turns]
+    record = {"id": f"r{number}", "conversations": messages}
+    return record if images is None else {**record, "image": images}
 
 
 def save_chats(folder: pathlib.Path, count: int = 23) -> SourceConfig:
-    """Chats as a JSON list, their pictures in a folder."""
+    """Writes chats as a JSON list, and their pictures into a folder."""
     images = folder / "images"
     (images / "b").mkdir(parents=True)
     for number in range(count):
@@ -61,7 +53,7 @@ def save_chats(folder: pathlib.Path, count: int = 23) -> SourceConfig:
 
 
 def prepare_here(plan: Plan, source, max_bad_share: float = 1.0) -> dict:
-    """What the command does, in this process."""
+    """Does in this process what the command does with workers."""
     index = begin(plan)
     if index is None:
         for shard in range(plan.shards):
@@ -73,14 +65,12 @@ def prepare_here(plan: Plan, source, max_bad_share: float = 1.0) -> dict:
 
 
 def stored(folder: pathlib.Path) -> list[dict]:
-    """The records of a prepared folder in their order, read without our code."""
-    shards = [
-        ArrayRecordReader(str(folder / shard["file"]))
-        for shard in json.loads((folder / "index.json").read_text())["shards"]
-    ]
+    """Reads the records of a prepared folder in order, without our code."""
+    index = json.loads((folder / "index.json").read_text())
+    shards = [ArrayRecordReader(str(folder / shard["file"])) for shard in index["shards"]]
     return [msgpack.unpackb(data) for shard in shards for data in shard.read_all()]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    """Name -> bytes of each file."""
+    """Reads every file: name -> bytes."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}

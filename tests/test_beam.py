@@ -1,4 +1,7 @@
-"""Preparing as an Apache Beam pipeline: the bytes that worker processes write. Beam needs older packages than requirements.txt pins: make test-beam."""
+"""Preparing as an Apache Beam pipeline writes the same bytes as worker processes do.
+
+Beam needs older packages than requirements.txt pins: run these tests with `make test-beam`.
+"""
 
 import pathlib
 
@@ -26,7 +29,7 @@ RUNNERS = {
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
-    """23 records, two of them bad."""
+    """A source of 23 records, two of which are bad."""
     config = save_chats(tmp_path_factory.mktemp("chats"))
     for number in (1, 5):
         pathlib.Path(config.images, f"{number}.jpg").unlink()
@@ -79,9 +82,10 @@ def test_a_pipeline_that_fails_is_one_line_and_takes_nothing_for_whole(runner, t
     plan, _ = make_plan(config, str(tmp_path / "out"), SHARDS)
     begin(plan)
     pathlib.Path(config.path).touch()
-    with pytest.raises(
-        ConfigError, match=r"^--beam: .*--source = .*a source that stays as it is; it has modified"
-    ) as raised:
+    message = (
+        r"^--beam: .*--source = .*a source that does not change during the run; it has modified"
+    )
+    with pytest.raises(ConfigError, match=message) as raised:
         beam.write_shards(plan, RUNNERS[runner])
     assert "\n" not in str(raised.value)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"preparing.json"}

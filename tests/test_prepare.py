@@ -1,4 +1,7 @@
-"""Preparing: what a prepared folder holds, that it is made whole or not at all, and that nothing but source and settings decides its bytes."""
+"""Preparing: what a prepared folder holds, and that only the source and the settings decide it.
+
+A folder is completed or recognisably incomplete, whatever stops the run.
+"""
 
 import contextlib
 import functools
@@ -36,7 +39,7 @@ def chats(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(chats, tmp_path_factory):
-    """A folder that nothing disturbed."""
+    """A folder prepared without any disturbance."""
     folder = tmp_path_factory.mktemp("whole")
     prepare_here(*make_plan(chats, str(folder), SHARDS))
     return folder
@@ -68,23 +71,36 @@ def command(source: SourceConfig, output, *more: str) -> list[str]:
 
 
 def plain(number: int) -> dict:
-    """A chat as it has to be stored."""
+    """A chat as it must be stored."""
     record = chat(number)
     texts = [message["value"] for message in record["conversations"]]
-    images = {
-        1: [picture(number)],
-        2: [picture(number), picture(100 + number, "PNG")],
-        3: [picture(number)],
-    }
+    images = [
+        [],
+        [picture(number)],
+        [picture(number), picture(100 + number, "PNG")],
+        [picture(number)],
+    ]
     return {
         "id": f"r{number}",
         "turns": [list(turn) for turn in zip(texts[::2], texts[1::2])],
         "rejected": "",
-        "images": images.get(number % 4, []),
+        "images": images[number % 4],
     }
 
 
-# what it holds
+def read_plainly(source) -> list[tuple]:
+    """The sorted records of a source, with the bytes of their pictures."""
+    records = []
+    for number in range(len(source)):
+        record = source[number]
+        pictures = [
+            image if isinstance(image, bytes) else image.read_bytes() for image in record.images
+        ]
+        records.append((record.id, pictures, record.turns, record.rejected))
+    return sorted(records)
+
+
+# What a prepared folder holds
 
 
 def test_every_record_is_there_once_with_the_pictures_own_bytes(whole):
@@ -98,13 +114,10 @@ def test_every_record_is_there_once_with_the_pictures_own_bytes(whole):
 )
 def test_reading_it_gives_what_its_source_gives(kind, others, tmp_path):
     prepare_here(*make_plan(others[kind], str(tmp_path), shards=2, seed=3))
-    raw, prepared = open_source(others[kind]), open_source(SourceConfig("prepared", str(tmp_path)))
-    contents = lambda image: image if isinstance(image, bytes) else image.read_bytes()
-    records = lambda source: sorted(
-        (r.id, tuple(map(contents, r.images)), r.turns, r.rejected)
-        for r in (source[number] for number in range(len(source)))
-    )
-    assert records(prepared) == records(raw) and len(prepared) == len(raw) > 1
+    raw = open_source(others[kind])
+    prepared = open_source(SourceConfig("prepared", str(tmp_path)))
+    assert read_plainly(prepared) == read_plainly(raw)
+    assert len(prepared) == len(raw) > 1
 
 
 def test_reading_it_in_order_is_a_random_order_of_the_seed(chats, whole, tmp_path):
@@ -115,7 +128,8 @@ def test_reading_it_in_order_is_a_random_order_of_the_seed(chats, whole, tmp_pat
         orders[shards, seed] = [record["id"] for record in stored(folder)]
     expected = [f"r{number}" for number in np.random.RandomState(0).permutation(23)]
     assert orders[1, 0] == orders[4, 0] == [record["id"] for record in stored(whole)] == expected
-    assert sorted(orders[4, 1]) == sorted(expected) and orders[4, 1] != expected
+    assert sorted(orders[4, 1]) == sorted(expected)
+    assert orders[4, 1] != expected
 
 
 def test_the_index_tells_where_it_comes_from(chats, whole):
@@ -124,13 +138,8 @@ def test_the_index_tells_where_it_comes_from(chats, whole):
         *(f"data-0000{n}-of-00005.array_record" for n in range(5)),
     }
     index = json.loads((whole / "index.json").read_text())
-    assert index["records"] == 23 and [shard["records"] for shard in index["shards"]] == [
-        4,
-        5,
-        4,
-        5,
-        5,
-    ]
+    assert index["records"] == 23
+    assert [shard["records"] for shard in index["shards"]] == [4, 5, 4, 5, 5]
     file = "data-00001-of-00005.array_record"
     assert index["shards"][1] == {
         "file": file,
@@ -154,22 +163,20 @@ def test_the_index_tells_where_it_comes_from(chats, whole):
 
 def test_a_shard_holds_4096_records_unless_it_is_said(tmp_path):
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    line = json.dumps({"conversations": turns}) + "\n"
     for count, shards in ((4096, 1), (4097, 2)):
-        (tmp_path / f"{count}.jsonl").write_text(
-            (json.dumps({"conversations": turns}) + "\n") * count
-        )
-        assert (
-            make_plan(SourceConfig("chat", str(tmp_path / f"{count}.jsonl")), "out")[0].shards
-            == shards
-        )
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text(line * count)
+        plan, _ = make_plan(SourceConfig("chat", str(path)), "out")
+        assert plan.shards == shards
 
 
-# bad records
+# Bad records
 
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
-    """A source with five bad records in 23."""
+    """A source of 23 records, five of which are bad."""
     config = save_chats(tmp_path_factory.mktemp("bad"))
     images = pathlib.Path(config.images)
     (images / "1.jpg").unlink()
@@ -184,9 +191,8 @@ def bad(tmp_path_factory):
 
 def test_bad_records_are_left_out_and_named_with_their_reasons(bad, tmp_path):
     index = prepare_here(*make_plan(bad, str(tmp_path), SHARDS))
-    assert sorted(record["id"] for record in stored(tmp_path)) == sorted(
-        f"r{n}" for n in range(23) if n not in (1, 2, 4, 5, 7)
-    )
+    good = [f"r{number}" for number in range(23) if number not in (1, 2, 4, 5, 7)]
+    assert sorted(record["id"] for record in stored(tmp_path)) == sorted(good)
     named = {reason: [name for name, _ in records] for reason, records in index["skipped"].items()}
     assert named == {
         "no such picture file": ["r1"],
@@ -204,8 +210,9 @@ def test_too_many_bad_records_stop_it_and_a_larger_share_continues(bad, tmp_path
         match=r"--max-bad-share = 0.1: .* found \d of 23: .*begin in another folder, or allow more",
     ) as raised:
         run(bad, tmp_path, "--workers=1", "--max-bad-share=0.1")
-    assert "\n" not in str(raised.value) and not (tmp_path / "index.json").exists()
-    with pytest.raises(ConfigError, match="index.json is written last"):
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "index.json").exists()
+    with pytest.raises(ConfigError, match="index.json, which is written last, is missing"):
         open_source(SourceConfig("prepared", str(tmp_path)))
     plan, source = make_plan(bad, str(tmp_path), SHARDS)
     prepare_here(plan, source, max_bad_share=0.22)
@@ -213,14 +220,14 @@ def test_too_many_bad_records_stop_it_and_a_larger_share_continues(bad, tmp_path
 
 
 def test_a_source_without_a_single_good_record_is_refused(tmp_path):
-    (tmp_path / "chat.json").write_text(json.dumps([{"id": "a", "conversations": []}]))
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"id": "a", "conversations": []}]))
+    plan, source = make_plan(SourceConfig("chat", str(path)), str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="found 1 of 1: 1 no turns: a"):
-        prepare_here(
-            *make_plan(SourceConfig("chat", str(tmp_path / "chat.json")), str(tmp_path / "out"))
-        )
+        prepare_here(plan, source)
 
 
-# nothing but the source and the settings decides
+# Only the source and the settings decide the bytes
 
 
 def test_one_worker_and_three_make_the_same_bytes(bad, tmp_path):
@@ -234,13 +241,12 @@ def test_one_worker_and_three_make_the_same_bytes(bad, tmp_path):
 def test_a_run_that_was_stopped_after_any_shard_is_continued(done, chats, whole, tmp_path):
     plan, source = make_plan(chats, str(tmp_path), SHARDS)
     begin(plan)
-    finished = [SHARDS - 1 - shard for shard in range(done)]  # in whatever sequence
+    finished = [SHARDS - 1 - shard for shard in range(done)]  # the last ones; order is irrelevant
     for shard in finished:
         write_shard(source, plan, shard)
-    (
-        tmp_path / "data-00000-of-00005.array_record-abc.partial"
-    ).mkdir()  # of a worker that was killed
-    (tmp_path / "data-00000-of-00005.array_record-abc.partial" / "data").write_text("half")
+    partial = tmp_path / "data-00000-of-00005.array_record-abc.partial"
+    partial.mkdir()  # as a killed worker leaves it
+    (partial / "data").write_text("half")
     before = {shard: (tmp_path / plan.file(shard)).stat().st_ino for shard in finished}
     prepare_here(*make_plan(chats, str(tmp_path), SHARDS))
     assert contents(tmp_path) == contents(whole)
@@ -254,7 +260,9 @@ def test_a_shard_that_is_cut_is_made_again(chats, whole, tmp_path):
         write_shard(source, plan, shard)
     cut = tmp_path / plan.file(2)
     cut.write_bytes(cut.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match="all 5 shards; missing are .*data-00002-of-00005"):
+    with pytest.raises(
+        ConfigError, match="all 5 shards; 1 are missing, first .*data-00002-of-00005"
+    ):
         finish(plan, 1.0)
     run(chats, tmp_path, "--workers=1")
     assert contents(tmp_path) == contents(whole)
@@ -268,7 +276,7 @@ def test_a_whole_folder_is_left_as_it_is(chats, whole):
 
 @pytest.mark.parametrize("is_whole", [True, False])
 @pytest.mark.parametrize(
-    "change, told",
+    "change, difference",
     [
         ("seed", "seed 0 instead of 1"),
         ("shards", "shards 5 instead of 4"),
@@ -277,24 +285,26 @@ def test_a_whole_folder_is_left_as_it_is(chats, whole):
     ],
 )
 def test_a_folder_of_other_settings_is_refused_with_what_differs(
-    change, told, is_whole, chats, tmp_path
+    change, difference, is_whole, chats, tmp_path
 ):
     plan, source = make_plan(chats, str(tmp_path / "out"), SHARDS)
-    prepare_here(plan, source) if is_whole else begin(plan)
+    if is_whole:
+        prepare_here(plan, source)
+    else:
+        begin(plan)
     copy = shutil.copy2(chats.path, tmp_path / "kept")
     try:
         if change == "touch":
             pathlib.Path(chats.path).touch()
         split = "test" if change == "split" else ""
-        other = make_plan(
+        other, _ = make_plan(
             SourceConfig("chat", chats.path, chats.images, split),
             str(tmp_path / "out"),
             SHARDS - (change == "shards"),
             int(change == "seed"),
-        )[0]
-        with pytest.raises(
-            ConfigError, match=f"--output.*begun with the same settings; it has {told}"
-        ):
+        )
+        message = f"--output.*begun with the same settings; it has {difference}"
+        with pytest.raises(ConfigError, match=message):
             begin(other)
     finally:
         shutil.copystat(copy, chats.path)
@@ -307,12 +317,12 @@ def test_a_folder_with_something_else_is_refused(chats, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-# faults
+# Faults
 
 
 @pytest.fixture
 def stuck(tmp_path):
-    """A source that blocks whoever reads record 9: its picture is a pipe that nobody fills."""
+    """A source whose record 9 blocks its reader: the picture is a pipe that nobody writes to."""
     config = save_chats(tmp_path / "stuck")
     pipe = pathlib.Path(config.images, "9.jpg")
     pipe.unlink()
@@ -332,63 +342,76 @@ def wait_for(condition) -> None:
 
 
 @contextlib.contextmanager
-def begun(arguments: list[str]):
-    """The command, running, with its error output to be read; in a session of its own, as in a terminal."""
-    with subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+def sigint_of_children(ignored: bool):
+    """Sets the disposition and the mask of SIGINT that child processes inherit.
+
+    Some shells and CI systems ignore it in background jobs, among them perhaps this test run.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    how = signal.SIG_BLOCK if ignored else signal.SIG_UNBLOCK
+    mask = signal.pthread_sigmask(how, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def begun(arguments: list[str], ignores_sigint: bool):
+    """Runs the command, with its stderr as a pipe, in a session of its own, as in a terminal."""
+    with sigint_of_children(ignores_sigint):
+        process = subprocess.Popen(
+            arguments, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    with process:
         try:
             yield process
         finally:
             process.kill()
 
 
-@pytest.mark.parametrize("fault", ["a worker is killed", "ctrl-C", "the command is killed"])
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+INTERRUPTIONS = ("ctrl-C", "ctrl-C where SIGINT was ignored")
+FAULTS = ("a worker is killed", *INTERRUPTIONS, "the command is killed")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_clear_stop_that_the_same_command_continues(fault, stuck, tmp_path):
     output = tmp_path / "out"
-    with begun(command(stuck, output, "--workers=2")) as process:
-        wait_for(
-            lambda: len(list(output.glob("*.json"))) == SHARDS
-        )  # the reports of all shards but one, and the settings
+    with begun(command(stuck, output, "--workers=2"), "ignored" in fault) as process:
+        # The settings, and the reports of all shards but one.
+        wait_for(lambda: len(list(output.glob("*.json"))) == SHARDS)
         workers = workers_of(psutil.Process(process.pid))
         assert len(workers) == 2
         if fault == "a worker is killed":
             workers[0].kill()
-        if fault == "ctrl-C":
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all
+        if fault in INTERRUPTIONS:
+            os.killpg(process.pid, signal.SIGINT)  # to the whole group, as a terminal does
         if fault == "the command is killed":
             process.kill()
-        told = process.communicate(timeout=60)[1].strip().splitlines()
-    wait_for(
-        lambda: (
-            not any(
-                worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
-                for worker in workers
-            )
-        )
-    )
+        stderr = process.communicate(timeout=60)[1].strip().splitlines()
+    wait_for(lambda: all(map(has_ended, workers)))
     if fault != "the command is killed":
-        expected = {
-            "a worker is killed": "error: --workers = 2: expected processes that live",
-            "ctrl-C": "error: interrupted.",
-        }
-        assert (
-            process.returncode == 1
-            and told[-1].startswith(expected[fault])
-            and told[-1].endswith("it continues.")
-        )
-        assert not any("Traceback" in line for line in told)
+        beginning = "error: interrupted."
+        if fault == "a worker is killed":
+            beginning = "error: --workers = 2: expected all processes to survive"
+        assert process.returncode == 1
+        assert stderr[-1].startswith(beginning)
+        assert stderr[-1].endswith("it continues.")
+        assert not any("Traceback" in line for line in stderr)
     assert not (output / "index.json").exists()
     pathlib.Path(stuck.images, "9.jpg").unlink()
     pathlib.Path(stuck.images, "9.jpg").write_bytes(picture(9))
     kept = {path: path.stat().st_ino for path in output.glob("*.array_record")}
     prepare_here(*make_plan(stuck, str(output), SHARDS))
-    assert {path: path.stat().st_ino for path in kept} == kept and not list(
-        output.glob("*.partial")
-    )
-    assert sorted(record["id"] for record in stored(output)) == sorted(
-        f"r{number}" for number in range(23)
-    )
+    assert {path: path.stat().st_ino for path in kept} == kept
+    assert not list(output.glob("*.partial"))
+    ids = [record["id"] for record in stored(output)]
+    assert sorted(ids) == sorted(f"r{number}" for number in range(23))
 
 
 def test_too_many_bad_records_stop_it_before_its_end(stuck, tmp_path):
@@ -402,13 +425,14 @@ def test_too_many_bad_records_stop_it_before_its_end(stuck, tmp_path):
     )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith(
-        "error: --max-bad-share = 0.0: expected no more bad records, found 1 of 23: 1 no such picture file: r1 ("
+        "error: --max-bad-share = 0.0: expected no more bad records, found 1 of 23: "
+        "1 no such picture file: r1 ("
     )
 
 
 @contextlib.contextmanager
 def files_of_at_most(size: int):
-    """As on a disk that is full when a file has grown to this size."""
+    """Simulates a disk that is full once a file has grown to this size."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -419,7 +443,7 @@ def files_of_at_most(size: int):
 
 @pytest.mark.parametrize("size", [1500, 30_000])
 def test_a_full_disk_stops_it_and_leaves_no_half_shard(size, chats, whole, tmp_path):
-    """Below, while records wait; above, in the shard, which has blocks of 64 KiB."""
+    """1500 bytes fail in the temporary file, 30,000 in the shard, which has blocks of 64 KiB."""
     plan, source = make_plan(chats, str(tmp_path), SHARDS)
     begin(plan)
     write_shard(source, plan, 0)
@@ -428,7 +452,8 @@ def test_a_full_disk_stops_it_and_leaves_no_half_shard(size, chats, whole, tmp_p
         files_of_at_most(size),
         pytest.raises(
             ConfigError,
-            match=r"--output = .*expected a disk that takes the data \(.*File too large.*\)\. Make room",
+            match=r"--output = .*expected a disk with room for the data "
+            r"\(.*File too large.*\)\. Make room",
         ),
     ):
         write_shard(source, plan, 1)
@@ -445,23 +470,23 @@ def test_a_full_disk_is_one_line_of_the_command(chats, tmp_path):
         text=True,
         preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (30_000, 30_000)),
     )
-    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith(
-        f"error: --output = {str(tmp_path)!r}: expected a disk that takes the data"
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(
+        f"error: --output = {str(tmp_path)!r}: expected a disk with room for the data"
     )
-    assert "Traceback" not in ended.stderr and {path.name for path in tmp_path.iterdir()} == {
-        "preparing.json"
-    }
+    assert "Traceback" not in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["preparing.json"]
 
 
 @pytest.mark.parametrize(
-    "what, how, told",
+    "what, how, message",
     [
         ("images", "is gone", "data.sources.images|--images"),
         ("chat.json", "is gone", "data.sources.path|--source"),
         ("chat.json", "is another", "data.sources.path|--source"),
     ],
 )
-def test_a_source_that_does_not_stay_is_a_clear_stop(what, how, told, tmp_path):
+def test_a_source_that_does_not_stay_is_a_clear_stop(what, how, message, tmp_path):
     plan, source = make_plan(save_chats(tmp_path / "source"), str(tmp_path / "out"), 1)
     begin(plan)
     victim = tmp_path / "source" / what
@@ -472,9 +497,9 @@ def test_a_source_that_does_not_stay_is_a_clear_stop(what, how, told, tmp_path):
             if how == "is another":
                 victim.write_text("[]")
 
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         write_shard(source, plan, 0, strike)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"preparing.json"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["preparing.json"]
 
 
 def test_a_source_that_changed_between_two_shards_is_not_mixed(tmp_path):
@@ -485,13 +510,14 @@ def test_a_source_that_changed_between_two_shards_is_not_mixed(tmp_path):
     pathlib.Path(config.path).touch()
     with pytest.raises(
         ConfigError,
-        match=r"--source = .*a source that stays as it is; it has modified \d+ instead of \d+\. Begin again, in another folder",
+        match=r"--source = .*a source that does not change during the run; "
+        r"it has modified \d+ instead of \d+\. Start again in another folder",
     ):
         write_shard(open_source(config), plan, 1)
     assert not (tmp_path / "out" / plan.file(1)).exists()
 
 
-# the command
+# The command
 
 
 def test_the_command_prepares_and_tells_what_it_skipped(bad, tmp_path):
@@ -513,13 +539,13 @@ def test_the_command_prepares_and_tells_what_it_skipped(bad, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argument, told",
+    "argument, message",
     [
-        ("--shards=24", "--shards = 24: expected a number within 1..23"),
+        ("--shards=24", "--shards = 24: expected a number from 1 to 23"),
         ("--shards=-1", "--shards = -1"),
-        ("--seed=-1", "--seed = -1: expected a number within 0..2"),
+        ("--seed=-1", "--seed = -1: expected a number from 0 to 2"),
         ("--workers=0", "--workers = 0: expected a positive number"),
-        ("--max-bad-share=2", "--max-bad-share = 2.0: expected a share within 0..1"),
+        ("--max-bad-share=2", "--max-bad-share = 2.0: expected a share between 0 and 1"),
         ("--kind=parquet", "data.sources.kind = 'parquet': expected one of"),
         (
             "--source=/nowhere.json",
@@ -528,15 +554,16 @@ def test_the_command_prepares_and_tells_what_it_skipped(bad, tmp_path):
         ("--images=/nowhere", "data.sources.images = '/nowhere'"),
         (
             "--max-bad-shares=1",
-            "command line = '--max-bad-shares=1': expected no more options without --beam",
+            "command line = '--max-bad-shares=1': expected only known options without --beam",
         ),
     ],
 )
-def test_impossible_options_are_one_line(argument, told, chats, tmp_path, monkeypatch):
+def test_impossible_options_are_one_line(argument, message, chats, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare", *options(chats, tmp_path / "out"), argument])
     with pytest.raises(SystemExit) as raised:
         prepare.cli()
-    assert str(raised.value).startswith(f"error: {told}") and "\n" not in str(raised.value)
+    assert str(raised.value).startswith(f"error: {message}")
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -553,8 +580,6 @@ def test_beam_is_asked_for_where_it_is_missing(chats, tmp_path):
 
 def test_the_folder_may_be_in_a_bucket(chats, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with (
-        mock_epath()
-    ):  # a bucket is a local folder then; array_record itself knows local files only
+    with mock_epath():  # the bucket is then a local folder; array_record only reads local files
         prepare_here(*make_plan(chats, "gs://bucket/chat", SHARDS))
     assert contents(tmp_path / "gs:/bucket/chat") == contents(whole)

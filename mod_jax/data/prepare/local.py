@@ -1,4 +1,4 @@
-"""Preparing on one machine: a pool of worker processes, a shard a task."""
+"""Prepares a source on one machine, in a pool of worker processes; a task is one shard."""
 
 import ctypes
 import functools
@@ -12,24 +12,24 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 
 from mod_jax.config import ConfigError
-from mod_jax.data.prepare.plan import AGAIN, Plan, finished, judge
+from mod_jax.data.prepare.plan import AGAIN, Plan, check_bad_share, finished
 from mod_jax.data.prepare.shard import write_shard
 from mod_jax.data.sources.kinds import Source
 
-TICK = 0.2  # seconds between two looks at the progress
+TICK = 0.2  # seconds between two updates of the progress
 
-_write: Callable[[int], dict]  # of a worker process, shard -> report
+_write: Callable[[int], dict]  # shard -> report; set in each worker process by its initializer
 
 
 def _begin(source: Source, plan: Plan, progress: ctypes.Array, leash: Connection) -> None:
-    """Makes a process a worker."""
+    """Initializes a worker process."""
     global _write
     _write = functools.partial(_write_and_tell, source, plan, progress)
     threading.Thread(target=_follow, args=(leash,), daemon=True).start()
 
 
 def _follow(leash: Connection) -> None:
-    """Ends this process as soon as the pipe's other end is closed, also by the death of its holder."""
+    """Ends this process once the other end of the pipe is closed, even by the parent's death."""
     leash.poll(None)
     os._exit(1)
 
@@ -43,18 +43,22 @@ def _task(shard: int) -> dict:
 
 
 def write_shards(
-    source: Source, plan: Plan, workers: int, max_bad_share: float, tell: Callable[[int], None]
+    source: Source,
+    plan: Plan,
+    workers: int,
+    max_bad_share: float,
+    on_progress: Callable[[int], None],
 ) -> None:
-    """Writes the shards that are not finished. When this ends, in whatever way, its processes have ended.
+    """Writes all unfinished shards. Its worker processes have ended when it returns or raises.
 
     Args:
-      source: the plan's, open.
-      plan: what is prepared.
-      workers: processes.
-      max_bad_share: see `judge`.
-      tell: is told the number of records that were read, again and again.
+      source: The open source of the plan.
+      plan: What to prepare.
+      workers: Number of processes.
+      max_bad_share: See `check_bad_share`.
+      on_progress: Called repeatedly with the number of records read so far.
     Raises:
-      ConfigError: from a shard or the judge, or if a process was killed.
+      ConfigError: If a shard or `check_bad_share` raises it, or a worker process was killed.
     """
     reports = finished(plan)
     context = multiprocessing.get_context("spawn")
@@ -67,9 +71,8 @@ def write_shards(
         ProcessPoolExecutor(workers, context, _begin, (source, plan, progress, leash)) as pool,
         hold,
     ):
-        mask = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # which the workers inherit: ctrl-C is for this process alone
+        # Workers inherit this mask, so that ctrl-C interrupts this process alone.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             pending = {
                 pool.submit(_task, shard): shard
@@ -84,7 +87,8 @@ def write_shards(
                     reports[pending.pop(task)] = task.result()
                 except BrokenProcessPool:
                     raise ConfigError(
-                        f"--workers = {workers}: expected processes that live; one was killed (out of memory?). {AGAIN}"
+                        f"--workers = {workers}: expected all processes to survive; one was killed "
+                        f"(out of memory?). Use fewer workers. {AGAIN}"
                     ) from None
-            judge(plan, reports.values(), max_bad_share)
-            tell(sum(progress))
+            check_bad_share(plan, reports.values(), max_bad_share)
+            on_progress(sum(progress))

@@ -1,8 +1,10 @@
-"""Preparing: any source, once, as a folder of array_record shards (`data.prepared`) whose sequential reading is a random order.
+"""Prepares any source once, as a folder of array_record shards that is fast to read in sequence.
 
-The records are shuffled over the whole source, by the seed alone, and dealt to shards of equal size; pictures keep their bytes. A shard is one task that
-depends on nothing but the plan (`data.shards`), so the folder's bytes are the same whoever does the tasks, wherever and in what sequence: worker processes
-(`mod_jax.prepare`) or Apache Beam (`data.beam`). A finished shard has a report beside it; the index is written last and takes the reports in.
+The records are shuffled over the whole source, by the seed alone, and split into shards of equal
+size. Pictures keep their bytes. A shard is one task that depends on nothing but the plan (`shard`).
+The bytes of the folder are therefore the same whoever runs the tasks, wherever and in whatever
+order: worker processes (`local`) or Apache Beam (`beam`). A finished shard has a report beside it.
+The index, which is written last, replaces the reports.
 """
 
 import contextlib
@@ -20,23 +22,23 @@ from mod_jax.data.sources.kinds import Source, open_source
 from mod_jax.data.sources.prepared import FORMAT, INDEX
 from mod_jax.storage.atomic import write_json
 
-RECORDS_A_SHARD = 4096  # unless the number of shards is given; LLaVA's pictures make that 0.4 GB
-BEGUN = "preparing.json"  # the settings of a folder that has no index yet
+RECORDS_PER_SHARD = 4096  # by default; 0.4 GB with LLaVA's pictures
+SETTINGS = "preparing.json"  # holds the settings of a folder that has no index yet
 PARTIAL = ".partial"
-AGAIN = "Then give the same command again: it continues."
+AGAIN = "Run the same command again: it continues."
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is prepared and where: equal plans make equal bytes.
+    """What to prepare and where. Equal plans make equal bytes.
 
     Attributes:
-      source: where records come from.
-      output: folder, local or gs://.
-      records: of the source.
-      shards: files to make.
-      seed: of the order.
-      described: the source, by `describe`.
+      source: Where the records come from.
+      output: Folder, local or gs://.
+      records: Number of records of the source.
+      shards: Number of files to write.
+      seed: Seed of the order of the records.
+      described: The source as `describe` returns it.
     """
 
     source: SourceConfig
@@ -48,47 +50,51 @@ class Plan:
 
     @property
     def folder(self) -> epath.Path:
-        """The output."""
+        """The output folder."""
         return epath.Path(self.output)
 
     @property
     def settings(self) -> dict:
-        """What has to be equal for a folder to be continued."""
+        """The settings that must be equal for a folder to be continued."""
         return {**self.described, "format": FORMAT, "seed": self.seed, "shards": self.shards}
 
     def file(self, shard: int) -> str:
-        """Name of a shard."""
+        """Returns the file name of a shard."""
         return f"data-{shard:05d}-of-{self.shards:05d}.array_record"
 
     def report(self, shard: int) -> epath.Path:
-        """The file beside a finished shard: {"records", "bytes", "skipped": [[number, id, reason], ...]}."""
+        """Returns the path of the report beside a finished shard.
+
+        A report is {"records", "bytes", "skipped": [[number, id, reason], ...]}.
+        """
         return self.folder / f"{self.file(shard)}.json"
 
     def numbers(self, shard: int) -> np.ndarray:
-        """The records of a shard, i64, in the order in which they are written."""
-        order = np.random.RandomState(self.seed).permutation(
-            self.records
-        )  # numpy holds RandomState's numbers fixed, its Generator's not
-        return order[
-            shard * self.records // self.shards : (shard + 1) * self.records // self.shards
-        ]
+        """Returns the records of a shard, i64, in the order in which they are written."""
+        # NumPy guarantees that RandomState's numbers never change; those of its Generator may.
+        order = np.random.RandomState(self.seed).permutation(self.records)
+        start = shard * self.records // self.shards
+        end = (shard + 1) * self.records // self.shards
+        return order[start:end]
 
 
 def make_plan(
     config: SourceConfig, output: str, shards: int = 0, seed: int = 0
 ) -> tuple[Plan, Source]:
-    """Opens the source.
+    """Opens a source and plans how it is prepared.
 
     Args:
-      config: of the source.
-      output: folder, local or gs://; not within the source.
-      shards: to make; 0: one for each RECORDS_A_SHARD records.
-      seed: of the order, 0..2**32 - 1.
+      config: The source.
+      output: Folder, local or gs://, outside of the source.
+      shards: Number of shards; 0: one per RECORDS_PER_SHARD records.
+      seed: Seed of the order of the records, 0..2**32 - 1.
+    Returns:
+      The plan, and the open source.
     Raises:
-      ConfigError: for a source that cannot be opened, and impossible numbers.
+      ConfigError: If the source cannot be opened, or an argument is out of range.
     """
     require(bool(output), "--output", output, "a folder")
-    require(0 <= seed < 2**32, "--seed", seed, "a number within 0..2**32 - 1")
+    require(0 <= seed < 2**32, "--seed", seed, "a number from 0 to 2**32 - 1")
     source = open_source(config)
     inside = (
         not is_remote(output)
@@ -99,48 +105,43 @@ def make_plan(
         0 <= shards <= len(source),
         "--shards",
         shards,
-        f"a number within 1..{len(source)}, the records, or 0 to have it chosen",
+        f"a number from 1 to {len(source)}, the number of records, or 0 for the default",
     )
-    return Plan(
-        config,
-        output,
-        len(source),
-        shards or -(-len(source) // RECORDS_A_SHARD),
-        seed,
-        describe(config),
-    ), source
+    shards = shards or -(-len(source) // RECORDS_PER_SHARD)  # rounded up
+    return Plan(config, output, len(source), shards, seed, describe(config)), source
 
 
 def is_remote(path: str) -> bool:
-    """Whether it is a bucket's."""
+    """Whether a path is in a bucket."""
     return "://" in path
 
 
 def describe(config: SourceConfig) -> dict:
-    """What tells a source from another, and from itself after a change: what is asked of it, and number, bytes and latest change (ns) of its files.
+    """Describes a source, so that another source, or the same one after a change, is recognised.
 
-    Of a folder of pictures, and of a TFDS name, only the name counts.
-
+    Returns:
+      Its configuration, and the number, bytes and latest modification time (ns) of its files. Of a
+      folder of pictures, and of the name of a TFDS data set, only the name is compared.
     Raises:
-      ConfigError: if the pictures are gone.
+      ConfigError: If the pictures were removed.
     """
-    path, images = pathlib.Path(config.path), pathlib.Path(config.images)
+    path = pathlib.Path(config.path)
+    images = pathlib.Path(config.images)
     require(
         is_remote(config.images) or images.exists(),
         "--images",
         config.images,
-        "the folder or archive that was there when the run began",
+        "the folder or archive that existed when the run began",
     )
-    found = (
-        [path]
-        if path.is_file()
-        else path.rglob("*")
-        if path.is_dir()
-        else map(pathlib.Path, glob.glob(config.path))
-    )
-    stats = [
-        file.stat() for file in [*found, *([images] if images.is_file() else [])] if file.is_file()
-    ]
+    files: Iterable[pathlib.Path]
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = path.rglob("*")
+    else:
+        files = map(pathlib.Path, glob.glob(config.path))
+    archives = [images] if images.is_file() else []
+    stats = [file.stat() for file in [*files, *archives] if file.is_file()]
     return {
         "kind": config.kind,
         "path": config.path,
@@ -153,7 +154,7 @@ def describe(config: SourceConfig) -> dict:
 
 
 def differences(found: dict, wanted: dict) -> str:
-    """What is not as wanted, as text; empty if nothing is."""
+    """Describes the values that are not as wanted; empty if there are none."""
     return ", ".join(
         f"{key} {found.get(key)!r} instead of {value!r}"
         for key, value in wanted.items()
@@ -163,70 +164,76 @@ def differences(found: dict, wanted: dict) -> str:
 
 @contextlib.contextmanager
 def writing(folder: str) -> Iterator[None]:
-    """Makes failing to write an expected error."""
+    """Turns a failure to write, such as a full disk, into a ConfigError."""
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"--output = {folder!r}: expected a disk that takes the data ({error}). Make room. {AGAIN}"
+            f"--output = {folder!r}: expected a disk with room for the data ({error}). "
+            f"Make room. {AGAIN}"
         ) from None
 
 
 def begin(plan: Plan) -> dict | None:
-    """Claims an empty folder for the plan, or takes up one that it began.
+    """Claims an empty folder for the plan, or takes up one that the same plan began.
 
     Returns:
-      The index, if the folder is whole.
+      The index if the folder is complete, otherwise None.
     Raises:
-      ConfigError: if the folder was begun with other settings, or holds something else.
+      ConfigError: If the folder was begun with other settings, or holds something else.
     """
     with writing(plan.output):
         plan.folder.mkdir(parents=True, exist_ok=True)
         sweep(plan)
         names = {path.name for path in _files(plan)}
         if not names:
-            write_json(plan.folder / BEGUN, plan.settings)
+            write_json(plan.folder / SETTINGS, plan.settings)
             return None
     require(
-        bool(names & {INDEX, BEGUN}),
+        bool(names & {INDEX, SETTINGS}),
         "--output",
         plan.output,
         f"an empty folder, or one that this command began; found {min(names)!r}",
     )
-    index = json.loads((plan.folder / INDEX).read_text()) if INDEX in names else None
-    wrong = differences(
-        index["source"] if index else json.loads((plan.folder / BEGUN).read_text()), plan.settings
-    )
+    index = None
+    if INDEX in names:
+        index = json.loads((plan.folder / INDEX).read_text())
+        settings = index["source"]
+    else:
+        settings = json.loads((plan.folder / SETTINGS).read_text())
+    wrong = differences(settings, plan.settings)
     require(
         not wrong,
         "--output",
         plan.output,
         f"a folder begun with the same settings; it has {wrong}",
-        "Take another folder, or remove this one.",
+        "Choose another folder, or remove this one.",
     )
     return index
 
 
 def sweep(plan: Plan) -> None:
-    """Removes what processes that were killed have left half-written."""
+    """Removes the partial files and folders that killed processes have left."""
     for path in _files(plan):
-        if path.name.endswith(PARTIAL):
-            path.rmtree() if path.is_dir() else path.unlink()
+        if not path.name.endswith(PARTIAL):
+            continue
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink()
 
 
 def _files(plan: Plan) -> list[epath.Path]:
-    return (
-        list(plan.folder.iterdir()) if plan.folder.exists() else []
-    )  # a bucket has no empty folders
+    # A bucket has no empty folders: there the folder does not exist before its first file.
+    return list(plan.folder.iterdir()) if plan.folder.exists() else []
 
 
 def finished(plan: Plan) -> dict[int, dict]:
-    """Shard -> report, of the shards that are whole."""
+    """Returns shard -> report for all complete shards."""
     reports = {}
     for shard in range(plan.shards):
-        with contextlib.suppress(
-            FileNotFoundError, json.JSONDecodeError
-        ):  # a power cut may leave either file empty
+        # Either file may be missing, or be empty after a power cut.
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             report = json.loads(plan.report(shard).read_text())
             if (plan.folder / plan.file(shard)).stat().length == report["bytes"]:
                 reports[shard] = report
@@ -234,8 +241,13 @@ def finished(plan: Plan) -> dict[int, dict]:
 
 
 def group_by_reason(reports: Iterable[dict]) -> dict[str, list[list[str]]]:
-    """Reason -> [id, detail] of each record that was skipped for it, in the source's order. A detail is what follows a reason's colon."""
-    groups = {}
+    """Groups the skipped records of all reports.
+
+    Returns:
+      Reason -> [id, detail] of each record that was skipped for it, in the order of the source. The
+      text after the first ": " of a reason is its detail.
+    """
+    groups: dict[str, list[list[str]]] = {}
     for _, name, reason in sorted(record for report in reports for record in report["skipped"]):
         head, _, detail = reason.partition(": ")
         groups.setdefault(head, []).append([name, detail])
@@ -243,39 +255,39 @@ def group_by_reason(reports: Iterable[dict]) -> dict[str, list[list[str]]]:
 
 
 def tell_skipped(groups: dict[str, list[list[str]]], first: int = 3) -> list[str]:
-    """A line for each reason, the most frequent in front: how many records, and who the first ones are."""
-    some = lambda records: (
-        ", ".join(f"{name} ({detail})" if detail else name for name, detail in records[:first])
-        + ", ..." * (len(records) > first)
-    )
-    return [
-        f"{len(records):,} {reason}: {some(records)}"
-        for reason, records in sorted(groups.items(), key=lambda item: -len(item[1]))
-    ]
+    """Returns a line per reason, most frequent first: the number of records and the first names."""
+    lines = []
+    for reason, records in sorted(groups.items(), key=lambda group: -len(group[1])):
+        names = [f"{name} ({detail})" if detail else name for name, detail in records[:first]]
+        if len(records) > first:
+            names.append("...")
+        lines.append(f"{len(records):,} {reason}: {', '.join(names)}")
+    return lines
 
 
-def judge(plan: Plan, reports: Iterable[dict], max_bad_share: float) -> None:
-    """Stops what cannot end well any more, whatever is in the shards that are not written yet.
+def check_bad_share(plan: Plan, reports: Iterable[dict], max_bad_share: float) -> None:
+    """Stops a run that has skipped too many records, whatever the remaining shards hold.
 
     Raises:
-      ConfigError: if more than that share of the source's records was skipped, or every single one.
+      ConfigError: If more than that share of the source's records was skipped, or all of them.
     """
     bad = sum(len(report["skipped"]) for report in reports)
     if bad > max_bad_share * plan.records or bad == plan.records:
-        told = "; ".join(tell_skipped(group_by_reason(reports)))
+        skipped = "; ".join(tell_skipped(group_by_reason(reports)))
         raise ConfigError(
-            f"--max-bad-share = {max_bad_share}: expected no more bad records, found {bad:,} of {plan.records:,}: {told}. "
-            "Mend the source and begin in another folder, or allow more and give the command again: it continues."
+            f"--max-bad-share = {max_bad_share}: expected no more bad records, found {bad:,} of "
+            f"{plan.records:,}: {skipped}. Repair the source and begin in another folder, or allow "
+            "more and run the command again: it continues."
         )
 
 
 def finish(plan: Plan, max_bad_share: float) -> dict:
-    """Writes the index of a folder all of whose shards are finished; with it the folder is whole.
+    """Writes the index of a folder whose shards are all finished, which completes the folder.
 
     Returns:
       The index.
     Raises:
-      ConfigError: if shards are missing, too many records were skipped, or the disk is full.
+      ConfigError: If shards are missing, too many records were skipped, or the disk is full.
     """
     reports = finished(plan)
     missing = [plan.file(shard) for shard in range(plan.shards) if shard not in reports]
@@ -283,10 +295,10 @@ def finish(plan: Plan, max_bad_share: float) -> dict:
         not missing,
         "--output",
         plan.output,
-        f"all {plan.shards} shards; missing are {missing[:3]} of {len(missing)}",
+        f"all {plan.shards} shards; {len(missing)} are missing, first {missing[:3]}",
         AGAIN,
     )
-    judge(plan, reports.values(), max_bad_share)
+    check_bad_share(plan, reports.values(), max_bad_share)
     shards = [
         {"file": plan.file(shard), "records": report["records"], "bytes": report["bytes"]}
         for shard, report in reports.items()
@@ -304,7 +316,7 @@ def finish(plan: Plan, max_bad_share: float) -> dict:
 
 
 def clear(plan: Plan) -> None:
-    """Removes what the index has replaced."""
+    """Removes the settings and the reports, which the index has replaced."""
     with writing(plan.output):
-        for path in (plan.folder / BEGUN, *map(plan.report, range(plan.shards))):
+        for path in (plan.folder / SETTINGS, *map(plan.report, range(plan.shards))):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One shard of a prepared folder: its records read, checked, decoded once, and written."""
+"""Writes one shard of a prepared folder, after checking its records and decoding their pictures."""
 
 import dataclasses
 import os
@@ -27,34 +27,38 @@ from mod_jax.data.sources.prepared import encode_record
 from mod_jax.data.sources.record import BadSample
 from mod_jax.storage.atomic import write_json
 
-OPTIONS = "group_size:1,uncompressed"  # each record is a group of its own, for access by number; pictures are compressed already
+# A group of its own for each record allows random access. Pictures are already compressed.
+OPTIONS = "group_size:1,uncompressed"
 
 
 def write_shard(
     source: Source, plan: Plan, shard: int, progress: Callable[[int], None] = lambda done: None
 ) -> dict:
-    """Writes a shard, then its report. Nothing has its name before it is whole and on the disk.
+    """Writes a shard, then its report. Neither gets its name before it is complete and on the disk.
 
-    Records are read in the source's order, which its files are made for (a row group of parquet is decoded once), and wait in a file of their own until they
-    are written in the shard's: memory holds one at a time.
+    Records are read in the source's order, which suits its files (each row group of a parquet file
+    is decoded once). They are kept in a temporary file until they are written in the order of the
+    shard, so that memory holds one record at a time.
 
     Args:
-      source: the plan's, open.
-      plan: what is prepared.
-      shard: number.
-      progress: is told how many of the shard's records were read.
+      source: The open source of the plan.
+      plan: What to prepare.
+      shard: Number of the shard.
+      progress: Called with the number of the shard's records read so far.
     Returns:
       The report.
     Raises:
-      ConfigError: if the source is gone or changed, or the disk is full; nothing is left of the shard then.
+      ConfigError: If the source was removed or changed, or the disk is full. Nothing is left of the
+        shard then.
     """
-    numbers, places, skipped = plan.numbers(shard), {}, []
+    numbers = plan.numbers(shard)
+    places: dict[int, tuple[int, int]] = {}  # record -> (start, length) in the temporary file
+    skipped: list[list] = []
     name = plan.file(shard)
+    parent = None if is_remote(plan.output) else plan.output
     with (
         writing(plan.output),
-        tempfile.TemporaryDirectory(
-            PARTIAL, f"{name}-", None if is_remote(plan.output) else plan.output
-        ) as folder,
+        tempfile.TemporaryDirectory(suffix=PARTIAL, prefix=f"{name}-", dir=parent) as folder,
         tempfile.TemporaryFile(dir=folder) as waiting,
     ):
         for done, number in enumerate(np.sort(numbers).tolist(), 1):
@@ -63,20 +67,19 @@ def write_shard(
             except BadSample as error:
                 skipped.append([number, source.name(number), str(error)])
             else:
-                places[number] = waiting.tell(), len(data)
+                places[number] = (waiting.tell(), len(data))
                 waiting.write(data)
             progress(done)
         written = pathlib.Path(folder, name)
-        _write(
-            written, waiting, [places[number] for number in numbers.tolist() if number in places]
-        )
+        in_order = [places[number] for number in numbers.tolist() if number in places]
+        _write(written, waiting, in_order)
         wrong = differences(describe(plan.source), plan.described)
         require(
             not wrong,
             "--source",
             plan.source.path,
-            f"a source that stays as it is; it has {wrong}",
-            "Begin again, in another folder.",
+            f"a source that does not change during the run; it has {wrong}",
+            "Start again in another folder.",
         )
         report = {"records": len(places), "bytes": written.stat().st_size, "skipped": skipped}
         _put(written, plan.folder / name)
@@ -85,17 +88,20 @@ def write_shard(
 
 
 def read_record(source: Source, number: int) -> bytes:
-    """A record in the prepared form, with its pictures' own bytes; each was decoded once, to its end.
+    """Reads a record and encodes it in the prepared form, with the bytes of its pictures unchanged.
+
+    Every picture is decoded once, to its end.
 
     Raises:
-      BadSample: if it cannot be used.
-      ConfigError: if the source is gone.
+      BadSample: If the record cannot be used.
+      ConfigError: If the source was removed.
     """
     try:
         record = source[number]
     except OSError as error:
         raise ConfigError(
-            f"--source: expected record {number} where it was when the source was opened ({error}). Bring it back. {AGAIN}"
+            f"--source: expected record {number} where it was when the source was opened "
+            f"({error}). Bring it back. {AGAIN}"
         ) from None
     pictures = tuple(map(_contents, record.images))
     for picture in pictures:
@@ -111,13 +117,13 @@ def _contents(picture: bytes | pathlib.Path) -> bytes:
 
 
 def _write(path: pathlib.Path, waiting: BinaryIO, places: list[tuple[int, int]]) -> None:
-    """Makes an array_record of stretches (start, length) of a file, on the disk when this returns."""
+    """Writes stretches (start, length) of a file as records of an array_record, and syncs it."""
     writer = ArrayRecordWriter(str(path), OPTIONS)
     try:
         for start, length in places:
             waiting.seek(start)
             writer.write(waiting.read(length))
-        writer.close()  # raises what went wrong in a write, too
+        writer.close()  # also raises the errors of earlier writes
     except RuntimeError as error:
         raise OSError(f"{error}") from None
     with open(path, "rb") as file:
