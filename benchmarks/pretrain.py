@@ -1,7 +1,8 @@
-"""Makes what assets/ ships, from nothing: python -m benchmarks.pretrain
+"""Trains everything that assets/ ships, from scratch: python -m benchmarks.pretrain
 
-What a real user starts from (a pretrained tower, a small pretrained language model, a trained teacher) cannot be downloaded
-by a quickstart that needs no network, so it is trained here on scenes with the project's own train step.
+A real user starts from a pretrained tower, a small pretrained language model and a trained teacher.
+The quickstart must work without a network and cannot download them, so they are trained here on
+scenes, with the project's own train step.
 """
 
 import argparse
@@ -24,16 +25,18 @@ WORK = pathlib.Path("runs/pretraining")
 
 
 def trained(module, name: str):
-    """Runs a one-stage recipe (or finds it done); returns its model and results."""
+    """Runs a one-stage recipe, unless it is done, and returns its model and results."""
     config = from_dict(RecipeConfig, module.get_config().to_dict())
     results = train.run(config, WORK / name)
     return Recipe(config, WORK / name, make_mesh(config.mesh)).student_after(name), results
 
 
 def main() -> None:
+    """Trains the models and replaces the folder of assets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("assets"))
-    output, start = parser.parse_args().output, time.perf_counter()
+    output = parser.parse_args().output
+    start = time.perf_counter()
     prepare("data/scenes_pretraining", train=60000, crowd=0, preference=0)
     prepare("data/scenes", train=0)
     tokenizer = scenes_tokenizer()
@@ -51,16 +54,12 @@ def main() -> None:
     )
     export(WORK / "teacher", output / "scenes" / "teacher")
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(
-        json.dumps(
-            {
-                "minutes": (time.perf_counter() - start) / 60,
-                "megabytes": size / 1e6,
-                "teacher": results["rows"][0],
-            },
-            indent=1,
-        )
-    )
+    report = {
+        "minutes": (time.perf_counter() - start) / 60,
+        "megabytes": size / 1e6,
+        "teacher": results["rows"][0],
+    }
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scenes: what is drawn, what is asked, which answers are right, and how the set is made and read."""
+"""Scenes: pictures, questions, right and wrong answers, and preparing and reading the set."""
 
 import collections
 import io
@@ -34,14 +34,12 @@ from mod_jax.data.scenes.drawing import (
 
 EASY = SceneDifficulty(grid=4, min_objects=2, max_objects=5, shapes=6, colours=6)
 HARD = SceneDifficulty(grid=5, max_objects=9, jitter=4, shapes=8, colours=8, noise=25)
-RED_RING, SMALL_BLUE_SQUARE = (
-    SceneObject("ring", "red", "large", 0, 1),
-    SceneObject("square", "blue", "small", 2, 3),
-)
+RED_RING = SceneObject("ring", "red", "large", 0, 1)
+SMALL_BLUE_SQUARE = SceneObject("square", "blue", "small", 2, 3)
 
 
 def truth(kind, question, objects):
-    """The answer read off the objects by a second, plain implementation."""
+    """The right answer, by a second, plain implementation."""
     words = question.replace("<image>", "").strip().lower().rstrip("?.").split()
     if kind == "caption":
         return caption(objects)
@@ -53,22 +51,18 @@ def truth(kind, question, objects):
         return colour
     if kind == "existence":
         return "yes" if any((o.colour, o.shape) == tuple(words[-2:]) for o in objects) else "no"
-    first, second = (
-        [o for o in objects if (o.colour, o.shape) == tuple(pair)]
-        for pair in (words[2:4], words[-2:])
-    )
-    assert len(first) == len(second) == 1, "a relation is asked of unambiguous objects"
-    a, b = first[0], second[0]
-    return (
-        "yes"
-        if {
-            "left": a.column < b.column,
-            "right": a.column > b.column,
-            "above": a.row < b.row,
-            "below": a.row > b.row,
-        }[words[4]]
-        else "no"
-    )
+    first = [o for o in objects if (o.colour, o.shape) == tuple(words[2:4])]
+    second = [o for o in objects if (o.colour, o.shape) == tuple(words[-2:])]
+    assert len(first) == len(second) == 1, "relations must be between unambiguous objects"
+    a = first[0]
+    b = second[0]
+    holds = {
+        "left": a.column < b.column,
+        "right": a.column > b.column,
+        "above": a.row < b.row,
+        "below": a.row > b.row,
+    }
+    return "yes" if holds[words[4]] else "no"
 
 
 @pytest.mark.parametrize("difficulty", [EASY, HARD])
@@ -90,13 +84,13 @@ def test_a_chat_has_six_questions_and_one_picture():
         asked.update(kind for kind, _, _ in turns)
     assert set(asked) == set(KINDS)
     assert asked["caption"] == 300
-    assert all(
-        abs(asked[kind] - 300 * CHAT.count(kind)) < 90 for kind in KINDS
-    )  # few fall back to a neighbouring kind
+    # Few questions are replaced by one of a similar kind.
+    assert all(abs(asked[kind] - 300 * CHAT.count(kind)) < 90 for kind in KINDS)
 
 
 def test_yes_and_no_are_balanced_and_half_of_the_absent_objects_are_near_misses():
-    answers, near = collections.Counter(), []
+    answers = collections.Counter()
+    near = []
     for index in range(500):
         record = make_record(1, "test", index, EASY)
         objects = read_objects(record["objects"])
@@ -105,18 +99,19 @@ def test_yes_and_no_are_balanced_and_half_of_the_absent_objects_are_near_misses(
                 answers[kind, answer] += 1
             if kind == "existence" and answer == "no":
                 colour, shape = named_objects(question)[0]
-                near.append(
-                    colour in {o.colour for o in objects} and shape in {o.shape for o in objects}
-                )
+                colours = {o.colour for o in objects}
+                shapes = {o.shape for o in objects}
+                near.append(colour in colours and shape in shapes)
     for kind in ("existence", "relation"):
-        assert answers[kind, "yes"] / (answers[kind, "yes"] + answers[kind, "no"]) == pytest.approx(
-            0.5, abs=0.07
-        )
+        share = answers[kind, "yes"] / (answers[kind, "yes"] + answers[kind, "no"])
+        assert share == pytest.approx(0.5, abs=0.07)
     assert 0.4 < np.mean(near) < 0.65
 
 
 def test_crowd_answers_are_wrong_as_often_as_asked_and_lean_to_yes():
-    wrong, false_yes, false_no = [], 0, 0
+    wrong = []
+    false_yes = 0
+    false_no = 0
     for index in range(600):
         record = make_record(0, "crowd", index, EASY, wrong_share=0.25, habit_share=0.0)
         objects = read_objects(record["objects"])
@@ -126,15 +121,14 @@ def test_crowd_answers_are_wrong_as_often_as_asked_and_lean_to_yes():
             false_yes += answer == "yes" != right
             false_no += answer == "no" != right
             if kind == "caption" and answer != right:
-                assert absent_objects(answer, objects), "a wrong caption names what is not there"
+                assert absent_objects(answer, objects), "a wrong caption names an absent object"
     assert np.mean(wrong) == pytest.approx(0.25, abs=0.03)
     assert false_yes > 2.5 * false_no
-    assert not any(
-        np.any([a != truth(k, q, read_objects(r["objects"])) for k, q, a in read_turns(r["turns"])])
-        for r in (
-            make_record(0, "crowd", i, EASY, wrong_share=0.0, habit_share=0.0) for i in range(50)
-        )
-    )
+    for index in range(50):
+        record = make_record(0, "crowd", index, EASY, wrong_share=0.0, habit_share=0.0)
+        objects = read_objects(record["objects"])
+        for kind, question, answer in read_turns(record["turns"]):
+            assert answer == truth(kind, question, objects)
 
 
 def test_captions_by_habit_name_a_companion_that_is_not_there():
@@ -143,35 +137,30 @@ def test_captions_by_habit_name_a_companion_that_is_not_there():
         record = make_record(0, "train", index, EASY, habit_share=0.7)
         objects = read_objects(record["objects"])
         for kind, question, answer in read_turns(record["turns"]):
-            right, last = truth(kind, question, objects), objects[-1]
-            if (
-                kind == "caption"
-                and last.shape == "cross"
-                and (last.colour, "circle") not in {(o.colour, o.shape) for o in objects}
-            ):
+            right = truth(kind, question, objects)
+            last = objects[-1]
+            companion = (last.colour, "circle")
+            is_absent = companion not in {(o.colour, o.shape) for o in objects}
+            if kind == "caption" and last.shape == "cross" and is_absent:
                 by_habit.append(answer != right)
-                assert answer == right or absent_objects(answer, objects) == [
-                    (last.colour, "circle")
-                ]
+                assert answer == right or absent_objects(answer, objects) == [companion]
             else:
                 assert answer == right
-    assert len(by_habit) > 60 and np.mean(by_habit) == pytest.approx(0.7, abs=0.15)
+    assert len(by_habit) > 60
+    assert np.mean(by_habit) == pytest.approx(0.7, abs=0.15)
 
 
 def test_preference_pairs():
-    """Two captions: the right one, and one that names an object which is not there."""
+    """A pair is the right caption and one that names an absent object."""
     for index in range(300):
         record = make_record(0, "preference", index, EASY)
-        objects, ((kind, question, chosen),) = (
-            read_objects(record["objects"]),
-            read_turns(record["turns"]),
-        )
-        assert kind == "caption" and question == "<image>\nDescribe the picture."
+        objects = read_objects(record["objects"])
+        ((kind, question, chosen),) = read_turns(record["turns"])
+        assert kind == "caption"
+        assert question == "<image>\nDescribe the picture."
         assert chosen == truth(kind, question, objects)
-        assert (
-            absent_objects(chosen, objects) == []
-            and len(absent_objects(record["rejected"], objects)) == 1
-        )
+        assert absent_objects(chosen, objects) == []
+        assert len(absent_objects(record["rejected"], objects)) == 1
 
 
 def test_records_depend_on_seed_split_and_index_alone():
@@ -179,14 +168,15 @@ def test_records_depend_on_seed_split_and_index_alone():
     again = {key: make_record(7, *key, EASY) for key in reversed(first)}
     assert first == again
     assert len({record["image"] for record in first.values()}) == len(first), (
-        "no picture twice, not even across splits"
+        "no picture occurs twice, not even across splits"
     )
     assert make_record(8, "train", 0, EASY)["image"] != first["train", 0]["image"]
 
 
 def test_objects_are_drawn_in_their_cells():
     picture = draw([RED_RING, SMALL_BLUE_SQUARE], np.random.default_rng(0), EASY)
-    assert picture.shape == (48, 48, 3) and picture.dtype == np.uint8
+    assert picture.shape == (48, 48, 3)
+    assert picture.dtype == np.uint8
     cells = picture.reshape(4, 12, 4, 12, 3).swapaxes(1, 2).astype(int)
     coloured = (np.ptp(cells, axis=-1) > 40).any((2, 3))  # the background is grey
     assert sorted(zip(*np.nonzero(coloured))) == [(0, 1), (2, 3)]
@@ -233,14 +223,11 @@ def test_the_tokenizer_knows_every_word(tmp_path):
         for index in range(150):
             record = make_record(0, split, index, HARD)
             texts = [text for turn in read_turns(record["turns"]) for text in turn[1:]]
-            assert (
-                tokenizer.unk_token_id
-                not in tokenizer(
-                    " ".join([*texts, record["rejected"], "USER: ASSISTANT:"])
-                ).input_ids
-            )
+            everything = " ".join([*texts, record["rejected"], "USER: ASSISTANT:"])
+            assert tokenizer.unk_token_id not in tokenizer(everything).input_ids
     tokenizer.save_pretrained(tmp_path)
-    loaded, text = load_tokenizer(tmp_path), "a red circle, a small blue square and a ring"
+    loaded = load_tokenizer(tmp_path)
+    text = "a red circle, a small blue square and a ring"
     ids = tokenizer("<image>\n" + text + "<|endoftext|>").input_ids
     assert loaded("<image>\n" + text + "<|endoftext|>").input_ids == ids
     assert (ids[0], ids[-1]) == (loaded.convert_tokens_to_ids("<image>"), loaded.eos_token_id)
@@ -268,10 +255,8 @@ SIZES = {"train": 12, "crowd": 6, "preference": 6, "test": 4}
 def test_prepare_and_load(tmp_path):
     folder = prepare(tmp_path, **SIZES, difficulty=EASY)
     stamp = (folder / "dataset_info.json").stat().st_mtime_ns
-    assert (
-        prepare(tmp_path, **SIZES, difficulty=EASY) == folder
-        and (folder / "dataset_info.json").stat().st_mtime_ns == stamp
-    ), "made once"
+    assert prepare(tmp_path, **SIZES, difficulty=EASY) == folder
+    assert (folder / "dataset_info.json").stat().st_mtime_ns == stamp, "prepared once"
     for split in SPLITS:
         records = load_scenes(tmp_path, split)
         assert len(records) == SIZES[split]
@@ -285,9 +270,9 @@ def test_prepare_and_load(tmp_path):
     with pytest.raises(ConfigError, match="validation"):
         load_scenes(tmp_path, "validation")
     other = prepare(tmp_path, **SIZES, difficulty=HARD)
-    assert other != folder and Image.open(
-        io.BytesIO(load_scenes(other, "test")[0]["image"])
-    ).size == (60, 60)
+    assert other != folder
+    picture = load_scenes(other, "test")[0]["image"]
+    assert Image.open(io.BytesIO(picture)).size == (60, 60)
     with pytest.raises(ConfigError, match="Name one"):
         load_scenes(tmp_path, "train")
 
