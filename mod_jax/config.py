@@ -714,7 +714,7 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """Converts `value` to the type annotation `hint`, or raises ConfigError naming `path`."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         require(isinstance(value, Mapping), path, value, f"a mapping of {hint.__name__}'s keys")
