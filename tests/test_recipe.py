@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import hf_models
 import jax
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from mod_jax.config import ConfigError, MeshConfig, ModelConfig, RecipeConfig, f
 from mod_jax.data.samples.tokenizer import scenes_tokenizer
 from mod_jax.data.sources.record import Record
 from mod_jax.export.folder import export
-from mod_jax.interop import huggingface, loading
+from mod_jax.interop import huggingface
 from mod_jax.recipe import Recipe
 from mod_jax.sharding import make_mesh
 from mod_jax.storage.atomic import write_json
@@ -623,7 +624,7 @@ def test_every_stage_is_exported_with_its_weights_and_its_history(folder, finish
         ("mimic", None, ["adaptor", "mimic (upcycled before)"]),
     ):
         export(workdir, tmp_path / stage, stage=chosen)
-        found, wanted = loading.load(tmp_path / stage)[1], students[stage].params
+        found, wanted = hf_models.load(tmp_path / stage)[1], students[stage].params
         assert found.keys() == wanted.keys() and all(
             np.array_equal(found[name], wanted[name]) for name in wanted
         )
