@@ -1,15 +1,18 @@
-"""Models in and out (docs/checkpoints.md):
+"""Imports and exports models (docs/checkpoints.md):
 
     python -m mod_jax.convert import SOURCE TARGET
-    python -m mod_jax.convert import --language-model=FOLDER --vision-tower=FOLDER [--adaptor=FOLDER] TARGET
+    python -m mod_jax.convert import --language-model=FOLDER --vision-tower=FOLDER \\
+        [--adaptor=FOLDER] TARGET
     python -m mod_jax.convert export CHECKPOINT TARGET
 
-import reads a model, or parts of one, in any supported form, and writes a folder of ours: an Orbax checkpoint in the dtype the
-numbers came in, with the processor's files. export reads a run (the student of its last stage, or of --stage), an imported folder or
-any other supported one, and writes a folder that stock transformers and vLLM load.
+import reads a model, or its parts, in any supported format, and writes a native folder: an Orbax
+checkpoint in the dtype of the source, and the processor's files. export reads a run (the student of
+its last stage, or of --stage), a native folder, or any other supported one, and writes a Hugging
+Face folder that stock transformers and vLLM load.
 """
 
 import argparse
+import contextlib
 import sys
 
 from mod_jax.config import ConfigError, MeshConfig, ModelSource, require
@@ -18,11 +21,16 @@ from mod_jax.export.folder import Options, export
 from mod_jax.interop.folder import DTYPES, SHARD_BYTES
 from mod_jax.interop.loading import open_pretrained, open_source
 from mod_jax.interop.native import save_native
+from mod_jax.interop.pretrained import Config, Pretrained
 from mod_jax.sharding import AXES, make_mesh
 
 
 def mesh_sizes(text: str) -> MeshConfig:
-    """`fsdp=4,expert=2`; an axis that is not named has the size 1."""
+    """Parses the sizes of a mesh, e.g. `fsdp=4,expert=2`; an axis that is left out has size 1.
+
+    Raises:
+      ConfigError: For an unknown axis or a size that is not an integer.
+    """
     sizes = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         axis, _, size = part.partition("=")
@@ -37,16 +45,30 @@ def mesh_sizes(text: str) -> MeshConfig:
 
 
 def import_(options: argparse.Namespace) -> None:
-    """The import command."""
+    """Runs the import command."""
     *sources, target = options.paths
-    remedy = "Say `import SOURCE TARGET`, or `import --language-model=FOLDER --vision-tower=FOLDER TARGET`."
+    num_sources = 0 if options.language_model else 1
     require(
-        len(sources) == (not options.language_model),
+        len(sources) == num_sources,
         "import",
         options.paths,
         "one source and a target, or parts and a target",
-        remedy,
+        "Use `import SOURCE TARGET`, or "
+        "`import --language-model=FOLDER --vision-tower=FOLDER TARGET`.",
     )
+    mesh = make_mesh(mesh_sizes(options.mesh)) if options.mesh else None
+    with _open(options, sources) as pretrained:
+        save_native(target, pretrained, mesh)
+        print(
+            f"imported {pretrained.origin} ({pretrained.size / 1e6:,.1f} M parameters, "
+            f"{pretrained.dtype}) to {target}"
+        )
+
+
+def _open(
+    options: argparse.Namespace, sources: list[str]
+) -> contextlib.AbstractContextManager[Pretrained[Config]]:
+    """Opens the one source, or the parts that the options name."""
     if options.language_model:
         source = ModelSource(
             language_model=options.language_model,
@@ -54,101 +76,110 @@ def import_(options: argparse.Namespace) -> None:
             adaptor=options.adaptor,
             seed=options.seed,
         )
-        opened = open_source(source, load_tokenizer(options.tokenizer or options.language_model))
-    else:
-        require(
-            not options.adaptor,
-            "--adaptor",
-            options.adaptor,
-            "it beside --language-model and --vision-tower",
-            "A whole model has its own.",
-        )
-        opened = open_pretrained(
-            sources[0], options.vision_tower or None, options.tokenizer or None
-        )
-    with opened as pretrained:
-        save_native(
-            target, pretrained, make_mesh(mesh_sizes(options.mesh)) if options.mesh else None
-        )
-        print(
-            f"imported {pretrained.origin} ({pretrained.size / 1e6:,.1f} M parameters, {pretrained.dtype}) to {target}"
-        )
+        return open_source(source, load_tokenizer(options.tokenizer or options.language_model))
+    require(
+        not options.adaptor,
+        "--adaptor",
+        options.adaptor,
+        "an adaptor beside --language-model and --vision-tower only",
+        "A whole model has its own.",
+    )
+    return open_pretrained(sources[0], options.vision_tower or None, options.tokenizer or None)
 
 
 def export_(options: argparse.Namespace) -> None:
-    """The export command."""
-    how = Options(options.dtype, options.template, options.dropless, int(options.shard_gb * 1e9))
+    """Runs the export command."""
+    how = Options(
+        dtype=options.dtype,
+        template=options.template,
+        dropless=options.dropless,
+        shard_bytes=int(options.shard_gb * 1e9),
+    )
     export(options.checkpoint, options.target, how, options.stage)
     print(f"exported {options.checkpoint} to {options.target}")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Returns the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m mod_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(required=True)
-    come = commands.add_parser("import", help="a supported folder, or parts, to a folder of ours")
-    come.add_argument(
-        "paths", nargs="+", metavar="[SOURCE] TARGET", help="TARGET may be on cloud storage"
+    _add_import(
+        commands.add_parser("import", help="write a model, or its parts, as a native folder")
     )
-    come.add_argument(
-        "--language-model",
-        default="",
-        help="folder of a plain language model: builds a student from parts",
-    )
-    come.add_argument(
-        "--vision-tower",
-        default="",
-        help="folder of a CLIP or SigLIP tower: of a student from parts, or of a SOURCE that lacks its own",
-    )
-    come.add_argument(
-        "--adaptor",
-        default="",
-        help="folder or file with an adaptor; without it a student from parts gets a new one",
-    )
-    come.add_argument("--tokenizer", default="", help="folder of a tokenizer, if SOURCE has none")
-    come.add_argument("--seed", type=int, default=0, help="of a new adaptor")
-    come.add_argument(
-        "--mesh",
-        default="",
-        help="e.g. fsdp=4,expert=2: parameters are written as they lie on this mesh",
-    )
-    come.set_defaults(run=import_)
-    go = commands.add_parser(
-        "export", help="a run, an imported folder or another supported one to a Hugging Face folder"
-    )
-    go.add_argument("checkpoint")
-    go.add_argument("target")
-    go.add_argument("--stage", help="of a run; its last by default")
-    go.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the tensors; by default float32 for a run, else what the checkpoint is stored in",
-    )
-    go.add_argument(
-        "--template",
-        help="chat template; by default the one of the run's stage, or of the checkpoint's folder, else qwen",
-    )
-    go.add_argument(
-        "--dropless",
-        action="store_true",
-        help="a student trained with a capacity as one without: it differs where tokens were dropped",
-    )
-    go.add_argument(
-        "--shard-gb",
-        type=float,
-        default=SHARD_BYTES / 1e9,
-        help="a file of tensors grows to this size at most",
-    )
-    go.set_defaults(run=export_)
+    _add_export(commands.add_parser("export", help="write a model as a Hugging Face folder"))
     return top
 
 
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "paths",
+        nargs="+",
+        metavar="[SOURCE] TARGET",
+        help="folder of the model, and folder to write, which may be on cloud storage",
+    )
+    command.add_argument(
+        "--language-model",
+        default="",
+        help="folder of a language model: builds a student from parts, without a SOURCE",
+    )
+    command.add_argument(
+        "--vision-tower",
+        default="",
+        help="folder of a CLIP or SigLIP tower: for a student from parts, or for a SOURCE that "
+        "lacks its tower",
+    )
+    command.add_argument(
+        "--adaptor",
+        default="",
+        help="folder or file of an adaptor for a student from parts; without it the adaptor is new",
+    )
+    command.add_argument(
+        "--tokenizer", default="", help="folder of the tokenizer if SOURCE has none"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of a new adaptor")
+    command.add_argument(
+        "--mesh",
+        default="",
+        help="write the parameters sharded as on this mesh, e.g. fsdp=4,expert=2",
+    )
+    command.set_defaults(run=import_)
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", help="folder of a run or of a model in a supported format")
+    command.add_argument("target", help="folder to write")
+    command.add_argument("--stage", help="stage of a run; by default the last one")
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the tensors; by default float32 for a run, else that of the checkpoint",
+    )
+    command.add_argument(
+        "--template",
+        help="name of the chat template; by default that of the run's stage, or of the "
+        "checkpoint's folder, or qwen if it has none",
+    )
+    command.add_argument(
+        "--dropless",
+        action="store_true",
+        help="export a student trained with an expert capacity as one without; its outputs differ "
+        "wherever tokens were dropped",
+    )
+    command.add_argument(
+        "--shard-gb",
+        type=float,
+        default=SHARD_BYTES / 1e9,
+        help="largest size of one file of tensors, in GB (default: %(default)g)",
+    )
+    command.set_defaults(run=export_)
+
+
 def cli() -> None:
-    """The command; an expected error is one line and exit code 1."""
+    """Runs the command; an expected error is printed on one line, with exit code 1."""
     options = parser().parse_args()
     try:
         options.run(options)

@@ -1,7 +1,9 @@
-"""Answers a question about pictures: python -m mod_jax.generate --run=runs/quickstart --image=photo.jpg --question="What is this?"
+"""Answers a question about pictures:
 
-The model is the student that a run's stage left behind (--run, --stage; the last stage by default) or any folder that
-`mod_jax.load` takes (--model).
+    python -m mod_jax.generate --run=runs/quickstart --image=photo.jpg --question="What is this?"
+
+The model is the student of a stage of a run (--run, --stage; by default the last stage), or is in
+any folder that `mod_jax.load` loads (--model).
 """
 
 import pathlib
@@ -11,51 +13,52 @@ from absl import app, flags, logging
 
 import mod_jax
 from mod_jax.config import require
+from mod_jax.data.samples.pixels import Picture
 from mod_jax.data.scenes.builder import load_scenes, read_objects
 from mod_jax.recipe import open_run
 
 RUN = flags.DEFINE_string("run", None, "Folder of a run.")
 STAGE = flags.DEFINE_string(
-    "stage", None, "The stage whose student answers; the run's last by default."
+    "stage", None, "Stage of the run whose student answers; by default the last one."
 )
 MODEL = flags.DEFINE_string(
-    "model", None, "An imported folder or a Hugging Face LLaVA folder, instead of a run."
+    "model", None, "Native folder or Hugging Face LLaVA folder, instead of a run."
 )
-IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times.")
+IMAGE = flags.DEFINE_multi_string("image", [], "File of a picture; may be given several times.")
 SCENE = flags.DEFINE_integer(
-    "scene", None, "Number of a held-out scene (with --run), instead of --image."
+    "scene", None, "Number of a held-out scene of the run, instead of --image."
 )
 QUESTION = flags.DEFINE_string(
-    "question", "Describe the picture.", "What to ask; <image> marks where a picture stands."
+    "question", "Describe the picture.", "The question; <image> marks where a picture stands."
 )
 TEMPLATE = flags.DEFINE_string(
-    "template", None, "Chat template; the run's or the folder's own by default."
+    "template", None, "Name of the chat template; by default that of the run or of the folder."
 )
-TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer.")
+TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Largest number of tokens of the answer.")
 
 
 def scene(number: int) -> bytes:
-    """The picture of a held-out scene of the run; tells what it shows."""
-    require(
-        RUN.value is not None,
-        "--scene",
-        number,
-        "a run that is evaluated on scenes",
-        "Say --run=FOLDER.",
-    )
-    evaluation = open_run(RUN.value, STAGE.value)[0].config.evaluation
-    require(bool(evaluation.models), "--scene", number, "a run that is evaluated on scenes")
+    """Returns the picture of a held-out scene of the run, and prints what it shows.
+
+    Raises:
+      ConfigError: If there is no run, or it is not evaluated on scenes.
+    """
+    remedy = "Name the folder of such a run: --run=FOLDER."
+    expected = "a run that is evaluated on scenes"
+    require(RUN.value is not None, "--scene", number, expected, remedy)
+    recipe, _ = open_run(RUN.value, STAGE.value)
+    evaluation = recipe.config.evaluation
+    require(bool(evaluation.models), "--scene", number, expected, remedy)
     record = load_scenes(evaluation.path, evaluation.split)[number]
-    print(
-        "the scene shows:",
-        "; ".join(
-            f"{item.size} {item.colour} {item.shape}" for item in read_objects(record["objects"])
-        ),
-    )
+    objects = [
+        f"{item.size} {item.colour} {item.shape}" for item in read_objects(record["objects"])
+    ]
+    print("the scene shows:", "; ".join(objects))
     return record["image"]
 
 
-def main(_):
+def main(_) -> None:
+    """Runs the command on the parsed flags."""
     logging.set_verbosity(logging.WARNING)
     require(
         bool(RUN.value) != bool(MODEL.value),
@@ -64,20 +67,20 @@ def main(_):
         "exactly one of the two",
     )
     model = mod_jax.load(RUN.value or MODEL.value, STAGE.value, template=TEMPLATE.value)
-    pictures = (
-        [pathlib.Path(path) for path in IMAGE.value]
-        if SCENE.value is None
-        else [scene(SCENE.value)]
-    )
+    pictures: list[Picture]
+    if SCENE.value is None:
+        pictures = [pathlib.Path(path) for path in IMAGE.value]
+    else:
+        pictures = [scene(SCENE.value)]
     print("question:", QUESTION.value)
     print("answer:", model.generate(QUESTION.value, pictures, TOKENS.value))
 
 
 def cli() -> None:
-    """The command; an expected error is one line and exit code 1."""
+    """Runs the command; an expected error is printed on one line, with exit code 1."""
     try:
         app.run(main)
-    except ValueError as error:  # ConfigError, BadSample
+    except ValueError as error:  # ConfigError and BadSample are ValueErrors
         sys.exit(f"error: {error}")
 
 

@@ -97,11 +97,11 @@ FILES = {
         replace(WEIGHTS, bytes(range(256)) * 9),
         [WEIGHTS, "cannot be read"],
     ),
-    "a missing shard": ("shards", remove(SHARDS[1]), [f"{SHARDS[1]} is not there"]),
+    "a missing shard": ("shards", remove(SHARDS[1]), [f"{SHARDS[1]} is missing"]),
     "two missing shards": (
         "shards",
         remove(*SHARDS),
-        [f"{SHARDS[0]} is not there", f"{SHARDS[1]} is not there"],
+        [f"{SHARDS[0]} is missing", f"{SHARDS[1]} is missing"],
     ),
     "a cut shard": ("shards", cut(SHARDS[0], 0.9), [f"{SHARDS[0]} cannot be read"]),
     "a promised tensor": (
@@ -144,7 +144,7 @@ FILES = {
     "a config that is a list": (
         "whole",
         replace("config.json", b"[]"),
-        ["config.json", "an object"],
+        ["config.json", "a JSON object"],
     ),
     "a config in another encoding": (
         "whole",
@@ -182,7 +182,7 @@ def test_a_pickle_with_code_is_refused_and_nothing_of_it_runs(way, saved, tmp_pa
         (folder / BIN).write_bytes(pickle.dumps(contents))
     else:
         torch.save(contents, folder / BIN, _use_new_zipfile_serialization=way == "zip")
-    assert_refused(folder, BIN, "nothing of it was run" if way == "zip" else "no zip archive")
+    assert_refused(folder, BIN, "no code of it was run" if way == "zip" else "not a zip archive")
     assert not marker.exists()
     pickle.loads(pickle.dumps(Code(marker)))
     assert marker.exists()  # this is what it would have done
@@ -193,8 +193,8 @@ def test_a_pickle_with_code_is_refused_and_nothing_of_it_runs(way, saved, tmp_pa
 F32 = np.float32
 GATE = LAYER + "0.mlp.shared_expert.gate_proj.weight"
 TENSORS = {
-    "a missing one": ({LAYER + "3.mlp.up_proj.weight": None}, [f"1 tensors differ: missing {LAYER}3.mlp.up_proj.weight"]),
-    "an unexpected one": ({LAYER + "1.self_attn.o_proj.bias": np.zeros(48, F32)}, [f"1 tensors differ: unexpected {LAYER}1.self_attn.o_proj.bias"]),
+    "a missing one": ({LAYER + "3.mlp.up_proj.weight": None}, [f"Tensors that differ (1): missing {LAYER}3.mlp.up_proj.weight"]),
+    "an unexpected one": ({LAYER + "1.self_attn.o_proj.bias": np.zeros(48, F32)}, [f"Tensors that differ (1): unexpected {LAYER}1.self_attn.o_proj.bias"]),
     "a wrong shape": ({"multi_modal_projector.linear_1.weight": np.zeros((48, 31), F32)}, ["linear_1.weight has the shape (48, 31), expected (48, 32)"]),
     "a scalar": ({"multi_modal_projector.linear_1.bias": np.zeros((), F32)}, ["linear_1.bias has the shape (), expected (48,)"]),
     "integers": ({LAYER + "2.mlp.gate.weight": np.zeros((4, 48), np.int8)}, ["2.mlp.gate.weight has the dtype I8, expected one of"]),
@@ -202,7 +202,7 @@ TENSORS = {
     "a shared expert that is said to be empty": ({GATE: np.zeros((8, 48), F32)}, [f"unexpected {GATE}"]),
     "many": (
         {LAYER + "3.mlp.up_proj.weight": None, "extra": np.zeros(2, F32), LAYER + "1.mlp.up_proj.weight": np.zeros((56, 48), np.int8), "language_model.lm_head.weight": np.zeros((9, 48), F32)},
-        ["4 tensors differ", "missing", "unexpected extra", "dtype I8", "(9, 48)"],
+        ["Tensors that differ (4): ", "missing", "unexpected extra", "dtype I8", "(9, 48)"],
     ),
 }  # fmt: skip
 

@@ -65,10 +65,10 @@ def test_parts_become_a_student_and_the_student_a_folder_of_theirs(
         config, params = student.config, {name: np.asarray(x) for name, x in student.params.items()}
     assert (config.image_token_id, config.end_token_id) == (1, 0)
     for part in ("tower", "text"):
-        for name, array in loading.load(parts / part)[1].items():
+        for name, array in hf_models.load(parts / part)[1].items():
             np.testing.assert_array_equal(params[name], array, err_msg=name)
     run(monkeypatch, "export", tmp_path / "student", tmp_path / "theirs")
-    again, exported = loading.load(tmp_path / "theirs")
+    again, exported = hf_models.load(tmp_path / "theirs")
     assert again == config
     assert all(np.array_equal(exported[name], params[name]) for name in params)
     assert {
@@ -157,7 +157,7 @@ def test_a_student_trained_with_a_capacity_goes_out_only_where_that_is_exact_or_
     assert not (tmp_path / "out").exists()
     run(monkeypatch, "export", tight, tmp_path / "out", "--dropless")
     run(monkeypatch, "export", wide, tmp_path / "wide")
-    assert loading.load(tmp_path / "out")[0] == loading.load(tmp_path / "wide")[0] == READ
+    assert hf_models.load(tmp_path / "out")[0] == hf_models.load(tmp_path / "wide")[0] == READ
 
 
 def test_what_is_asked_for_wrongly_is_one_line(parts, sparse, tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_what_is_asked_for_wrongly_is_one_line(parts, sparse, tmp_path, monkeypa
         monkeypatch, "import", sparse, tmp_path / "target", f"--adaptor={sparse}"
     )
     assert "--mesh" in error_of(monkeypatch, "import", sparse, tmp_path / "target", "--mesh=rows=2")
-    assert "It holds a vision_tower" in error_of(
+    assert "It holds a vision tower" in error_of(
         monkeypatch,
         "import",
         f"--language-model={parts / 'tower'}",

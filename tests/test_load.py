@@ -272,7 +272,7 @@ def test_more_positions_than_a_model_was_made_for_are_refused(model):
 
 def test_a_part_of_a_model_and_a_stage_without_a_run_are_refused(folder, tmp_path):
     hf_models.build(hf_models.clip()).save_pretrained(tmp_path / "tower")
-    with pytest.raises(ConfigError, match="It holds a plain vision_tower"):
+    with pytest.raises(ConfigError, match="It holds a vision tower"):
         mod_jax.load(tmp_path / "tower")
     with pytest.raises(ConfigError, match="stage = 'preference': expected None"):
         mod_jax.load(folder, stage="preference")

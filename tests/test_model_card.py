@@ -78,7 +78,7 @@ def facts(card: str) -> dict[str, str]:
 
 def pretrained(config=SPARSE, prefix: str = "") -> Pretrained:
     params = {name: InMemory(x) for name, x in params_of(SPARSE).items() if name.startswith(prefix)}
-    return Pretrained(config, params, "models/one", None)
+    return Pretrained(config, params, "models/one", pathlib.Path("models/one"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import ml_dtypes
@@ -17,7 +18,7 @@ from mod_jax.models import llava
 from mod_jax.sharding import make_mesh, parameter_shardings
 
 
-def pretrained(config, dtype=np.float32, folder=None) -> Pretrained:
+def pretrained(config, dtype=np.float32, folder=pathlib.Path("nowhere")) -> Pretrained:
     """A model that is in memory."""
     return Pretrained(
         config,
@@ -177,11 +178,7 @@ class Vocabulary:
         self.size = size
 
     def get_vocab(self):
-        return {str(i): i for i in range(self.size)}
-
-    def convert_tokens_to_ids(self, token):
-        assert token == "<image>"
-        return self.size - 1
+        return {str(i): i for i in range(self.size - 1)} | {"<image>": self.size - 1}
 
 
 def test_rows_that_a_tokenizer_lacks_are_added_as_means_that_never_win():

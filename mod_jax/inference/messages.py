@@ -1,41 +1,51 @@
-"""Chat messages as transformers has them: {"role", "content"}, the content a string or a list of parts, and the pictures they show.
+"""Chat messages in the form of transformers, and the pictures that they show.
 
-In a string `<image>` marks a picture. A part is {"type": "text", "text"} or {"type": "image"}, which may carry its picture as "image" or
-"path"; `<image>` in a text part is text.
+A message is {"role", "content"}. Its content is a string, in which `<image>` marks a picture, or a
+list of parts. A part is {"type": "text", "text"}, in which `<image>` is just text, or {"type":
+"image"}, which may carry its picture as "image" or "path".
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 
 from mod_jax.config import require
 from mod_jax.data.sources.record import MARKER
 
-PICTURE, WORD = {"type": "image"}, "probe"
+Message = dict[str, Any]
+Content = str | Sequence[dict[str, Any]]
+
+PICTURE = {"type": "image"}
+# Text of the message that `_shows` renders.
+WORD = "probe"
 
 
-def pictures_shown(messages: Sequence[dict], images: Sequence = ()) -> list:
-    """The pictures of a conversation, in the order in which it shows them.
+def pictures_shown(messages: Sequence[Message], images: Sequence = ()) -> list:
+    """Returns the pictures of a conversation, in the order in which it shows them.
 
     Args:
-      messages: the conversation.
-      images: those that no part carries.
+      messages: The conversation.
+      images: The pictures that no part carries.
+
     Raises:
-      ConfigError: if there are more or fewer of them than the conversation shows, or a part is of another type.
+      ConfigError: If there are more or fewer of them than the conversation shows, or a part is of
+        another type.
     """
     places = [picture for message in messages for picture in _places(message["content"])]
-    empty, rest = sum(picture is None for picture in places), iter(images)
+    missing = sum(picture is None for picture in places)
     require(
-        empty == len(images),
+        missing == len(images),
         "images",
         f"{len(images)} pictures",
-        f"{empty}, as many as the conversation shows and does not carry itself",
+        f"{missing}, the number of pictures that the conversation shows but does not carry",
     )
-    return [next(rest) if picture is None else picture for picture in places]
+    remaining = iter(images)
+    return [next(remaining) if picture is None else picture for picture in places]
 
 
-def _places(content: str | Sequence[dict]) -> list:
-    """The picture of each place for one, None where it is not carried."""
+def _places(content: Content) -> list:
+    """The picture of each place for one; None if the conversation does not carry it."""
     if isinstance(content, str):
         return [None] * content.count(MARKER)
     for part in content:
@@ -43,34 +53,41 @@ def _places(content: str | Sequence[dict]) -> list:
     return [part.get("image", part.get("path")) for part in content if part["type"] == "image"]
 
 
-def for_template(messages: Sequence[dict], render: Callable[[list[dict]], str]) -> list[dict]:
-    """The messages with contents in a form that a chat template shows: some show strings only, some parts only.
+def for_template(
+    messages: Sequence[Message], render: Callable[[list[Message]], str]
+) -> list[Message]:
+    """Brings the contents of messages to a form that a chat template can show.
+
+    Some templates can only show strings, others only parts.
 
     Args:
-      messages: the conversation.
-      render: messages -> text, by the template.
+      messages: The conversation.
+      render: Function that renders messages by the template.
     """
-    strings, parts = (
-        _shows(render, content)
-        for content in (f"{MARKER}\n{WORD}", [PICTURE, {"type": "text", "text": WORD}])
-    )
+    shows_strings = _shows(render, f"{MARKER}\n{WORD}")
+    shows_parts = _shows(render, [PICTURE, {"type": "text", "text": WORD}])
 
-    def form(content):
+    def convert(content: Content) -> Content:
         if isinstance(content, str):
-            return _as_parts(content) if parts and not strings else content
-        bare = [
+            return _as_parts(content) if shows_parts and not shows_strings else content
+        # Pictures are dropped from the parts, and markers in text are broken up.
+        parts = [
             PICTURE
             if part["type"] == "image"
             else {"type": "text", "text": part["text"].replace(MARKER, "< image>")}
             for part in content
         ]
-        return bare if parts else "\n".join(part.get("text", MARKER) for part in bare)
+        return parts if shows_parts else "\n".join(part.get("text", MARKER) for part in parts)
 
-    return [message | {"content": form(message["content"])} for message in messages]
+    return [message | {"content": convert(message["content"])} for message in messages]
 
 
-def _shows(render, content) -> bool:
-    """Whether a message's picture and word come out: of a form that a template does not know, some drop all, some write Python."""
+def _shows(render: Callable[[list[Message]], str], content: Content) -> bool:
+    """Whether a template renders both the picture and the text of a message.
+
+    With a form of content that they do not know, some templates drop all of it, and others write
+    Python's representation of it.
+    """
     try:
         text = render([{"role": "user", "content": content}])
     except (TemplateError, TypeError):
@@ -78,9 +95,14 @@ def _shows(render, content) -> bool:
     return text.count(MARKER) == 1 and WORD in text
 
 
-def _as_parts(content: str) -> list[dict]:
-    first, *others = (
-        {"type": "text", "text": piece.strip("\n")} for piece in content.split(MARKER)
-    )
-    parts = [first, *(part for text in others for part in (PICTURE, text))]
-    return [part for part in parts if part.get("text", MARKER)]
+def _as_parts(content: str) -> list[dict[str, Any]]:
+    first, *others = content.split(MARKER)
+    parts = [_text_part(first)]
+    for text in others:
+        parts += [PICTURE, _text_part(text)]
+    return [part for part in parts if part.get("text", MARKER)]  # drops empty text
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    """A part without the line breaks at its ends, which the template puts between parts."""
+    return {"type": "text", "text": text.strip("\n")}

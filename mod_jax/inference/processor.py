@@ -1,116 +1,130 @@
-"""From messages and pictures to what a model reads, as the folder's stock processor does it."""
+"""Turns messages and pictures into the input of a model, as the folder's stock processor does."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from mod_jax.config import ModelConfig, require
-from mod_jax.data.samples.pixels import load_image
+from mod_jax.data.samples.pixels import Picture, load_image
 from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.data.samples.tokens import TEMPLATES
 from mod_jax.data.sources.record import MARKER
 from mod_jax.inference.generation import Prompts, left_pad
+from mod_jax.inference.messages import Message
 from mod_jax.interop.image_processor import fit_of, read_image_processor
 from mod_jax.interop.processor import check_picture_id, check_template, read_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """From messages and pictures to what a model reads, as its folder's stock processor does it.
+    """Turns messages and pictures into the input of a model.
 
     Attributes:
-      tokenizer: with `<image>`.
-      chat_template: Jinja text; None if the folder has none.
-      config: the model.
-      fit: how a picture becomes a square: pad | crop | stretch (`images.FITS`).
+      tokenizer: Tokenizer with `<image>`.
+      chat_template: Jinja text; None if the folder has no chat template.
+      config: Configuration of the model.
+      fit: How a picture is made a square, a key of data.samples.pixels.FITS: pad, crop or stretch.
+
     Raises:
-      ConfigError: if the template is not one for this tokenizer and model.
+      ConfigError: If the template does not fit this tokenizer and model.
     """
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     chat_template: str | None
     config: ModelConfig
     fit: str = "pad"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_template(self.chat_template, self.config, self.tokenizer)
 
-    def render(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation of {"role", "content"} messages.
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Renders a conversation of {"role", "content"} messages as text.
 
         Raises:
-          ConfigError: if there is no chat template.
+          ConfigError: If there is no chat template.
         """
         require(
             self.chat_template is not None,
             "chat_template",
             None,
-            f"Jinja text, e.g. mod_jax.interop.processor.chat_template(one of {tuple(TEMPLATES)})",
+            "Jinja text, e.g. of mod_jax.interop.processor.chat_template(NAME) with one of the "
+            f"names {tuple(TEMPLATES)}",
         )
-        return self.tokenizer.apply_chat_template(
-            messages,
+        text = self.tokenizer.apply_chat_template(
+            list(messages),
             chat_template=self.chat_template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
+        return cast(str, text)  # as nothing is tokenized
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a text, each `<image>` in it as many as a picture has features.
+        """Tokenizes a text; each `<image>` becomes as many tokens as a picture has features.
 
         Returns:
           (ids i32[S], is_picture bool[S]).
         """
-        begun = bool(self.tokenizer.bos_token) and text.startswith(
-            self.tokenizer.bos_token
-        )  # some templates write it themselves
+        bos_token = self.tokenizer.bos_token
+        # Some templates write the bos token themselves.
+        has_bos = bool(bos_token) and text.startswith(bos_token)
         text = text.replace(MARKER, MARKER * self.config.vision.num_features)
-        ids = np.array(self.tokenizer(text, add_special_tokens=not begun).input_ids, np.int32)
+        ids = np.array(self.tokenizer(text, add_special_tokens=not has_bos).input_ids, np.int32)
         return ids, ids == self.config.image_token_id
 
-    def pixels(self, pictures: Sequence) -> np.ndarray:
-        """Pictures (whatever `images.load_image` takes) as the tower takes them: u8[N,H,W,3]. Raises BadSample for one that cannot be read."""
-        size = self.config.vision.image_size
-        return np.array(
-            [load_image(picture, self.config.vision, self.fit) for picture in pictures], np.uint8
-        ).reshape(-1, size, size, 3)
-
-    def prompts(
-        self, texts: Sequence[str], pictures: Sequence[Sequence], multiple: int = 1
-    ) -> Prompts:
-        """Texts and the pictures of each as a left-padded batch, its length a multiple of `multiple`.
+    def pixels(self, pictures: Iterable[Picture]) -> np.ndarray:
+        """Prepares pictures for the vision tower: u8[N,H,W,3].
 
         Raises:
-          ValueError: if a text marks another number of pictures than it has.
+          BadSample: If a picture cannot be read.
+        """
+        vision = self.config.vision
+        loaded = [load_image(picture, vision, self.fit) for picture in pictures]
+        return np.array(loaded, np.uint8).reshape(-1, vision.image_size, vision.image_size, 3)
+
+    def prompts(
+        self, texts: Sequence[str], pictures: Sequence[Sequence[Picture]], multiple: int = 1
+    ) -> Prompts:
+        """Makes a left-padded batch of texts with their pictures.
+
+        Args:
+          texts: The texts.
+          pictures: The pictures of each text.
+          multiple: The length is rounded up to a multiple of this.
+
+        Raises:
+          ValueError: If the number of markers in a text is not the number of its pictures.
+          BadSample: If a picture cannot be read.
         """
         for text, shown in zip(texts, pictures, strict=True):
-            if text.count(MARKER) != len(shown):
+            markers = text.count(MARKER)
+            if markers != len(shown):
                 raise ValueError(
-                    f"text {text!r} marks {text.count(MARKER)} pictures with {MARKER}, expected {len(shown)}, one a picture."
+                    f"text {text!r} marks {markers} pictures with {MARKER}, expected {len(shown)}, "
+                    "one marker for each picture."
                 )
-        return left_pad(
-            self.config,
-            [self.encode(text) for text in texts],
-            [self.pixels(shown) for shown in pictures],
-            multiple=multiple,
-        )
+        encoded = [self.encode(text) for text in texts]
+        pixels = [self.pixels(shown) for shown in pictures]
+        return left_pad(self.config, encoded, pixels, multiple=multiple)
 
 
 def read_processor(folder, config: ModelConfig) -> Processor:
-    """The processor of a folder, ours or a stock LLaVA's of transformers 4.x or 5.x.
+    """Reads the processor of a native folder, or of a stock LLaVA by transformers 4.x or 5.x.
 
     Args:
-      folder: with a tokenizer. Without an image processor's file pictures are padded, as the method does.
-      config: of the folder's model.
+      folder: Folder with a tokenizer. Without an image processor pictures are padded, as in the
+        method.
+      config: Configuration of the model in the folder.
+
     Raises:
-      ConfigError: if the tokenizer cannot be read, its id of `<image>` is not the model's, or pictures are prepared in a way that `fit_of` does not know.
+      ConfigError: If the tokenizer cannot be read, its id of `<image>` is not the model's, or the
+        image processor prepares pictures in a way that `fit_of` does not know.
     """
     tokenizer = load_tokenizer(folder)
     check_picture_id(tokenizer, config, folder)
-    return Processor(
-        tokenizer,
-        read_template(folder),
-        config,
-        fit_of(read_image_processor(folder), config.vision.image_size),
-    )
+    fit = fit_of(read_image_processor(folder), config.vision.image_size)
+    return Processor(tokenizer, read_template(folder), config, fit)

@@ -1,27 +1,30 @@
-"""A model folder's files: config.json, weights (safetensors or `.bin`, one file or shards), and the processor's."""
+"""Files of a Hugging Face model folder: config.json, the weights, and those of the processor.
+
+Weights are safetensors or PyTorch `.bin` files, either one file or shards with an index.
+"""
 
 import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 import safetensors
+from etils import epath
 from safetensors.numpy import save_file
 
 from mod_jax.config import ConfigError, require
 from mod_jax.interop.torch_bin import BadFile, open_bin
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {
-    name: np.dtype(kind)
-    for name, kind in (
-        ("float32", np.float32),
-        ("bfloat16", ml_dtypes.bfloat16),
-        ("float16", np.float16),
-    )
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
 }
 SAFETENSORS_DTYPES = {
     "F32": DTYPES["float32"],
@@ -37,8 +40,6 @@ PROCESSOR_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-)
-PROCESSOR_FILES += (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
@@ -46,21 +47,48 @@ PROCESSOR_FILES += (
     "generation_config.json",
 )
 
+JsonObject = dict[str, Any]
 
-def read_json(path: pathlib.Path) -> dict:
-    """An object in a JSON file; empty if there is no file. Raises ConfigError if it holds anything else."""
+
+class Tensor(Protocol):
+    """A tensor of an open file. Slicing it reads the slice as a numpy array.
+
+    Attributes:
+      shape: Size of each dimension.
+      dtype: Numpy dtype if it is one of DTYPES, otherwise the name of the dtype.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype | str: ...
+
+    def __getitem__(self, index) -> np.ndarray: ...
+
+
+def read_json(path: pathlib.Path) -> JsonObject:
+    """Reads the object in a JSON file; an empty one if the file does not exist.
+
+    Raises:
+      ConfigError: If the file holds anything else.
+    """
     if not path.is_file():
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}. Fetch it again.") from error
-    require(isinstance(values, dict), str(path), values, "an object")
+        raise ConfigError(f"{path} is not JSON: {error}. Download it again.") from error
+    require(isinstance(values, dict), str(path), values, "a JSON object")
     return values
 
 
-def read_config(folder) -> dict:
-    """config.json of a folder. Raises ConfigError if there is none, or it is one of an adapter."""
+def read_config(folder) -> JsonObject:
+    """Reads config.json of a folder.
+
+    Raises:
+      ConfigError: If there is none, or the folder holds a LoRA adapter.
+    """
     path = pathlib.Path(folder) / "config.json"
     adapter = path.with_name("adapter_config.json")
     require(
@@ -68,133 +96,151 @@ def read_config(folder) -> dict:
         "folder",
         str(folder),
         f"whole weights, not a LoRA ({adapter.name})",
-        "Merge it into the model it was trained on first.",
+        "Merge it into the model that it was trained on first.",
     )
     require(path.is_file(), "folder", str(folder), "a Hugging Face folder with a config.json")
     return read_json(path)
 
 
-class _Lazy:
-    """A tensor in an open safetensors file: slicing reads it."""
+def copy_processor(source, target: epath.Path) -> None:
+    """Copies the processor's files that a folder has. Both folders may be on cloud storage."""
+    for name in PROCESSOR_FILES:
+        file = epath.Path(source) / name
+        if file.is_file():
+            file.copy(target / name)
+
+
+class _SafetensorsTensor:
+    """A tensor in an open safetensors file."""
 
     def __init__(self, file, name: str):
         self._slice = file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-        self.dtype = SAFETENSORS_DTYPES.get(self._slice.get_dtype(), self._slice.get_dtype())
+        self.shape: tuple[int, ...] = tuple(self._slice.get_shape())
+        dtype = self._slice.get_dtype()
+        self.dtype: np.dtype | str = SAFETENSORS_DTYPES.get(dtype, dtype)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index) -> np.ndarray:
         return self._slice[index]
 
 
-def open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
-    """Name -> tensor of one file, until `stack` closes."""
+def open_safetensors(
+    path: pathlib.Path, stack: contextlib.ExitStack
+) -> dict[str, _SafetensorsTensor]:
+    """Opens a file until `stack` closes, and returns name -> tensor."""
     file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-    return {name: _Lazy(file, name) for name in file.offset_keys()}
+    return {name: _SafetensorsTensor(file, name) for name in file.offset_keys()}
 
 
-FORMATS = {
+# Suffix of a file -> the function that opens it.
+FORMATS: dict[str, Callable[[pathlib.Path, contextlib.ExitStack], Mapping[str, Tensor]]] = {
     ".safetensors": open_safetensors,
     ".bin": open_bin,
-}  # suffix of a file -> how it is opened
-WHOLE = (
-    WEIGHTS,
-    "pytorch_model.bin",
-)  # a model's weights: the file, or shards with the index NAME.index.json; the first that a folder has is read
-ADAPTOR = (
-    "mm_projector.bin",
-    *WHOLE,
-)  # an adaptor's: alone, as the first stage of LLaVA leaves it, or in a whole model
+}
+# Files that may hold the weights of a model, in order of preference. Each is either the file itself
+# or the name of shards with the index NAME.index.json.
+WHOLE = (WEIGHTS, "pytorch_model.bin")
+# Files that may hold an adaptor: alone, as the first stage of LLaVA leaves it, or in a whole model.
+ADAPTOR = ("mm_projector.bin", *WHOLE)
 
 
 @contextlib.contextmanager
-def open_tensors(path, names: tuple[str, ...] = WHOLE) -> Iterator[dict]:
-    """Name -> tensor of a file, or of a folder's weights; nothing is read before it is sliced, and only inside the context.
+def open_tensors(path, names: tuple[str, ...] = WHOLE) -> Iterator[dict[str, Tensor]]:
+    """Opens the weights in a file or a folder, and yields name -> tensor.
 
-    A tensor has `.shape` and `.dtype`, and slices into a numpy array.
+    A tensor is only read when it is sliced, which is possible inside the context only.
 
     Args:
-      path: a folder, or one file.
-      names: of the weights in a folder, the best first.
+      path: A folder, or one file.
+      names: File names of the weights in a folder, in order of preference.
+
     Raises:
-      ConfigError: listing every file that is not there or cannot be read, and every tensor that the index promises and its file lacks.
+      ConfigError: Listing every file that is missing or unreadable, and every tensor that its file
+        lacks although the index lists it.
     """
     path = pathlib.Path(path)
-    folder, names = (path.parent, (path.name,)) if path.is_file() else (path, names)
-    found = [
-        name
-        for name in names
-        if pathlib.Path(name).suffix in FORMATS
-        and ((folder / name).is_file() or (folder / f"{name}.index.json").is_file())
-    ]
+    if path.is_file():
+        folder = path.parent
+        names = (path.name,)
+    else:
+        folder = path
+    found = [name for name in names if _is_stored(folder, name)]
     require(
         bool(found),
         "weights",
         str(path),
-        f"a file of {tuple(FORMATS)}, or a folder with one of {names} or an index of shards (NAME.index.json)",
+        f"a file with one of the suffixes {tuple(FORMATS)}, or a folder with one of {names} or an "
+        "index of its shards (NAME.index.json)",
     )
-    promised = _read_index(folder / f"{found[0]}.index.json")
-    tensors, wrong = {}, []
+    shard_of = _read_index(folder / f"{found[0]}.index.json")
+    tensors: dict[str, Tensor] = {}
+    faults: list[str] = []
     with contextlib.ExitStack() as stack:
-        for shard in sorted(set(promised.values())) or [found[0]]:
+        for shard in sorted(set(shard_of.values())) or [found[0]]:
             try:
-                there = FORMATS[pathlib.Path(shard).suffix](folder / shard, stack)
+                opened = FORMATS[pathlib.Path(shard).suffix](folder / shard, stack)
             except FileNotFoundError:
-                wrong.append(f"{shard} is not there")
+                faults.append(f"{shard} is missing")
                 continue
             except (OSError, safetensors.SafetensorError, BadFile) as error:
-                wrong.append(f"{shard} cannot be read ({' '.join(str(error).split())})")
+                faults.append(f"{shard} cannot be read ({' '.join(str(error).split())})")
                 continue
-            wrong += [
-                f"{shard} lacks {name}"
-                for name, place in promised.items()
-                if place == shard and name not in there
-            ]
-            tensors |= there
-        if wrong:
+            indexed = [name for name, place in shard_of.items() if place == shard]
+            faults += [f"{shard} lacks {name}" for name in indexed if name not in opened]
+            tensors.update(opened)
+        if faults:
             raise ConfigError(
-                f"the weights in {folder} cannot be used: "
-                + "; ".join(wrong)
-                + ". Fetch what is missing or broken again."
+                f"the weights in {folder} cannot be used: {'; '.join(faults)}. "
+                "Download what is missing or broken again."
             )
         yield tensors
 
 
+def _is_stored(folder: pathlib.Path, name: str) -> bool:
+    """Whether a folder has weights of this name, as one file or as shards with an index."""
+    if pathlib.Path(name).suffix not in FORMATS:
+        return False
+    return (folder / name).is_file() or (folder / f"{name}.index.json").is_file()
+
+
 def _read_index(path: pathlib.Path) -> dict[str, str]:
-    """Tensor -> file; empty if there is no index."""
+    """Reads tensor name -> shard from an index; empty if there is no index."""
     index = read_json(path)
-    promised = index.get("weight_map")
-    known = isinstance(promised, dict) and all(
+    if not index:
+        return {}
+    shard_of = index.get("weight_map")
+    valid = isinstance(shard_of, dict) and all(
         isinstance(shard, str) and pathlib.Path(shard).suffix in FORMATS
-        for shard in promised.values()
+        for shard in shard_of.values()
     )
     require(
-        known or not index,
+        valid,
         f"weight_map of {path}",
-        promised,
-        f"the file of each tensor, one of {tuple(FORMATS)}",
+        shard_of,
+        f"the name of each tensor's file, with one of the suffixes {tuple(FORMATS)}",
     )
-    return promised or {}
+    return index["weight_map"]
 
 
 def write(
     folder,
-    files: dict[str, dict],
+    files: Mapping[str, JsonObject],
     tensors: Iterable[tuple[str, np.ndarray]],
     dtype: str,
-    others: Callable[[pathlib.Path], None],
+    others: Callable[[pathlib.Path], object],
     shard_bytes: int,
 ) -> None:
-    """Writes a folder, whole or not at all: under another name first, then renamed.
+    """Writes a folder, completely or not at all: under a temporary name first, then renamed.
 
     Args:
-      folder: must not exist.
-      files: name -> contents of the JSON files.
-      tensors: name, array.
-      dtype: a key of DTYPES, of the tensors in the file.
-      others: writes further files into the folder.
-      shard_bytes: a file of tensors grows to this size at most.
+      folder: Folder to create; it must not exist.
+      files: File name -> contents of the JSON files.
+      tensors: Pairs of name and array.
+      dtype: Dtype of the tensors in the file, a key of DTYPES.
+      others: Function that writes further files into the folder.
+      shard_bytes: Largest size of one file of tensors, in bytes.
+
     Raises:
-      ConfigError: if the folder exists, the dtype is another, or a number is too large for it.
+      ConfigError: If the folder exists, the dtype is unknown, or a number is too large for it.
     """
     folder = pathlib.Path(folder)
     require(dtype in DTYPES, "dtype", dtype, f"one of {tuple(DTYPES)}")
@@ -209,9 +255,8 @@ def write(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        _write_shards(
-            unfinished, ((name, _as(dtype, name, array)) for name, array in tensors), shard_bytes
-        )
+        converted = ((name, _convert(dtype, name, array)) for name, array in tensors)
+        _write_shards(unfinished, converted, shard_bytes)
         for name, values in files.items():
             (unfinished / name).write_text(json.dumps(values, indent=2) + "\n")
         others(unfinished)
@@ -221,16 +266,17 @@ def write(
     unfinished.rename(folder)
 
 
-def _as(dtype: str, name: str, array: np.ndarray) -> np.ndarray:
+def _convert(dtype: str, name: str, array: np.ndarray) -> np.ndarray:
+    """Converts a tensor to a dtype; raises ConfigError if float16 cannot hold its numbers."""
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(array, DTYPES[dtype])
-    if dtype == "float16":  # its largest number is 65504
-        fits = np.isfinite(converted).all() or not np.isfinite(array).all()
+    if dtype == "float16":  # the largest float16 is 65504
+        overflowed = not np.isfinite(converted).all() and bool(np.isfinite(array).all())
         require(
-            fits,
+            not overflowed,
             "dtype",
             dtype,
-            f"one that holds {name}, with numbers up to {np.abs(array).max()}",
+            f"one that holds {name}, whose numbers go up to {np.abs(array).max()}",
             "Choose bfloat16 or float32.",
         )
     return converted
@@ -239,36 +285,41 @@ def _as(dtype: str, name: str, array: np.ndarray) -> np.ndarray:
 def _write_shards(
     folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> None:
-    """One file, or several and an index; one shard at a time is in memory."""
-    shards, shard, size, total = [], {}, 0, 0
+    """Writes one file, or several with an index. One shard at a time is in memory."""
+    shards: list[list[str]] = []  # tensor names of each shard that is written
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    total_size = 0
     for name, array in tensors:
         if shard and size + array.nbytes > shard_bytes:
             shards.append(_write_shard(folder, len(shards), shard))
-            shard, size = {}, 0
+            shard = {}
+            size = 0
         shard[name] = array
-        size, total = size + array.nbytes, total + array.nbytes
+        size += array.nbytes
+        total_size += array.nbytes
     shards.append(_write_shard(folder, len(shards), shard))
     if len(shards) == 1:
         (folder / _shard_name(0)).rename(folder / WEIGHTS)
         return
-    weight_map = {}
-    for number, written in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / _shard_name(number)).rename(folder / final)
-        weight_map |= dict.fromkeys(written, final)
-    (folder / INDEX).write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    )
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        final_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / _shard_name(number)).rename(folder / final_name)
+        weight_map |= dict.fromkeys(names, final_name)
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shard_name(number: int) -> str:
+    """Temporary name of a shard, for as long as the number of shards is unknown."""
     return f"shard-{number}.safetensors"
 
 
 def _write_shard(folder: pathlib.Path, number: int, tensors: dict[str, np.ndarray]) -> list[str]:
+    """Writes one shard and returns the names of its tensors."""
     path = folder / _shard_name(number)
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(
-        0o644
-    )  # safetensors keeps its files to their owner; who serves a model may be another
+    # safetensors creates files that only their owner may read; another user may serve the model.
+    path.chmod(0o644)
     return list(tensors)

@@ -1,11 +1,12 @@
-"""Hugging Face's config.json and ours, in both directions.
+"""Hugging Face's config.json and our configurations, in both directions.
 
-A file says only what differs from its class's defaults, so the defaults of the classes (transformers) are written down
-here. What our models cannot compute (another activation, scaled rotary angles, ...) is refused, never ignored, and one
-error names all of it.
+A config.json leaves out what equals the default of its class, so the defaults of transformers'
+classes are listed here. An option that our models do not compute (another activation, scaled rotary
+angles, ...) is never ignored: a single ConfigError names all such options.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from mod_jax.config import (
     ConfigError,
@@ -16,16 +17,19 @@ from mod_jax.config import (
     from_dict,
     require,
 )
+from mod_jax.interop.folder import JsonObject
 from mod_jax.interop.image_processor import image_processor_to_json
 
-_LLAMA = {
+_LLAMA: JsonObject = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
 }
-_LLAMA |= {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 _MISTRAL = _LLAMA | {
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
@@ -37,42 +41,44 @@ _QWEN = _LLAMA | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
 }
-_MOE = {
+_QWEN_MOE = _QWEN | {
     "hidden_size": 2048,
     "num_hidden_layers": 24,
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-_QWEN2_MOE = _MOE | {
-    "intermediate_size": 5632,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 60,
-    "num_experts_per_tok": 4,
-}
-_QWEN2_MOE |= {
-    "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632,
-    "qkv_bias": True,
-}
-_QWEN3_MOE = _MOE | {
-    "intermediate_size": 6144,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-}
-_QWEN3_MOE |= {"moe_intermediate_size": 768}
-TEXT_DEFAULTS = {
+# Defaults of the text classes.
+TEXT_DEFAULTS: dict[str, JsonObject] = {
     "llama": _LLAMA,
     "mistral": _MISTRAL,
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
+    "qwen2_moe": _QWEN_MOE
+    | {
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "qkv_bias": True,
+    },
+    "qwen3_moe": _QWEN_MOE
+    | {
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
 }
-TEXT_DEFAULTS |= {"qwen2_moe": _QWEN | _QWEN2_MOE, "qwen3_moe": _QWEN | _QWEN3_MOE}
-WINDOW = 4096  # sliding_window of all classes, where one slides
-END_TOKENS = {"llama": 2, "mistral": 2}  # of the classes; Qwen's have none
+# Default of sliding_window in all text classes, where attention slides at all.
+WINDOW = 4096
+# Default of eos_token_id; Qwen's classes have none.
+END_TOKENS = {"llama": 2, "mistral": 2}
 
 _TOWER = {
     "hidden_size": 768,
@@ -81,34 +87,50 @@ _TOWER = {
     "num_attention_heads": 12,
     "image_size": 224,
 }
-VISION_DEFAULTS = {
-    "clip_vision_model": _TOWER
-    | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "siglip_vision_model": _TOWER
-    | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+# Defaults of the vision classes.
+VISION_DEFAULTS: dict[str, JsonObject] = {
+    "clip_vision_model": {
+        **_TOWER,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "siglip_vision_model": {
+        **_TOWER,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
 }
 
+# model_type of a vision tower -> VisionConfig.family.
 TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+# Number of tokens before the patches, which are dropped from the features, by VisionConfig.family.
+# CLIP has a class token; the first token of SigLIP is a patch.
+CLASS_TOKENS = {"clip": 1, "siglip": 0}
+# hidden_act of a vision tower -> VisionConfig.hidden_act.
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-STRATEGIES = {
-    "clip": "default",
-    "siglip": "full",
-}  # "default" drops the first feature: CLIP's CLS, but a real patch of SigLIP
-SIGLIP_MEAN_STD = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
+SIGLIP_MEAN_STD: JsonObject = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
+# (qkv_bias, qk_norm) of a decoder -> model_type.
 DENSE_FAMILIES = {
     (True, False): "qwen2",
     (False, False): "llama",
     (False, True): "qwen3",
-}  # (qkv_bias, qk_norm)
+}
 SPARSE_FAMILIES = {(True, False): "qwen2_moe", (False, True): "qwen3_moe"}
-CLASSES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-CLASSES |= {"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-CLASSES |= {
+# model_type -> class of transformers.
+CLASSES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "clip_vision_model": "CLIPVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
     "llava": "LlavaForConditionalGeneration",
 }
 
+# Keys whose values are positive integers.
 TEXT_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -117,8 +139,8 @@ TEXT_SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "max_position_embeddings",
 )
-TEXT_SIZES += ("max_position_embeddings",)
 MOE_SIZES = (
     "num_experts",
     "num_local_experts",
@@ -126,7 +148,6 @@ MOE_SIZES = (
     "moe_intermediate_size",
     "decoder_sparse_step",
 )
-NULLABLE = ("num_key_value_heads", "head_dim")
 VISION_SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -135,65 +156,90 @@ VISION_SIZES = (
     "image_size",
     "patch_size",
 )
+# Those that may also be None.
+NULLABLE = ("num_key_value_heads", "head_dim")
 
 
-def check(*checks: Callable) -> list:
-    """What each check returns; one ConfigError with the messages of all that raise one."""
-    made, wrong = [], []
-    for one in checks:
+def feature_strategy(family: str) -> str:
+    """`vision_feature_select_strategy` of the features that a tower gives here: all patches.
+
+    "default" drops the first token of a tower, "full" keeps all.
+    """
+    return "default" if CLASS_TOKENS[family] else "full"
+
+
+def check(*checks: Callable[[], Any]) -> list[Any]:
+    """Runs all checks and returns their results.
+
+    Raises:
+      ConfigError: With the messages of all checks that raise one.
+    """
+    results: list[Any] = []
+    errors: list[str] = []
+    for run_check in checks:
         try:
-            made.append(one())
+            results.append(run_check())
         except ConfigError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ConfigError(" ".join(wrong))
-    return made
+            errors.append(str(error))
+    if errors:
+        raise ConfigError(" ".join(errors))
+    return results
 
 
 def require_fixed(values: Mapping, fixed: Mapping, why: str) -> None:
-    """Raises ConfigError, naming every key of `fixed` that is there with another value."""
+    """Raises ConfigError naming every key of `fixed` that `values` has with another value."""
     wrong = {key: values[key] for key, only in fixed.items() if values.get(key, only) != only}
-    require(not wrong, "config.json", wrong, f"{ {key: fixed[key] for key in wrong} }, {why}")
+    expected = {key: fixed[key] for key in wrong}
+    require(not wrong, "config.json", wrong, f"{expected}, {why}")
 
 
 def _require_sizes(values: Mapping, keys: tuple[str, ...]) -> None:
-    found = {
-        key: values[key]
-        for key in keys
-        if key in values and not (key in NULLABLE and values[key] is None)
-    }
-    wrong = {key: size for key, size in found.items() if type(size) is not int or size < 1}
-    require(not wrong, "config.json", wrong, "positive whole numbers")
+    wrong = {}
+    for key in keys:
+        if key not in values or (key in NULLABLE and values[key] is None):
+            continue
+        size = values[key]
+        if type(size) is not int or size < 1:  # isinstance would accept True
+            wrong[key] = size
+    require(not wrong, "config.json", wrong, "positive integers")
 
 
-def decoder_from_json(values: Mapping, tie_embeddings: bool = False) -> DecoderConfig:
-    """A text configuration; `tie_embeddings` holds where it does not say.
+def decoder_from_json(values: JsonObject, tie_embeddings: bool = False) -> DecoderConfig:
+    """Reads a text configuration.
+
+    Args:
+      values: Contents of the config.json of a language model.
+      tie_embeddings: Whether the head is the embedding, if `values` do not say so.
 
     Raises:
-      ConfigError: for a family or options that the decoder does not have.
+      ConfigError: For a family or an option that the decoder does not compute.
     """
-    family = values.get("model_type")
     require(
-        family in TEXT_DEFAULTS,
+        values.get("model_type") in TEXT_DEFAULTS,
         "model_type",
-        family,
+        values.get("model_type"),
         f"a language model of {sorted(TEXT_DEFAULTS)}",
     )
-    c, sparse = TEXT_DEFAULTS[family] | values, family in SPARSE_FAMILIES.values()
+    family = values["model_type"]
+    c = TEXT_DEFAULTS[family] | values
+    sparse = family in SPARSE_FAMILIES.values()
+    sizes: tuple[str, ...] = TEXT_SIZES
     fixed = {
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "quantization_config": None,
     }
-    fixed |= {"norm_topk_prob": True, "shared_expert_intermediate_size": 0} if sparse else {}
+    if sparse:
+        sizes += MOE_SIZES
+        fixed |= {"norm_topk_prob": True, "shared_expert_intermediate_size": 0}
     rope_theta, *_ = check(
         lambda: _rope_theta(c),
-        lambda: _require_sizes(c, TEXT_SIZES + MOE_SIZES * sparse),
-        lambda: require_fixed(c, fixed, "all that the decoder computes"),
+        lambda: _require_sizes(c, sizes),
+        lambda: require_fixed(c, fixed, "the only values that the decoder computes"),
     )
     moe = _moe_from_json(c) if sparse else None
-    made = {
+    fields = {
         "vocab_size": c["vocab_size"],
         "hidden_size": c["hidden_size"],
         "intermediate_size": _intermediate_size(c, moe),
@@ -209,42 +255,53 @@ def decoder_from_json(values: Mapping, tie_embeddings: bool = False) -> DecoderC
         "max_positions": _max_positions(c),
         "moe": moe,
     }
-    return from_dict(DecoderConfig, made, "text configuration")
+    return from_dict(DecoderConfig, fields, "text configuration")
 
 
-def _rope_theta(c: Mapping):
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # 5.x | 4.x
+def _rope_theta(c: JsonObject) -> Any:
+    """The rotary base, not checked yet; raises ConfigError for scaled rotary angles."""
+    # rope_parameters is the name of transformers 5.x, rope_scaling that of 4.x.
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     require(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
-    kind, theta = (
-        rope.get("rope_type", rope.get("type", "default")),
-        rope.get("rope_theta", c.get("rope_theta", 10000.0)),
-    )
-    require(kind == "default", "rope_type", kind, "'default', all that the decoder computes")
-    return theta
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    expected = "'default', the only one that the decoder computes"
+    require(kind == "default", "rope_type", kind, expected)
+    return rope.get("rope_theta", c.get("rope_theta", 10000.0))
 
 
-def _max_positions(c: Mapping) -> int:
-    """Attention within a sliding window is attention to everything, as long as a sequence is no longer than the window."""
+def _max_positions(c: JsonObject) -> int:
+    """Longest supported sequence, capped at the sliding window, which is not implemented.
+
+    On a sequence that is no longer than the window, sliding and full attention are the same.
+    """
+    longest = c["max_position_embeddings"]
     slides = c["model_type"] == "mistral" or c.get("use_sliding_window")
     window = c.get("sliding_window", WINDOW) if slides else None
-    return min(c["max_position_embeddings"], window or c["max_position_embeddings"])
+    return min(longest, window or longest)
 
 
-def _moe_from_json(c: Mapping) -> MoEConfig:
-    step, dense = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
+def _moe_from_json(c: JsonObject) -> MoEConfig:
+    step = c["decoder_sparse_step"]
+    dense = c["mlp_only_layers"] or ()
     layers = tuple(
         number
         for number in range(c["num_hidden_layers"])
         if number not in dense and (number + 1) % step == 0
     )
-    experts = c.get("num_local_experts", c["num_experts"])  # qwen3_moe of 5.x | all others
+    # num_local_experts is the name in qwen3_moe of 5.x, num_experts everywhere else.
+    experts = c["num_local_experts" if "num_local_experts" in c else "num_experts"]
     return MoEConfig(layers=layers, num_experts=experts, experts_per_token=c["num_experts_per_tok"])
 
 
-def _intermediate_size(c: Mapping, moe: MoEConfig | None) -> int:
-    """One for dense layers and experts; where there are no dense layers their size means nothing."""
-    if moe is None or len(moe.layers) == c["num_hidden_layers"]:
-        return c["intermediate_size" if moe is None else "moe_intermediate_size"]
+def _intermediate_size(c: JsonObject, moe: MoEConfig | None) -> int:
+    """The size of both dense layers and experts, which our decoder requires to be the same.
+
+    If all layers are sparse, the size of the dense layers has no meaning and is ignored.
+    """
+    if moe is None:
+        return c["intermediate_size"]
+    if len(moe.layers) == c["num_hidden_layers"]:
+        return c["moe_intermediate_size"]
     require_fixed(
         c,
         {"moe_intermediate_size": c["intermediate_size"]},
@@ -253,23 +310,28 @@ def _intermediate_size(c: Mapping, moe: MoEConfig | None) -> int:
     return c["intermediate_size"]
 
 
-def decoder_to_json(config: DecoderConfig, dtype: str, end_token_id: int | None = None) -> dict:
-    """The text configuration that stock transformers (4.46 to 5.x) and vLLM compute as our decoder does.
+def decoder_to_json(
+    config: DecoderConfig, dtype: str, end_token_id: int | None = None
+) -> JsonObject:
+    """Text configuration that stock transformers (4.46 to 5.x) and vLLM compute as our decoder.
+
+    Args:
+      config: The decoder.
+      dtype: Dtype of the weights.
+      end_token_id: Id of the token that ends an answer and pads; None leaves it out.
 
     Raises:
-      ConfigError: where no family of transformers is an exact match.
+      ConfigError: If no family of transformers computes exactly the same.
     """
-    described, families = (
-        (config.qkv_bias, config.qk_norm),
-        SPARSE_FAMILIES if config.moe else DENSE_FAMILIES,
-    )
+    options = (config.qkv_bias, config.qk_norm)
+    families = SPARSE_FAMILIES if config.moe else DENSE_FAMILIES
     require(
-        described in families,
-        "decoder.qkv_bias, qk_norm",
-        described,
-        f"one of {list(families)}: no other has a match in transformers",
+        options in families,
+        "(decoder.qkv_bias, decoder.qk_norm)",
+        options,
+        f"one of {list(families)}; transformers has no family with any other combination",
     )
-    family = families[described]
+    family = families[options]
     values = {
         "architectures": [CLASSES[family]],
         "model_type": family,
@@ -283,62 +345,76 @@ def decoder_to_json(config: DecoderConfig, dtype: str, end_token_id: int | None 
         "hidden_act": "silu",
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # 4.x reads this one, 5.x the next
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # read by 4.x
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # by 5.x
         "tie_word_embeddings": config.tie_embeddings,
         "use_sliding_window": False,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    values |= (
-        {} if end_token_id is None else {"eos_token_id": end_token_id, "pad_token_id": end_token_id}
-    )
-    return values | (_moe_to_json(config) if config.moe else {})
+    if end_token_id is not None:
+        values |= {"eos_token_id": end_token_id, "pad_token_id": end_token_id}
+    if config.moe:
+        values |= _moe_to_json(config, config.moe)
+    return values
 
 
-def _moe_to_json(config: DecoderConfig) -> dict:
-    moe, remedy = (
-        config.moe,
-        "Exported as a dropless one (moe.capacity_factor None) it computes something else where tokens were dropped.",
-    )
+def _moe_to_json(config: DecoderConfig, moe: MoEConfig) -> JsonObject:
     require(
         not moe.residual,
         "moe.residual",
         moe.residual,
-        "False: transformers has no shared expert that is mixed in by a softmax of two",
+        "False: transformers has no shared expert that is mixed in by a softmax over two weights",
     )
     require(
         moe.dropless,
         "moe.capacity_factor",
         moe.capacity_factor,
-        "None, or one that drops no token: transformers knows no capacity",
-        remedy,
+        "None, or a factor that drops no token: transformers has no expert capacity",
+        "A dropless export (moe.capacity_factor None) computes different outputs wherever tokens "
+        "were dropped.",
     )
-    shared = (
-        {"shared_expert_intermediate_size": 0, "qkv_bias": True}
-        if config.qkv_bias
-        else {"num_local_experts": moe.num_experts}
-    )
-    return shared | {
+    values: JsonObject
+    if config.qkv_bias:
+        values = {"shared_expert_intermediate_size": 0, "qkv_bias": True}
+    else:
+        values = {"num_local_experts": moe.num_experts}
+    dense = [n for n in range(config.num_layers) if n not in config.sparse_layers]
+    return values | {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.experts_per_token,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [
-            number for number in range(config.num_layers) if number not in config.sparse_layers
-        ],
+        "mlp_only_layers": dense,
         "moe_intermediate_size": config.intermediate_size,
     }
 
 
-def vision_from_json(values: Mapping, processor: Mapping, feature_layer: int = -2) -> VisionConfig:
-    """A vision configuration, the pixel statistics from the image processor's (empty: those of the family)."""
-    kind = values.get("model_type")
-    require(kind in TOWERS, "model_type", kind, f"a vision tower of {sorted(TOWERS)}")
+def vision_from_json(
+    values: JsonObject, processor: JsonObject, feature_layer: int = -2
+) -> VisionConfig:
+    """Reads a vision configuration.
+
+    Args:
+      values: Contents of the config.json of a tower, or of its part for the tower.
+      processor: The image processor, which has the pixel statistics; if it is empty, they are those
+        of the tower's family.
+      feature_layer: Hidden state that is used as the feature, as in VisionConfig.
+
+    Raises:
+      ConfigError: For a family or an option that the tower does not compute.
+    """
+    require(
+        values.get("model_type") in TOWERS,
+        "model_type",
+        values.get("model_type"),
+        f"a vision tower of {sorted(TOWERS)}",
+    )
+    kind = values["model_type"]
     c = VISION_DEFAULTS[kind] | values
     check(
         lambda: _require_sizes(c, VISION_SIZES),
-        lambda: require_fixed(c, {"quantization_config": None}, "float weights"),
+        lambda: require_fixed(c, {"quantization_config": None}, "unquantised weights"),
         lambda: require(
             c["hidden_act"] in ACTIVATIONS,
             "vision_config.hidden_act",
@@ -349,34 +425,35 @@ def vision_from_json(values: Mapping, processor: Mapping, feature_layer: int = -
             isinstance(feature_layer, int),
             "vision_feature_layer",
             feature_layer,
-            "one layer's number",
+            "the number of one layer",
         ),
     )
-    pixels = SIGLIP_MEAN_STD if kind == "siglip_vision_model" else {}
+    pixels: JsonObject = SIGLIP_MEAN_STD if kind == "siglip_vision_model" else {}
     if "image_mean" in processor:
         pixels = {
             "pixel_mean": tuple(processor["image_mean"]),
             "pixel_std": tuple(processor["image_std"]),
         }
-    made = dict(
-        family=TOWERS[kind],
-        image_size=c["image_size"],
-        patch_size=c["patch_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        hidden_act=ACTIVATIONS[c["hidden_act"]],
-        norm_eps=c["layer_norm_eps"],
-        feature_layer=feature_layer,
+    fields = {
+        "family": TOWERS[kind],
+        "image_size": c["image_size"],
+        "patch_size": c["patch_size"],
+        "hidden_size": c["hidden_size"],
+        "intermediate_size": c["intermediate_size"],
+        "num_layers": c["num_hidden_layers"],
+        "num_heads": c["num_attention_heads"],
+        "hidden_act": ACTIVATIONS[c["hidden_act"]],
+        "norm_eps": c["layer_norm_eps"],
+        "feature_layer": feature_layer,
         **pixels,
-    )
-    return from_dict(VisionConfig, made, "vision configuration")
+    }
+    return from_dict(VisionConfig, fields, "vision configuration")
 
 
-def vision_to_json(config: VisionConfig) -> dict:
-    kind = next(kind for kind, family in TOWERS.items() if family == config.family)
-    return {
+def vision_to_json(config: VisionConfig) -> JsonObject:
+    """Vision configuration that transformers computes as our tower."""
+    kind = _key_of(TOWERS, config.family)
+    values = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
         "image_size": config.image_size,
@@ -385,53 +462,76 @@ def vision_to_json(config: VisionConfig) -> dict:
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "hidden_act": next(
-            theirs for theirs, ours in ACTIVATIONS.items() if ours == config.hidden_act
-        ),
+        "hidden_act": _key_of(ACTIVATIONS, config.hidden_act),
         "layer_norm_eps": config.norm_eps,
-    } | (
-        {"projection_dim": config.hidden_size}
-        if config.family == "clip"
-        else {"vision_use_head": False}
-    )
+    }
+    if config.family == "clip":
+        return values | {"projection_dim": config.hidden_size}
+    return values | {"vision_use_head": False}
 
 
-def model_from_json(values: Mapping, processor: Mapping, generation: Mapping) -> ModelConfig:
-    """A llava configuration; `processor` is the image processor's file, `generation` generation_config.json (empty where there is none)."""
-    text, tower = values.get("text_config"), values.get("vision_config")
-    parts = isinstance(text, Mapping) and isinstance(tower, Mapping)
-    require(parts, "text_config, vision_config", (text, tower), "an object each")
+def _key_of(table: Mapping[str, str], value: str) -> str:
+    return next(key for key, candidate in table.items() if candidate == value)
+
+
+def model_from_json(
+    values: JsonObject, processor: JsonObject, generation: JsonObject
+) -> ModelConfig:
+    """Reads a llava configuration.
+
+    Args:
+      values: Contents of config.json.
+      processor: The image processor; empty if there is none.
+      generation: Contents of generation_config.json; empty if there is none.
+
+    Raises:
+      ConfigError: Naming every option that the model does not compute.
+    """
+    parts = (values.get("text_config"), values.get("vision_config"))
+    are_objects = all(isinstance(part, dict) for part in parts)
+    require(are_objects, "text_config, vision_config", parts, "a JSON object each")
+    text = values["text_config"]
+    tower = values["vision_config"]
+    family = TOWERS.get(tower.get("model_type"), "clip")
+    strategy = "vision_feature_select_strategy"
     fixed = {
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "quantization_config": None,
+        strategy: feature_strategy(family),
     }
-    family = TOWERS.get(tower.get("model_type"), "clip")
     vision, decoder, _ = check(
         lambda: vision_from_json(tower, processor, values.get("vision_feature_layer", -2)),
         lambda: decoder_from_json(text, values.get("tie_word_embeddings", False)),
         lambda: require_fixed(
-            {"vision_feature_select_strategy": "default"} | values,
-            fixed | {"vision_feature_select_strategy": STRATEGIES[family]},
-            f"all that the model computes (tower: {family})",
+            {strategy: "default"} | values,
+            fixed,
+            f"the only values that the model computes with a {family} tower",
         ),
     )
-    said = (
+    end_tokens = (
         text.get("eos_token_id"),
         values.get("eos_token_id"),
         generation.get("eos_token_id"),
         END_TOKENS.get(text["model_type"]),
+        ModelConfig.end_token_id,
     )
-    end = next((end for end in said if end is not None), ModelConfig.end_token_id)
+    end_token = next(token for token in end_tokens if token is not None)
+    image_token = "image_token_index" if "image_token_index" in values else "image_token_id"
     return ModelConfig(
         vision=vision,
         decoder=decoder,
-        image_token_id=values.get("image_token_index", values.get("image_token_id", 32000)),
-        end_token_id=end[0] if isinstance(end, list) else end,
+        image_token_id=values.get(image_token, 32000),
+        end_token_id=end_token[0] if isinstance(end_token, list) else end_token,
     )
 
 
-def model_to_json(config: ModelConfig, dtype: str) -> dict:
+def model_to_json(config: ModelConfig, dtype: str) -> JsonObject:
+    """Contents of the config.json of a LlavaForConditionalGeneration.
+
+    Raises:
+      ConfigError: As `decoder_to_json`.
+    """
     return {
         "architectures": [CLASSES["llava"]],
         "model_type": "llava",
@@ -442,7 +542,7 @@ def model_to_json(config: ModelConfig, dtype: str) -> dict:
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.vision.feature_layer,
-        "vision_feature_select_strategy": STRATEGIES[config.vision.family],
+        "vision_feature_select_strategy": feature_strategy(config.vision.family),
         "tie_word_embeddings": config.decoder.tie_embeddings,
         "eos_token_id": config.end_token_id,
         "pad_token_id": config.end_token_id,
@@ -451,14 +551,20 @@ def model_to_json(config: ModelConfig, dtype: str) -> dict:
     }
 
 
-def to_files(config: ModelConfig | DecoderConfig | VisionConfig, dtype: str) -> dict[str, dict]:
-    """File name -> contents of the JSON files that describe a model, or a part of one. Raises as `decoder_to_json`."""
+def to_files(
+    config: ModelConfig | DecoderConfig | VisionConfig, dtype: str
+) -> dict[str, JsonObject]:
+    """Contents, by file name, of the JSON files that describe a model or a part of one.
+
+    Raises:
+      ConfigError: As `decoder_to_json`.
+    """
     if isinstance(config, DecoderConfig):
         return {"config.json": decoder_to_json(config, dtype)}
-    vision = config if isinstance(config, VisionConfig) else config.vision
-    whole = (
-        vision_to_json(vision) | {"dtype": dtype, "torch_dtype": dtype}
-        if config is vision
-        else model_to_json(config, dtype)
-    )
-    return {"config.json": whole, "preprocessor_config.json": image_processor_to_json(vision)}
+    if isinstance(config, VisionConfig):
+        vision = config
+        values = vision_to_json(vision) | {"dtype": dtype, "torch_dtype": dtype}
+    else:
+        vision = config.vision
+        values = model_to_json(config, dtype)
+    return {"config.json": values, "preprocessor_config.json": image_processor_to_json(vision)}

@@ -1,4 +1,8 @@
-"""Hugging Face folders in and out. Tables of names are in `names.py`, config.json's meaning in `hf_config.py`, files in `folder.py`."""
+"""Hugging Face folders, opened and saved.
+
+The tables of names are in `names.py`, the meaning of config.json in `hf_config.py` (original LLaVA:
+`original.py`), and the files in `folder.py`.
+"""
 
 import contextlib
 import dataclasses
@@ -6,168 +10,206 @@ import hashlib
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig, require
 from mod_jax.interop import hf_config, names, original
-from mod_jax.interop.folder import ADAPTOR, SHARD_BYTES, open_tensors, read_config, read_json, write
+from mod_jax.interop.folder import (
+    ADAPTOR,
+    SHARD_BYTES,
+    JsonObject,
+    open_tensors,
+    read_config,
+    read_json,
+    write,
+)
 from mod_jax.interop.image_processor import read_image_processor
-from mod_jax.interop.pretrained import PARTS, Config, Pretrained, with_vocabulary
+from mod_jax.interop.pretrained import (
+    PARTS,
+    Adaptor,
+    Config,
+    Parameter,
+    Pretrained,
+    config_of_kind,
+    decoder_of,
+    with_decoder,
+    with_vocabulary,
+)
 
-ENTRIES = {
-    ModelConfig: names.llava_entries,
-    DecoderConfig: names.decoder_entries,
-    VisionConfig: names.vision_entries,
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PREFIXES: dict[type[Config], str] = {
+    ModelConfig: "",
+    DecoderConfig: "language_model.",
+    VisionConfig: "vision_tower.",
 }
-PREFIXES = {ModelConfig: "", DecoderConfig: "language_model.", VisionConfig: "vision_tower."}
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
-def _llava(values: dict, folder: pathlib.Path) -> ModelConfig:
-    return hf_config.model_from_json(
-        values, read_image_processor(folder), read_json(folder / "generation_config.json")
-    )
+def _entries(config: Config) -> list[names.Entry]:
+    if isinstance(config, ModelConfig):
+        return names.llava_entries(config)
+    if isinstance(config, DecoderConfig):
+        return names.decoder_entries(config)
+    return names.vision_entries(config)
 
 
-def _language_model(values: dict, folder: pathlib.Path) -> DecoderConfig:
+def _llava(values: JsonObject, folder: pathlib.Path) -> ModelConfig:
+    generation = read_json(folder / "generation_config.json")
+    return hf_config.model_from_json(values, read_image_processor(folder), generation)
+
+
+def _language_model(values: JsonObject, folder: pathlib.Path) -> DecoderConfig:
     return hf_config.decoder_from_json(values)
 
 
-def _vision_tower(values: dict, folder: pathlib.Path) -> VisionConfig:
-    if values["model_type"] in ("clip", "siglip"):  # both sides: the text side is ignored
-        values = values.get("vision_config", {}) | {
-            "model_type": values["model_type"] + "_vision_model"
-        }
+def _vision_tower(values: JsonObject, folder: pathlib.Path) -> VisionConfig:
     return hf_config.vision_from_json(values, read_image_processor(folder))
 
 
-# model_type of config.json -> how the configuration is read
-CONFIGS = {"llava": _llava, "clip": _vision_tower, "siglip": _vision_tower}
-CONFIGS |= dict.fromkeys(hf_config.TEXT_DEFAULTS, _language_model) | dict.fromkeys(
-    hf_config.VISION_DEFAULTS, _vision_tower
-)
+def _clip_or_siglip(values: JsonObject, folder: pathlib.Path) -> VisionConfig:
+    """The vision tower of a model with a text side, which is ignored."""
+    tower = values.get("vision_config", {})
+    return _vision_tower(tower | {"model_type": f"{values['model_type']}_vision_model"}, folder)
+
+
+# model_type of config.json -> the function that reads the configuration.
+CONFIGS: dict[str, Callable[[JsonObject, pathlib.Path], Config]] = {
+    "llava": _llava,
+    "clip": _clip_or_siglip,
+    "siglip": _clip_or_siglip,
+    **dict.fromkeys(hf_config.TEXT_DEFAULTS, _language_model),
+    **dict.fromkeys(hf_config.VISION_DEFAULTS, _vision_tower),
+}
 
 
 @contextlib.contextmanager
-def open_folder(folder, vision_tower=None, tokenizer=None) -> Iterator[Pretrained]:
-    """The model of a folder, by what its config.json says; its files are open inside the context, and nothing but their headers is read.
+def open_folder(folder, vision_tower=None, tokenizer=None) -> Iterator[Pretrained[Config]]:
+    """Opens the model in a folder, whose kind is read from its config.json.
 
-    LlavaForConditionalGeneration (CLIP or SigLIP with llama, mistral, qwen2, qwen3, qwen2_moe or qwen3_moe), these language models and towers
-    alone, as transformers 4.x or 5.x writes them; original LLaVA, and the LLaVA-MoD authors' dense and sparse models. Safetensors or `.bin`,
-    one file or shards, float32, bfloat16 or float16.
+    Supported are LlavaForConditionalGeneration (CLIP or SigLIP with llama, mistral, qwen2, qwen3,
+    qwen2_moe or qwen3_moe), and these language models and towers alone, as transformers 4.x or 5.x
+    write them; original LLaVA; and the LLaVA-MoD authors' dense and sparse models. Weights are
+    safetensors or `.bin`, one file or shards, in float32, bfloat16 or float16.
+
+    The files are open inside the context. Only their headers are read before a parameter is used.
 
     Args:
-      folder: with config.json and weights.
-      vision_tower: folder of the tower, for original LLaVA and the authors' models: of one that has no tensors of its own, or an unknown name.
-      tokenizer: folder of their tokenizer, if it is not the same.
+      folder: Folder with config.json and weights.
+      vision_tower: Folder of the vision tower, for original LLaVA and the authors' models whose
+        weights do not include the tower or whose tower has an unknown name.
+      tokenizer: Folder of the tokenizer of these models, if it is not `folder`.
+
     Raises:
-      ConfigError: for what our model cannot compute, files that are not there or not whole, and a list of all tensors that do not fit (named as
-        llava-hf names them).
+      ConfigError: For options that our model does not compute; for files that are missing or
+        incomplete; for tensors that do not fit, all of which are listed by llava-hf's names.
     """
     folder = pathlib.Path(folder)
     values = read_config(folder)
     with contextlib.ExitStack() as files:
         if original.is_original(values):
-            yield _open_original(
-                values,
-                folder,
-                vision_tower or original.tower_folder(values),
-                tokenizer or folder,
-                files,
-            )
+            vision_tower = vision_tower or original.tower_folder(values)
+            yield _open_original(values, folder, vision_tower, tokenizer or folder, files)
         else:
             yield _open_stock(values, folder, files)
 
 
-def _read_config(values: dict, folder: pathlib.Path) -> Config:
-    kind = values.get("model_type")
+def _read_config(values: JsonObject, folder: pathlib.Path) -> Config:
     require(
-        kind in CONFIGS,
+        values.get("model_type") in CONFIGS,
         "model_type",
-        kind,
+        values.get("model_type"),
         f"one of {sorted(CONFIGS.keys() | original.FAMILIES)}",
-        f"It is what {folder}/config.json says.",
+        f"It is in {folder}/config.json.",
     )
-    return CONFIGS[kind](values, folder)
+    return CONFIGS[values["model_type"]](values, folder)
 
 
-def _open_stock(values: dict, folder: pathlib.Path, files: contextlib.ExitStack) -> Pretrained:
+def _open_stock(
+    values: JsonObject, folder: pathlib.Path, files: contextlib.ExitStack
+) -> Pretrained[Config]:
     config = _read_config(values, folder)
     pieces = names.canonical(files.enter_context(open_tensors(folder)), PARTS[type(config)])
-    return Pretrained(
-        config, _to_ours(ENTRIES[type(config)](config), pieces, folder), str(folder), folder
-    )
+    params = _to_ours(_entries(config), pieces, folder)
+    return Pretrained(config, params, str(folder), folder)
 
 
 def _open_original(
-    values: dict, folder: pathlib.Path, vision_tower, tokenizer, files: contextlib.ExitStack
-) -> Pretrained:
+    values: JsonObject,
+    folder: pathlib.Path,
+    vision_tower,
+    tokenizer,
+    files: contextlib.ExitStack,
+) -> Pretrained[ModelConfig]:
     decoder = original.language_model_from_json(values)
     pieces = names.canonical(files.enter_context(open_tensors(folder)), "original")
-    if own := any(name.startswith("vision_tower.") for name in pieces):
-        vision = (
-            _read_config(read_config(vision_tower), pathlib.Path(vision_tower))
-            if vision_tower
-            else original.published_tower(values)
-        )
-        origin, params = str(folder), {}
+    has_tower = any(name.startswith("vision_tower.") for name in pieces)
+    tower_config: Config
+    tower_params: Mapping[str, Parameter]
+    if has_tower:
+        if vision_tower:
+            tower_folder = pathlib.Path(vision_tower)
+            tower_config = _read_config(read_config(tower_folder), tower_folder)
+        else:
+            tower_config = original.published_tower(values)
+        tower_params = {}
+        origin = str(folder)
     else:
-        expected = f"a folder with the weights, as {folder} has none of its tower {original.tower_name(values)}"
         require(
             vision_tower is not None,
             "vision tower",
             None,
-            expected,
+            f"a folder with the weights of {original.tower_name(values)}, as {folder} does not "
+            "include its vision tower",
             "Name it: --vision-tower FOLDER.",
         )
-        other = files.enter_context(open_folder(vision_tower))
-        vision, origin, params = other.config, f"{folder} + {vision_tower}", other.params
-    require(
-        isinstance(vision, VisionConfig),
-        "vision tower",
-        str(vision_tower),
-        "a plain vision tower",
-        f"It holds a {PARTS[type(vision)]}.",
-    )
+        tower = files.enter_context(open_folder(vision_tower))
+        tower_config = tower.config
+        tower_params = tower.params
+        origin = f"{folder} + {vision_tower}"
+    vision = config_of_kind(VisionConfig, tower_config, "vision tower", str(vision_tower))
     config = ModelConfig(original.with_features(vision, values), decoder)
     entries = [
         entry
         for entry in names.llava_entries(config)
-        if own or not entry.ours.startswith("vision_tower.")
+        if has_tower or not entry.ours.startswith("vision_tower.")
     ]
-    params = {**params, **_to_ours(entries, pieces, folder)}
-    return with_vocabulary(
-        Pretrained(config, params, origin, pathlib.Path(tokenizer)), _load_tokenizer(tokenizer)
-    )
+    params = {**tower_params, **_to_ours(entries, pieces, folder)}
+    opened = Pretrained(config, params, origin, pathlib.Path(tokenizer))
+    return with_vocabulary(opened, _load_tokenizer(tokenizer))
 
 
-def _load_tokenizer(folder):
-    from mod_jax.data.samples.tokenizer import (
-        load_tokenizer,
-    )  # brings transformers, which takes seconds, and no other layout needs it
+def _load_tokenizer(folder) -> "PreTrainedTokenizerFast":
+    # Imports transformers, which takes seconds and is needed for original LLaVA only.
+    from mod_jax.data.samples.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(folder)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} It says which token is a picture: name its folder, --tokenizer FOLDER."
+            f"{error} The tokenizer is needed for the id of the picture token. "
+            "Name its folder: --tokenizer FOLDER."
         ) from error
 
 
 def _to_ours(
-    entries: list[names.Entry], pieces: dict[str, names.Piece], source
+    entries: list[names.Entry], pieces: dict[str, names.Piece], source: pathlib.Path
 ) -> dict[str, names.Stack]:
-    """`names.to_ours`; some files repeat the tied embedding as a head, and one that differs is a head of its own, against the configuration."""
-    tied = all(entry.theirs != name for entry in entries for name in HEADS)
-    heads = {name: pieces.pop(name) for name in HEADS if tied and name in pieces}
+    """`names.to_ours`, except that a head may repeat the embedding that it is tied to.
+
+    A head that differs from the embedding contradicts the configuration and is an error.
+    """
+    has_head = any(entry.theirs in HEADS for entry in entries)
+    repeated = [name for name in HEADS if name in pieces and not has_head]
+    heads = {name: pieces.pop(name) for name in repeated}
     params = names.to_ours(entries, pieces, source)
     for name, head in heads.items():
-        same = np.array_equal(
-            head.read(), pieces[name.replace("lm_head", "model.embed_tokens")].read()
-        )
+        embedding = pieces[name.replace("lm_head", "model.embed_tokens")]
         require(
-            same,
+            np.array_equal(head.read(), embedding.read()),
             "tie_word_embeddings",
             True,
             f"False, as {name} in {source} differs from the embedding",
@@ -177,14 +219,15 @@ def _to_ours(
 
 
 @contextlib.contextmanager
-def open_adaptor(path) -> Iterator[Pretrained]:
-    """An adaptor alone, its file open inside the context.
+def open_adaptor(path) -> Iterator[Adaptor]:
+    """Opens the adaptor in a file or a folder. The file is open inside the context.
 
     Args:
-      path: mm_projector.bin, as the first stage of original LLaVA and of the LLaVA-MoD authors leaves it, its folder, or any folder or file
-        with the weights of a whole model.
+      path: mm_projector.bin, as the first stage of original LLaVA and of the LLaVA-MoD authors
+        leaves it; its folder; or any file or folder with the weights of a whole model.
+
     Raises:
-      ConfigError: if there is no two-layer adaptor in it, or as `open_folder` for its files.
+      ConfigError: If there is no two-layer adaptor, or the files cannot be read (`open_tensors`).
     """
     path = pathlib.Path(path)
     with open_tensors(path, ADAPTOR) as tensors:
@@ -193,19 +236,21 @@ def open_adaptor(path) -> Iterator[Pretrained]:
             for name, piece in names.canonical(tensors, "adaptor").items()
             if name.startswith("multi_modal_projector.")
         }
-        shape = getattr(pieces.get("multi_modal_projector.linear_1.weight"), "shape", ())
+        first = pieces.get("multi_modal_projector.linear_1.weight")
+        shape = first.shape if first else ()
         require(
             len(shape) == 2,
             "adaptor",
             str(path),
             "the tensors multi_modal_projector.linear_{1,2} or mm_projector.{0,2}",
         )
-        yield Pretrained(
-            None,
-            names.to_ours(names.adaptor_entries(shape[1], shape[0]), pieces, path),
-            str(path),
-            None,
-        )
+        width, vision_width = shape
+        entries = names.adaptor_entries(vision_width, width)
+        yield Adaptor(names.to_ours(entries, pieces, path), str(path))
+
+
+def _write_nothing(folder: pathlib.Path) -> None:
+    pass
 
 
 def save(
@@ -213,68 +258,70 @@ def save(
     config: Config,
     params: Mapping,
     dtype: str = "float32",
-    others: Callable[[pathlib.Path], None] = lambda folder: None,
+    others: Callable[[pathlib.Path], object] = _write_nothing,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a folder that stock transformers and vLLM load: LlavaForConditionalGeneration (sparse: qwen2_moe inside), or the part that `config` is of.
+    """Writes a folder that stock transformers and vLLM load, completely or not at all.
+
+    A whole model is a LlavaForConditionalGeneration, with qwen2_moe or qwen3_moe inside if it is
+    sparse. A sparse decoder without QKV biases (llama) gets biases of zero, as qwen2_moe has them.
 
     Args:
-      folder: must not exist; it appears whole or not at all.
-      config: of a model or a part. Sparse without QKV biases (llama): written with biases of zero, as qwen2_moe has them.
-      params: name -> array, or what `np.asarray` makes one; a part is picked out of a whole model's.
-      dtype: float32 | bfloat16 | float16, of the tensors.
-      others: writes further files into the folder: the processor's, the tokenizer's, a model card.
-      shard_bytes: a file grows to this size at most.
+      folder: Folder to create; it must not exist.
+      config: Configuration of a model, or of the part of it that is written.
+      params: Name -> array, or anything that `np.asarray` makes an array of. Of the parameters of a
+        whole model, those of the part are used.
+      dtype: Dtype of the tensors: float32, bfloat16 or float16.
+      others: Function that writes further files into the folder: those of the processor and the
+        tokenizer, and a model card.
+      shard_bytes: Largest size of one file, in bytes.
+
     Raises:
-      ConfigError: if transformers has no exact match, the parameters do not fit the config, a number does not fit the dtype, or the folder exists.
+      ConfigError: If transformers has no class that computes exactly the same, the parameters do
+        not fit the configuration, a number does not fit the dtype, or the folder exists.
     """
-    params = {name: x for name, x in params.items() if name.startswith(PREFIXES[type(config)])}
+    prefix = PREFIXES[type(config)]
+    params = {name: array for name, array in params.items() if name.startswith(prefix)}
     config, params = _with_zero_biases(config, params)
     tensors = itertools.chain(
-        names.to_theirs(ENTRIES[type(config)](config), params), _shared_expert_gates(config)
+        names.to_theirs(_entries(config), params), _shared_expert_gates(config)
     )
     write(folder, hf_config.to_files(config, dtype), tensors, dtype, others, shard_bytes)
 
 
 def checksum(params: Mapping) -> str:
-    """SHA-256 over the names (sorted), shapes, dtypes and bytes: the identity of frozen parts."""
+    """SHA-256 over the names (sorted), shapes, dtypes and bytes of parameters.
+
+    It identifies the frozen parts of a model.
+    """
     digest = hashlib.sha256()
     for name in sorted(params):
         array = np.ascontiguousarray(params[name])
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def _with_zero_biases(config: Config, params: Mapping) -> tuple[Config, Mapping]:
-    """A sparse llama as a sparse qwen2 with QKV biases of zero; anything else as it is."""
-    decoder = config.decoder if isinstance(config, ModelConfig) else config
-    if (
-        not isinstance(decoder, DecoderConfig)
-        or not decoder.moe
-        or decoder.qkv_bias
-        or decoder.qk_norm
-    ):
+    """Turns a sparse llama into a sparse qwen2 with QKV biases of zero; keeps anything else."""
+    decoder = decoder_of(config)
+    if decoder is None or not decoder.moe or decoder.qkv_bias or decoder.qk_norm:
         return config, params
     decoder = dataclasses.replace(decoder, qkv_bias=True)
-    added = [
-        entry for entry in names.decoder_entries(decoder) if entry.ours.endswith((".b_nh", ".b_kh"))
-    ]
-    config = (
-        dataclasses.replace(config, decoder=decoder) if isinstance(config, ModelConfig) else decoder
-    )
-    return config, dict(params) | {entry.ours: np.zeros(entry.shape, np.float32) for entry in added}
+    biases = {
+        entry.ours: np.zeros(entry.shape, np.float32)
+        for entry in names.decoder_entries(decoder)
+        if entry.ours.endswith((".b_nh", ".b_kh"))
+    }
+    return with_decoder(config, decoder), {**params, **biases}
 
 
 def _shared_expert_gates(config: Config) -> Iterator[tuple[str, np.ndarray]]:
-    """qwen2_moe has the gate of a shared expert even where that expert has no size."""
-    prefix, decoder = (
-        ("language_model.", config.decoder) if isinstance(config, ModelConfig) else ("", config)
-    )
-    if not isinstance(decoder, DecoderConfig) or decoder.qk_norm:
-        return  # a tower; qwen3_moe
+    """Yields the gates that qwen2_moe has for a shared expert, even for one of size 0."""
+    decoder = decoder_of(config)
+    if decoder is None or decoder.qk_norm:  # qwen3_moe has no such gates
+        return
+    prefix = "language_model." if isinstance(config, ModelConfig) else ""
     for number in decoder.sparse_layers:
-        yield (
-            f"{prefix}model.layers.{number}.mlp.shared_expert_gate.weight",
-            np.zeros((1, decoder.hidden_size), np.float32),
-        )
+        gate = np.zeros((1, decoder.hidden_size), np.float32)
+        yield f"{prefix}model.layers.{number}.mlp.shared_expert_gate.weight", gate

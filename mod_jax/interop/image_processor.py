@@ -1,72 +1,89 @@
-"""preprocessor_config.json in both directions: how a picture becomes what a tower reads. Brings neither transformers nor Pillow."""
+"""preprocessor_config.json, read and written: how a picture becomes the input of a vision tower.
+
+This module imports neither transformers nor Pillow.
+"""
 
 import pathlib
 
 from mod_jax.config import VisionConfig, require
-from mod_jax.interop.folder import read_json
+from mod_jax.interop.folder import JsonObject, read_json
 
-# The ways of data.images.FITS in an image processor's words, for a size in px.
-FIT_STEPS = {
-    "pad": lambda size: {"do_pad": True, "size": {"shortest_edge": size}, **_cropped(size)},
-    "crop": lambda size: {"do_pad": False, "size": {"shortest_edge": size}, **_cropped(size)},
-    "stretch": lambda size: {
-        "do_pad": False,
-        "size": {"height": size, "width": size},
-        "do_center_crop": False,
-    },
-}
+
+def _square(size: int) -> JsonObject:
+    return {"height": size, "width": size}
+
+
+def _center_crop(size: int) -> JsonObject:
+    return {"do_center_crop": True, "crop_size": _square(size)}
+
+
+def _steps_of_fits(size: int) -> dict[str, JsonObject]:
+    """Image processor settings of each of data.samples.pixels.FITS, for squares of `size` px."""
+    return {
+        "pad": {"do_pad": True, "size": {"shortest_edge": size}, **_center_crop(size)},
+        "crop": {"do_pad": False, "size": {"shortest_edge": size}, **_center_crop(size)},
+        "stretch": {"do_pad": False, "size": _square(size), "do_center_crop": False},
+    }
+
+
+# Settings that all fits share.
 OTHER_STEPS = {
     "do_resize": True,
-    "resample": 3,
+    "resample": 3,  # bicubic
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-}  # 3: bicubic
+}
 
 
-def _cropped(size: int) -> dict:
-    return {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
+def image_processor_to_json(vision: VisionConfig, fit: str = "pad") -> JsonObject:
+    """Contents of preprocessor_config.json.
+
+    They say that a picture is made a square, resized and normalised (method, section 4).
+
+    Args:
+      vision: Vision tower that the pictures are for.
+      fit: How a picture is made a square, a key of data.samples.pixels.FITS.
+    """
+    return {
+        **_steps_of_fits(vision.image_size)[fit],
+        **OTHER_STEPS,
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "image_mean": list(vision.pixel_mean),
+        "image_std": list(vision.pixel_std),
+    }
 
 
-def image_processor_to_json(vision: VisionConfig, fit: str = "pad") -> dict:
-    """What the file says of a picture: made a square (`images.FITS`), resized, normalised (method, section 4)."""
-    return (
-        FIT_STEPS[fit](vision.image_size)
-        | OTHER_STEPS
-        | {
-            "image_processor_type": "LlavaImageProcessor",
-            "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True,
-            "image_mean": list(vision.pixel_mean),
-            "image_std": list(vision.pixel_std),
-        }
-    )
+def read_image_processor(folder) -> JsonObject:
+    """Reads the image processor of a folder; empty if there is none.
+
+    transformers 4.x writes it to preprocessor_config.json, 5.x to a part of processor_config.json.
+    """
+    folder = pathlib.Path(folder)
+    values = read_json(folder / "preprocessor_config.json")
+    return values or read_json(folder / "processor_config.json").get("image_processor", {})
 
 
-def read_image_processor(folder) -> dict:
-    """The image processor of a folder: its own file (4.x), or a part of the processor's (5.x); empty if there is neither."""
-    own, whole = (
-        pathlib.Path(folder) / "preprocessor_config.json",
-        pathlib.Path(folder) / "processor_config.json",
-    )
-    return read_json(own) or read_json(whole).get("image_processor", {})
+def fit_of(values: JsonObject, size: int) -> str:
+    """Returns how an image processor makes a picture a square of `size` px: pad, crop or stretch.
 
-
-def fit_of(values: dict, size: int) -> str:
-    """How an image processor makes a picture a square of `size` px; without one pictures are padded, as the method does.
+    Without an image processor (empty `values`) pictures are padded, as in the method.
 
     Raises:
-      ConfigError: for a way that is not in FIT_STEPS.
+      ConfigError: If it prepares pictures in any other way.
     """
     if not values:
         return "pad"
-    said = {"do_pad": False, "do_center_crop": "crop_size" in values} | OTHER_STEPS | values
-    known = {fit: steps(size) | OTHER_STEPS for fit, steps in FIT_STEPS.items()}
-    fit = next((fit for fit, wanted in known.items() if wanted.items() <= said.items()), None)
+    defaults = {"do_pad": False, "do_center_crop": "crop_size" in values, **OTHER_STEPS}
+    found = defaults | values
+    known = {fit: steps | OTHER_STEPS for fit, steps in _steps_of_fits(size).items()}
+    fits = [fit for fit, steps in known.items() if steps.items() <= found.items()]
     require(
-        fit is not None,
+        bool(fits),
         "image processor",
-        {key: said.get(key) for key in known["crop"]},
-        f"one of {known}, all that the vision tower is fed with",
+        {key: found.get(key) for key in known["crop"]},
+        f"one of {known}, the ways in which pictures can be prepared here",
     )
-    return fit
+    return fits[0]

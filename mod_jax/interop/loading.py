@@ -1,93 +1,112 @@
-"""Pretrained models in: whatever a folder holds, read from what is in it."""
+"""Opens pretrained models in any supported format; the format is read from the folder."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mod_jax.config import ModelConfig, ModelSource, require
 from mod_jax.interop import huggingface, native
-from mod_jax.interop.pretrained import PARTS, Config, Pretrained, join, read
+from mod_jax.interop.pretrained import (
+    PARTS,
+    Adaptor,
+    Config,
+    Pretrained,
+    config_of_kind,
+    join,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @contextlib.contextmanager
-def open_pretrained(path, vision_tower=None, tokenizer=None) -> Iterator[Pretrained]:
-    """A pretrained model, or a part of one, in a folder of ours (`native`) or of Hugging Face's; its files are open inside the context.
+def open_pretrained(path, vision_tower=None, tokenizer=None) -> Iterator[Pretrained[Config]]:
+    """Opens the model, or the part of one, in a native folder or a Hugging Face folder.
+
+    The files are open inside the context.
 
     Args:
-      path: the folder.
-      vision_tower: folder of the tower, for a folder that lacks its own (original LLaVA).
-      tokenizer: folder of the tokenizer, for such a folder that has none.
+      path: The folder.
+      vision_tower: Folder of the vision tower, for a folder without its own (original LLaVA).
+      tokenizer: Folder of the tokenizer, for such a folder without one.
+
     Raises:
-      ConfigError: listing what is wrong with its files, or why our model cannot compute what it does.
+      ConfigError: Listing what is wrong with the files, or the options that our model does not
+        compute.
     """
-    with (
-        native.open_native(path)
-        if native.is_native(path)
-        else huggingface.open_folder(path, vision_tower, tokenizer) as pretrained
-    ):
+    if native.is_native(path):
+        opened = native.open_native(path)
+    else:
+        opened = huggingface.open_folder(path, vision_tower, tokenizer)
+    with opened as pretrained:
         yield pretrained
 
 
-def load(path, vision_tower=None, tokenizer=None) -> tuple[Config, dict[str, np.ndarray]]:
-    """The configuration (of a part, if that is what the folder holds) and f32 parameters. Arguments and errors as of `open_pretrained`."""
-    with open_pretrained(path, vision_tower, tokenizer) as pretrained:
-        return pretrained.config, read(pretrained)
-
-
 @contextlib.contextmanager
-def open_adaptor(path) -> Iterator[Pretrained]:
-    """The adaptor in a file or folder of Hugging Face's or original LLaVA's (`huggingface.open_adaptor`), or of the whole model in a folder of ours."""
-    with (
-        native.open_native(path)
-        if native.is_native(path)
-        else huggingface.open_adaptor(path) as pretrained
-    ):
-        adaptor = {
+def open_adaptor(path) -> Iterator[Adaptor]:
+    """Opens an adaptor. The file is open inside the context.
+
+    Args:
+      path: File or folder that `huggingface.open_adaptor` takes, or a native folder with a whole
+        model.
+
+    Raises:
+      ConfigError: If there is no adaptor, or as `huggingface.open_adaptor`.
+    """
+    if not native.is_native(path):
+        with huggingface.open_adaptor(path) as adaptor:
+            yield adaptor
+        return
+    with native.open_native(path) as pretrained:
+        params = {
             name: parameter
             for name, parameter in pretrained.params.items()
             if name.startswith("adaptor.")
         }
-        require(
-            bool(adaptor),
-            "adaptor",
-            str(path),
-            "a whole model, or an adaptor alone",
-            "It has none.",
-        )
-        yield Pretrained(None, adaptor, pretrained.origin, None)
+        require(bool(params), "adaptor", str(path), "a whole model, which has an adaptor")
+        yield Adaptor(params, pretrained.origin)
 
 
 @contextlib.contextmanager
-def open_source(source: ModelSource, tokenizer=None) -> Iterator[Pretrained]:
-    """The whole model that a configuration names by folders: one, or parts (`join`).
+def open_whole(path, vision_tower=None) -> Iterator[Pretrained[ModelConfig]]:
+    """Opens the whole model in a folder. Its files are open inside the context.
 
     Args:
-      source: without `random`.
-      tokenizer: of parts, with `<image>`.
+      path: The folder.
+      vision_tower: Folder of the vision tower, for a folder without its own (original LLaVA).
+
     Raises:
-      ConfigError: if a folder holds another kind, or as `open_pretrained`.
+      ConfigError: If the folder holds only a part of a model, or as `open_pretrained`.
+    """
+    with open_pretrained(path, vision_tower) as pretrained:
+        config = config_of_kind(
+            ModelConfig,
+            pretrained.config,
+            "folder",
+            str(path),
+            f"Name it as `{PARTS[type(pretrained.config)]}`.",
+        )
+        yield Pretrained(config, pretrained.params, str(path), pretrained.folder)
+
+
+@contextlib.contextmanager
+def open_source(
+    source: ModelSource, tokenizer: "PreTrainedTokenizerFast"
+) -> Iterator[Pretrained[ModelConfig]]:
+    """Opens the whole model that a configuration names by its folder or by its parts (`join`).
+
+    Args:
+      source: Names of the folders; `random` is not set.
+      tokenizer: Tokenizer with `<image>`, which a model of parts gets its token ids from.
+
+    Raises:
+      ConfigError: If a folder holds another kind of model, or as `open_pretrained`.
     """
     with contextlib.ExitStack() as files:
         if source.folder:
-            pretrained = files.enter_context(
-                open_pretrained(source.folder, source.vision_tower or None)
-            )
-            kind = PARTS[type(pretrained.config)]
-            expected = "a whole model (vision tower, adaptor, language model)"
-            require(
-                isinstance(pretrained.config, ModelConfig),
-                "folder",
-                source.folder,
-                expected,
-                f"It holds a plain {kind}: name it as `{kind}`.",
-            )
-            yield dataclasses.replace(pretrained, origin=source.folder)
+            yield files.enter_context(open_whole(source.folder, source.vision_tower or None))
         else:
-            tower, language_model = (
-                files.enter_context(open_pretrained(path))
-                for path in (source.vision_tower, source.language_model)
-            )
+            tower = files.enter_context(open_pretrained(source.vision_tower))
+            language_model = files.enter_context(open_pretrained(source.language_model))
             adaptor = files.enter_context(open_adaptor(source.adaptor)) if source.adaptor else None
             yield join(tower, language_model, adaptor, source.seed, tokenizer)

@@ -1,10 +1,14 @@
-"""Our own form of a pretrained model: a folder with its configuration, an Orbax checkpoint of its parameters, and its processor's files.
+"""Native folders: our own format of pretrained models, local or on cloud storage.
 
-    model.json   {"format": 1, "model": {"kind": ..., "config": {...}}, "origin": ...}; written last: a folder without it is not whole
-    params/      Orbax, name -> array in the dtype it came in, sharded as the mesh it was written on
-    tokenizer.json, preprocessor_config.json, ...   as the source has them
+A folder holds
 
-Local or on cloud storage. Large parameters are written one after the other: beside what Orbax needs for one, none is in memory.
+    model.json   {"format": 1, "model": {"kind": ..., "config": {...}}, "origin": ...}
+    params/      Orbax checkpoint: name -> array in its original dtype, sharded as on the mesh that
+                 it was written on
+    tokenizer.json, preprocessor_config.json, ...   copied from the source
+
+model.json is written last; a folder without it is incomplete. Large parameters are written one
+after the other: only one of them, and what Orbax needs to write it, is in memory.
 """
 
 import contextlib
@@ -14,42 +18,52 @@ import gc
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from orbax.checkpoint import v1 as ocp
 
 from mod_jax.config import ModelConfig, from_dict, require
-from mod_jax.interop.folder import PROCESSOR_FILES
-from mod_jax.interop.pretrained import PARTS, Parameter, Pretrained
+from mod_jax.interop.folder import copy_processor
+from mod_jax.interop.pretrained import PARTS, Config, Parameter, Pretrained
 from mod_jax.models import llava
 from mod_jax.sharding import parameter_shardings
 
-ABOUT, PARAMS, FORMAT = "model.json", "params", 1
-CHUNK_BYTES = 2**27  # a stored array is cut into such pieces, so that any mesh reads what it needs
-KINDS = {kind: cls for cls, kind in PARTS.items()}
+ABOUT = "model.json"
+PARAMS = "params"
+FORMAT = 1
+# Size of the chunks of a stored array, so that a host of any mesh reads little more than its part.
+CHUNK_BYTES = 2**27
+KINDS = {kind: config_class for config_class, kind in PARTS.items()}
 
 
 def is_native(path) -> bool:
-    """Whether a folder is one of these."""
+    """Whether a folder is a native one."""
     return (epath.Path(path) / ABOUT).is_file()
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A parameter in a checkpoint; `np.asarray` reads it."""
+    """A parameter in a checkpoint; `np.asarray` reads it.
+
+    Attributes:
+      folder: Folder of the Orbax checkpoint.
+      name: Name of the parameter.
+      shape: Size of each dimension.
+      dtype: Dtype that the numbers are stored in.
+    """
 
     folder: epath.Path
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def blocks(self, indices) -> list[np.ndarray]:
-        """The parts that `indices` name; the whole is read."""
+    def blocks(self, indices: Iterable[tuple[slice, ...]]) -> list[np.ndarray]:
+        """Reads the whole parameter and returns views of the blocks that `indices` give."""
         whole = np.asarray(self)
         return [whole[index] for index in indices]
 
@@ -57,19 +71,18 @@ class Stored:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            wanted = np.broadcast_to(
-                np.empty((), self.dtype), self.shape
-            )  # says shape and dtype, and takes no memory
-            array = ocp.load(self.folder, {self.name: wanted})[self.name]
+            # Gives the shape and the dtype without taking memory.
+            template = np.broadcast_to(np.empty((), self.dtype), self.shape)
+            array = ocp.load(self.folder, {self.name: template})[self.name]
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
 @contextlib.contextmanager
-def open_native(path) -> Iterator[Pretrained]:
-    """The model of a folder that `save_native` wrote.
+def open_native(path) -> Iterator[Pretrained[Config]]:
+    """Opens the model in a native folder.
 
     Raises:
-      ConfigError: if it is of another version.
+      ConfigError: If the folder was written by another version of the format.
     """
     folder = epath.Path(path)
     about = json.loads((folder / ABOUT).read_text())
@@ -77,27 +90,33 @@ def open_native(path) -> Iterator[Pretrained]:
         about["format"] == FORMAT,
         f"format of {folder}",
         about["format"],
-        f"{FORMAT}, the one this version writes",
+        f"{FORMAT}, the format that this version reads",
         "Import the model again.",
     )
-    config = from_dict(KINDS[about["model"]["kind"]], about["model"]["config"], f"{folder / ABOUT}")
-    stored = ocp.metadata(folder / PARAMS).metadata
+    model = about["model"]
+    config = from_dict(KINDS[model["kind"]], model["config"], f"{folder / ABOUT}")
+    metadata = ocp.metadata(folder / PARAMS).metadata
     params = {
-        name: Stored(folder / PARAMS, name, tuple(x.shape), np.dtype(x.dtype))
-        for name, x in stored.items()
+        name: Stored(folder / PARAMS, name, tuple(array.shape), np.dtype(array.dtype))
+        for name, array in metadata.items()
     }
     yield Pretrained(config, params, about["origin"], folder)
 
 
-def save_native(path, pretrained: Pretrained, mesh: Mesh | None = None) -> None:
-    """Writes a folder, whole or not at all (on cloud storage: whole once model.json is there, which is last).
+def save_native(path, pretrained: Pretrained[Config], mesh: Mesh | None = None) -> None:
+    """Writes a native folder, completely or not at all.
+
+    On cloud storage, where a folder cannot be renamed, it is complete once model.json is there.
 
     Args:
-      path: must not exist. On several hosts the same for all; each writes its part of every parameter.
-      pretrained: what it holds.
-      mesh: a whole model's parameters are cut as they lie on it in training; None: one device.
+      path: Folder to create; it must not exist. It is the same on all hosts, each of which writes
+        its part of every parameter.
+      pretrained: Model to write.
+      mesh: Mesh on which the parameters of a whole model are sharded as in training. None, or a
+        part of a model, writes from one device.
+
     Raises:
-      ConfigError: if the folder exists, or a size does not divide over the mesh.
+      ConfigError: If the folder exists, or a dimension does not divide over the mesh.
     """
     folder = epath.Path(path)
     require(
@@ -107,60 +126,57 @@ def save_native(path, pretrained: Pretrained, mesh: Mesh | None = None) -> None:
         "a folder that does not exist yet",
         "Remove it or choose another.",
     )
-    remote, first = "://" in str(path), jax.process_index() == 0
-    work = folder if remote else folder.with_name(folder.name + ".unfinished")
-    if first and work.exists():
+    is_remote = "://" in str(path)
+    is_first_host = jax.process_index() == 0
+    work = folder if is_remote else folder.with_name(folder.name + ".unfinished")
+    if is_first_host and work.exists():
         work.rmtree()
     _wait("emptied")
     try:
-        _save_params(work / PARAMS, pretrained, _shardings(pretrained, mesh))
-        if first:
-            _copy_processor(pretrained.folder, work)
+        _save_params(work / PARAMS, pretrained.params, _shardings(pretrained, mesh))
+        if is_first_host:
+            copy_processor(pretrained.folder, work)
             model = {
                 "kind": PARTS[type(pretrained.config)],
                 "config": dataclasses.asdict(pretrained.config),
             }
-            (work / ABOUT).write_text(
-                json.dumps(
-                    {"format": FORMAT, "model": model, "origin": pretrained.origin}, indent=1
-                )
-                + "\n"
-            )
+            about = {"format": FORMAT, "model": model, "origin": pretrained.origin}
+            (work / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     except BaseException:
-        if first and work.exists():
+        if is_first_host and work.exists():
             work.rmtree()
         raise
-    if first and not remote:
+    if is_first_host and not is_remote:
         if folder.exists():
-            folder.rmdir()  # empty
+            folder.rmdir()  # it is empty, see above
         work.rename(folder)
     _wait("written")
 
 
-def _wait(what: str) -> None:
-    multihost_utils.sync_global_devices(f"native {what}")
+def _wait(event: str) -> None:
+    """Waits until all hosts have come to this event."""
+    multihost_utils.sync_global_devices(f"native {event}")
 
 
-def _shardings(pretrained: Pretrained, mesh: Mesh | None) -> dict:
+def _shardings(pretrained: Pretrained[Config], mesh: Mesh | None) -> dict[str, Sharding]:
     if mesh is None or not isinstance(pretrained.config, ModelConfig):
-        return dict.fromkeys(
-            pretrained.params, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        )
-    return parameter_shardings(mesh, pretrained.params, llava.axes(pretrained.config))
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return dict.fromkeys(pretrained.params, one_device)
+    return parameter_shardings(mesh, dict(pretrained.params), llava.axes(pretrained.config))
 
 
-def _save_params(folder: epath.Path, pretrained: Pretrained, shardings: dict) -> None:
+def _save_params(
+    folder: epath.Path, params: Mapping[str, Parameter], shardings: dict[str, Sharding]
+) -> None:
     context = ocp.Context()
-    context.array.saving.use_compression = (
-        False  # trained weights hardly shrink, and it takes eight times as long
-    )
+    # Trained weights hardly shrink, and compression takes eight times as long.
+    context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     with context:
-        for group in _groups(pretrained.params):
-            arrays = jax.block_until_ready(
-                {name: place(parameter, shardings[name]) for name, parameter in group.items()}
-            )
-            gc.collect()  # jax lets go of what it has copied when garbage is collected
+        for group in _groups(params):
+            arrays = {name: place(parameter, shardings[name]) for name, parameter in group.items()}
+            jax.block_until_ready(arrays)
+            gc.collect()  # makes jax release the host arrays that it has copied
             ocp.partial.save(folder, arrays)
             del arrays
             _trim()
@@ -168,39 +184,45 @@ def _save_params(folder: epath.Path, pretrained: Pretrained, shardings: dict) ->
 
 
 def _groups(params: Mapping[str, Parameter]) -> Iterator[dict[str, Parameter]]:
-    """What is written at once, as every write takes its time: one parameter, or as many as CHUNK_BYTES hold."""
-    group, size = {}, 0
+    """Yields the parameters that are written together: one, or as many as CHUNK_BYTES hold.
+
+    Small parameters are grouped because each call to Orbax takes its time.
+    """
+    group: dict[str, Parameter] = {}
+    group_bytes = 0
     for name, parameter in params.items():
-        more = math.prod(parameter.shape) * np.dtype(parameter.dtype).itemsize
-        if group and size + more > CHUNK_BYTES:
+        size = math.prod(parameter.shape) * np.dtype(parameter.dtype).itemsize
+        if group and group_bytes + size > CHUNK_BYTES:
             yield group
-            group, size = {}, 0
-        group[name], size = parameter, size + more
+            group = {}
+            group_bytes = 0
+        group[name] = parameter
+        group_bytes += size
     yield group
 
 
 def _trim() -> None:
-    """Gives what was freed back to the system: glibc keeps the writer's many small buffers, as much again as the largest parameter and more."""
+    """Returns freed memory to the operating system.
+
+    Otherwise glibc keeps the many small buffers of the writer, which take at least as much memory
+    again as the largest parameter.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def place(parameter: Parameter, sharding) -> jax.Array:
-    """A parameter on devices, of which each host reads its part alone."""
-    shape = tuple(parameter.shape)
+def place(parameter: Parameter, sharding: Sharding) -> jax.Array:
+    """Puts a parameter on devices; each host reads only its own part, and each block once."""
+    shape = parameter.shape
+    # Blocks are compared as (start, stop) pairs, as slices are not hashable before Python 3.12.
     spans = {
-        device: tuple(span.indices(n)[:2] for span, n in zip(index, shape))
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
+        device: tuple(span.indices(size)[:2] for span, size in zip(index, shape))
+        for device, index in sharding.devices_indices_map(shape).items()
+        if device in sharding.addressable_devices
     }
-    different = list(dict.fromkeys(spans.values()))  # replicas share a block
-    blocks = parameter.blocks([tuple(slice(*span) for span in index) for index in different])
+    unique = list(dict.fromkeys(spans.values()))  # replicas share a block
+    blocks = parameter.blocks([tuple(slice(*span) for span in index) for index in unique])
     arrays = [
-        jax.device_put(blocks[different.index(index)], device) for device, index in spans.items()
+        jax.device_put(blocks[unique.index(index)], device) for device, index in spans.items()
     ]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _copy_processor(source, target: epath.Path) -> None:
-    for name in PROCESSOR_FILES if source is not None else ():
-        if (epath.Path(source) / name).is_file():
-            (epath.Path(source) / name).copy(target / name)

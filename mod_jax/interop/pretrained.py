@@ -1,59 +1,81 @@
-"""A pretrained model in files, whatever their format: its configuration now, its parameters when they are asked for.
+"""Pretrained models in files of any format: the configuration, and parameters that are read on use.
 
-Parameters have our names (docs/architecture.md) and the dtype they are stored in; `read` makes them float32.
+Parameters have our names (docs/architecture.md) and the dtype that they are stored in; `read`
+converts them to float32.
 """
 
 import collections
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 
-from mod_jax.config import DecoderConfig, ModelConfig, VisionConfig, require
+from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig, require
+from mod_jax.data.sources.record import MARKER
 from mod_jax.models import llava
 
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast
+
 Config = ModelConfig | DecoderConfig | VisionConfig
-PARTS = {
+ConfigT = TypeVar("ConfigT", ModelConfig, DecoderConfig, VisionConfig)
+ConfigT_co = TypeVar("ConfigT_co", bound=Config, covariant=True)
+
+# Class of a configuration -> key of that kind of model, in configurations and files.
+PARTS: dict[type[Config], str] = {
     VisionConfig: "vision_tower",
     DecoderConfig: "language_model",
     ModelConfig: "llava",
-}  # what a configuration is of
+}
+# The same for error messages.
+_DESCRIPTIONS: dict[type[Config], str] = {
+    VisionConfig: "a vision tower",
+    DecoderConfig: "a language model",
+    ModelConfig: "a whole model (vision tower, adaptor and language model)",
+}
 TABLES = ("language_model.embedding.w_vd", "language_model.head.w_vd")
 
 
 class Parameter(Protocol):
     """A parameter in a file; `np.asarray` reads it."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of each dimension."""
 
-    def blocks(self, indices: list[tuple[slice, ...]]) -> list[np.ndarray]:
-        """Reads the parts that `indices` name (a slice a dimension)."""
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype that the numbers are stored in."""
+
+    def blocks(self, indices: Iterable[tuple[slice, ...]]) -> list[np.ndarray]:
+        """Reads blocks of the parameter; each is given by one slice per dimension."""
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """A parameter that is there already, as one in a file."""
+    """A `Parameter` that is an array in memory."""
 
     array: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
         return self.array.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """Dtype of the array."""
         return self.array.dtype
 
-    def blocks(self, indices) -> list[np.ndarray]:
-        """The parts that `indices` name."""
+    def blocks(self, indices: Iterable[tuple[slice, ...]]) -> list[np.ndarray]:
+        """Views of the blocks that `indices` give."""
         return [self.array[index] for index in indices]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -61,123 +83,178 @@ class InMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """A pretrained model, or a part of one.
+class Pretrained(Generic[ConfigT_co]):
+    """A pretrained model, or its vision tower or language model alone.
 
     Attributes:
-      config: of a whole model, a language model or a vision tower; None of an adaptor.
-      params: name -> parameter, readable while the files are open.
-      origin: for people: where it came from.
-      folder: where its tokenizer and image processor are; None if it has none.
+      config: Configuration of the model or of the part.
+      params: Name -> parameter, which can be read while the files are open.
+      origin: Where it came from, for people.
+      folder: Folder that may hold its tokenizer and image processor.
     """
 
-    config: Config | None
+    config: ConfigT_co
     params: Mapping[str, Parameter]
     origin: str
-    folder: epath.Path | pathlib.Path | None
+    folder: epath.Path | pathlib.Path
 
     @property
     def size(self) -> int:
-        """Numbers in all parameters."""
+        """Number of elements in all parameters."""
         return sum(math.prod(parameter.shape) for parameter in self.params.values())
 
     @property
     def dtype(self) -> str:
-        """In which most numbers are stored."""
-        sizes = collections.Counter()
+        """Dtype that most elements are stored in."""
+        sizes: collections.Counter[str] = collections.Counter()
         for parameter in self.params.values():
             sizes[str(parameter.dtype)] += math.prod(parameter.shape)
         return sizes.most_common(1)[0][0]
 
 
-def read(pretrained: Pretrained) -> dict[str, np.ndarray]:
-    """All parameters, f32."""
+@dataclasses.dataclass(frozen=True)
+class Adaptor:
+    """The parameters of an adaptor alone.
+
+    Attributes:
+      params: Name -> parameter, which can be read while the files are open.
+      origin: Where it came from, for people.
+    """
+
+    params: Mapping[str, Parameter]
+    origin: str
+
+
+def read(pretrained: Pretrained[Config] | Adaptor) -> dict[str, np.ndarray]:
+    """Reads all parameters as float32 arrays, by name."""
     return {
         name: np.asarray(parameter).astype(np.float32, copy=False)
         for name, parameter in pretrained.params.items()
     }
 
 
-def join(
-    tower: Pretrained, language_model: Pretrained, adaptor: Pretrained | None, seed: int, tokenizer
-) -> Pretrained:
-    """A model from a pretrained tower, a pretrained language model and an adaptor, a new one if there is none: what stage 1 starts from.
+def config_of_kind(
+    kind: type[ConfigT], config: Config, key: str, place: str, remedy: str = ""
+) -> ConfigT:
+    """Returns `config`, checked to be of the kind of model that is needed.
 
     Args:
-      seed: of a new adaptor.
-      tokenizer: the language model's, with `<image>`.
+      kind: Class of configuration that is needed.
+      config: Configuration of the model that is there.
+      key: Key that names the model, for the error message.
+      place: Value of that key.
+      remedy: What to do, for the error message.
+
     Raises:
-      ConfigError: if a part is of another kind, or the adaptor does not fit between the two.
+      ConfigError: If the model is of another kind.
     """
-    for name, part, kind in (
-        ("vision_tower", tower, VisionConfig),
-        ("language_model", language_model, DecoderConfig),
-    ):
-        require(
-            isinstance(part.config, kind),
-            name,
-            part.origin,
-            f"a plain {PARTS[kind]}",
-            f"It holds a {PARTS[type(part.config)]}.",
+    if not isinstance(config, kind):
+        raise ConfigError(
+            f"{key} = {place!r}: expected {_DESCRIPTIONS[kind]}. "
+            f"It holds {_DESCRIPTIONS[type(config)]}. {remedy}".rstrip()
         )
-    config = ModelConfig(vision=tower.config, decoder=language_model.config)
+    return config
+
+
+def decoder_of(config: Config) -> DecoderConfig | None:
+    """Configuration of the language model; None for a vision tower."""
+    if isinstance(config, VisionConfig):
+        return None
+    return config.decoder if isinstance(config, ModelConfig) else config
+
+
+def with_decoder(config: Config, decoder: DecoderConfig) -> Config:
+    """Replaces the configuration of the language model."""
+    if isinstance(config, ModelConfig):
+        return dataclasses.replace(config, decoder=decoder)
+    return decoder
+
+
+def join(
+    tower: Pretrained[Config],
+    language_model: Pretrained[Config],
+    adaptor: Adaptor | None,
+    seed: int,
+    tokenizer: "PreTrainedTokenizerFast",
+) -> Pretrained[ModelConfig]:
+    """Joins a vision tower, an adaptor and a language model to the model that stage 1 starts from.
+
+    Args:
+      tower: A vision tower.
+      language_model: A language model.
+      adaptor: An adaptor; None initialises a new one.
+      seed: Seed of a new adaptor.
+      tokenizer: Tokenizer of the language model, with `<image>`.
+
+    Raises:
+      ConfigError: If a part is of another kind, or the adaptor does not fit between the two.
+    """
+    config = ModelConfig(
+        vision=config_of_kind(VisionConfig, tower.config, "vision_tower", tower.origin),
+        decoder=config_of_kind(
+            DecoderConfig, language_model.config, "language_model", language_model.origin
+        ),
+    )
     if adaptor is None:
-        key = jax.random.key(seed)
-        # under jit only what is returned is made: no second language model in memory
-        new = jax.jit(
-            lambda key: {
-                name: x
-                for name, x in llava.init(config, key).items()
-                if name.startswith("adaptor.")
-            }
-        )(key)
-        params, origin = (
-            {name: InMemory(np.asarray(x)) for name, x in new.items()},
-            f"new adaptor, seed {seed}",
-        )
+        adaptor = _new_adaptor(config, seed)
     else:
-        params, origin = dict(adaptor.params), adaptor.origin
-        wanted = {
-            name: x.shape
-            for name, x in llava.abstract(config).items()
+        expected = {
+            name: array.shape
+            for name, array in llava.abstract(config).items()
             if name.startswith("adaptor.")
         }
-        found = {name: x.shape for name, x in params.items()}
+        found = {name: parameter.shape for name, parameter in adaptor.params.items()}
         require(
-            found == wanted,
-            f"shapes of {origin}",
+            found == expected,
+            f"shapes of {adaptor.origin}",
             found,
-            f"{wanted}, between {tower.origin} and {language_model.origin}",
+            f"{expected}, to fit between {tower.origin} and {language_model.origin}",
         )
     joined = Pretrained(
         config,
-        {**tower.params, **params, **language_model.params},
-        f"{tower.origin} + {language_model.origin} + {origin}",
+        {**tower.params, **adaptor.params, **language_model.params},
+        f"{tower.origin} + {language_model.origin} + {adaptor.origin}",
         language_model.folder,
     )
     return with_vocabulary(joined, tokenizer)
 
 
-def with_vocabulary(pretrained: Pretrained, tokenizer) -> Pretrained:
-    """A whole model that knows its tokenizer's `<image>` and end token, with rows of the vocabulary for all its tokens.
+def _new_adaptor(config: ModelConfig, seed: int) -> Adaptor:
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        params = llava.init(config, key)
+        return {name: array for name, array in params.items() if name.startswith("adaptor.")}
 
-    New rows, up to a multiple of 64, are the mean of the others: the logit of a mean row is the mean of the logits, so it never is the greatest.
+    # jit only computes what is returned, so no second language model is in memory.
+    arrays = jax.jit(init)(jax.random.key(seed))
+    params = {name: InMemory(np.asarray(array)) for name, array in arrays.items()}
+    return Adaptor(params, f"new adaptor, seed {seed}")
+
+
+def with_vocabulary(
+    pretrained: Pretrained[ModelConfig], tokenizer: "PreTrainedTokenizerFast"
+) -> Pretrained[ModelConfig]:
+    """Sets the ids of `<image>` and of the end token, and adds rows for tokens that have none.
+
+    New rows of the vocabulary, up to a multiple of 64, are the mean of the others. The logit of a
+    mean row is the mean of the logits, so it is never the largest.
     """
-    config, params = pretrained.config, dict(pretrained.params)
-    needed, rows = max(tokenizer.get_vocab().values()) + 1, config.decoder.vocab_size
-    if needed > rows:
-        rows = -(-needed // 64) * 64
+    config = pretrained.config
+    params = dict(pretrained.params)
+    rows = config.decoder.vocab_size
+    vocabulary = tokenizer.get_vocab()
+    needed_rows = max(vocabulary.values()) + 1
+    if needed_rows > rows:
+        rows = -(-needed_rows // 64) * 64
         for name in TABLES:
             if name in params:
                 table = np.asarray(params[name])
                 mean = table.mean(0, dtype=np.float32).astype(table.dtype)
-                params[name] = InMemory(
-                    np.concatenate([table, np.broadcast_to(mean, (rows - len(table), len(mean)))])
-                )
+                new_rows = np.broadcast_to(mean, (rows - len(table), len(mean)))
+                params[name] = InMemory(np.concatenate([table, new_rows]))
     config = dataclasses.replace(
         config,
         decoder=dataclasses.replace(config.decoder, vocab_size=rows),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=vocabulary[MARKER],
         end_token_id=tokenizer.eos_token_id,
     )
     return dataclasses.replace(pretrained, config=config, params=params)

@@ -1,26 +1,29 @@
-"""A model folder's processor, in both directions: its chat template, tokenizer and picture preparation, as stock transformers has them.
+"""The processor of a model folder, read and written as stock transformers has it.
 
-What a Llama tokenizer begins a text with (its bos token) is added by tokenization, as its tokenizer.json says, and is in no template.
+It consists of the chat template, the tokenizer, and the preparation of pictures. The bos token that
+a Llama tokenizer puts before a text is added by tokenization, as tokenizer.json says, and is not in
+any template.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from mod_jax.config import ModelConfig, require
-from mod_jax.data.samples.tokenizer import IMAGE
 from mod_jax.data.samples.tokens import TEMPLATES, chat_format
-from mod_jax.interop.folder import read_json
+from mod_jax.data.sources.record import MARKER
+from mod_jax.interop.folder import JsonObject, read_json
+from mod_jax.interop.hf_config import CLASS_TOKENS, feature_strategy
 from mod_jax.interop.image_processor import image_processor_to_json
 
-# (tokens a picture has beside its patches, which of them the language model reads): CLIP's CLS is dropped, SigLIP has none.
-FEATURES = {"clip": (1, "default"), "siglip": (0, "full")}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-# What follows the fields of a Template. A message's content is a string, in which <image> marks a picture, or a list of parts: a text part has no pictures,
-# so a mark written in it is broken up.
+# The part of a chat template after the fields of a `Template`. The content of a message is either a
+# string, in which <image> (record.MARKER) stands for a picture, or a list of parts. A text part has
+# no pictures, so a marker in it is broken up.
 MESSAGES = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
@@ -33,7 +36,8 @@ MESSAGES = """\
             {%- elif part["type"] in ["image", "image_url"] -%}
                 {{- "<image>" -}}
             {%- else -%}
-                {{- raise_exception("content of type " ~ part["type"] ~ ": expected text or image") -}}
+                {{- raise_exception("content of type " ~ part["type"] ~ \
+": expected text or image") -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -57,117 +61,146 @@ MESSAGES = """\
 
 @functools.cache
 def chat_template(name: str) -> str:
-    """Jinja of a template of `conversation.TEMPLATES`, for `apply_chat_template`: it renders what `conversation` tokenizes.
+    """Jinja text of a template in data.samples.tokens.TEMPLATES, for `apply_chat_template`.
 
-    The parts of a message's content are joined by line ends. A system message stands in the place of the template's own. A prompt
-    (add_generation_prompt) ends where the model speaks: before the gap. What the template puts behind an answer stands behind the last one, too.
+    It renders the text that data.samples.tokens tokenizes. The parts of a message's content are
+    joined by line breaks. A system message replaces the system text of the template. A prompt
+    (add_generation_prompt) ends where the model begins to write: before the gap. What the template
+    puts after an answer also follows the last answer.
+
+    Raises:
+      ConfigError: If there is no such template.
     """
     require(name in TEMPLATES, "template", name, f"one of {tuple(TEMPLATES)}")
     fields = dataclasses.asdict(TEMPLATES[name])
-    return (
-        "".join(f"{{%- set {field} = {json.dumps(value)} -%}}\n" for field, value in fields.items())
-        + MESSAGES
-    )
+    lines = [f"{{%- set {field} = {json.dumps(value)} -%}}\n" for field, value in fields.items()]
+    return "".join(lines) + MESSAGES
 
 
 def template_of(jinja: str | None) -> str | None:
-    """The name of the template whose Jinja this is (the first, if it has several); None if it is another's."""
+    """Name of the first template in TEMPLATES with this Jinja text; None if there is none."""
     return next((name for name in TEMPLATES if chat_template(name) == jinja), None)
 
 
 def read_template(folder) -> str | None:
-    """A folder's chat template: its own file (since 4.50 Jinja, before that JSON), or the tokenizer's; None if it has none."""
-    own = pathlib.Path(folder) / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text(encoding="utf-8")
-    found = (
-        read_json(pathlib.Path(folder) / name).get("chat_template")
-        for name in ("chat_template.json", "tokenizer_config.json")
-    )
-    return next(
-        (jinja for jinja in found if isinstance(jinja, str)), None
-    )  # the tokenizer's may also be a list of templates for tools and retrieval
+    """Reads the chat template of a folder; None if it has none.
+
+    It is in a file of its own (Jinja since transformers 4.50, before that JSON) or in that of the
+    tokenizer.
+    """
+    folder = pathlib.Path(folder)
+    jinja_file = folder / "chat_template.jinja"
+    if jinja_file.is_file():
+        return jinja_file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json(folder / name).get("chat_template")
+        # The tokenizer may have a list of templates, for tools and retrieval, instead of a string.
+        if isinstance(template, str):
+            return template
+    return None
 
 
 def write_processor(
-    folder, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, template: str, fit: str = "pad"
+    folder,
+    config: ModelConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    template: str,
+    fit: str = "pad",
 ) -> None:
-    """Writes what AutoProcessor, AutoTokenizer and GenerationConfig of transformers 4.57 and 5.x read beside a model.
+    """Writes the processor's files beside a model.
+
+    AutoProcessor, AutoTokenizer and GenerationConfig of transformers 4.57 and 5.x read them.
 
     Args:
-      folder: exists.
-      config: the model.
-      tokenizer: from `load_tokenizer`.
-      template: Jinja text, e.g. of `chat_template`.
-      fit: how pictures become squares.
+      folder: Folder of the model, which exists.
+      config: Configuration of the model.
+      tokenizer: Tokenizer, from `load_tokenizer`.
+      template: Jinja text of the chat template, e.g. from `chat_template`.
+      fit: How a picture is made a square, a key of data.samples.pixels.FITS.
+
     Raises:
-      ConfigError: if the tokenizer's id of `<image>` is not the model's, or the template not one for them.
+      ConfigError: If the tokenizer's id of `<image>` is not the model's, or the template is not
+        for this model and tokenizer.
     """
     check_picture_id(tokenizer, config, folder)
     check_template(template, config, tokenizer)
-    folder, vision = pathlib.Path(folder), config.vision
-    extra, strategy = FEATURES[vision.family]
-    specials = {
-        name: getattr(tokenizer, name)
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-    }
+    folder = pathlib.Path(folder)
     files = {
-        "preprocessor_config.json": image_processor_to_json(vision, fit),
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE,
-            "patch_size": vision.patch_size,
-            "num_additional_image_tokens": extra,
-            "vision_feature_select_strategy": strategy,
-        },
-        # A class of its own (Qwen2Tokenizer, ...) would put its splitting in the place of tokenizer.json's.
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "LlavaProcessor",
-            **{name: token for name, token in specials.items() if token is not None},
-            "extra_special_tokens": {"image_token": IMAGE},
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": tokenizer.model_max_length,
-            "padding_side": "left",
-            "model_input_names": [
-                "input_ids",
-                "attention_mask",
-            ],  # 4.57 adds token_type_ids by default, which the model's generate refuses
-        },
-        "generation_config.json": {
-            **({} if tokenizer.bos_token_id is None else {"bos_token_id": tokenizer.bos_token_id}),
-            "eos_token_id": config.end_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "do_sample": False,
-        },
+        "preprocessor_config.json": image_processor_to_json(config.vision, fit),
+        "processor_config.json": _processor_config(config),
+        "tokenizer_config.json": _tokenizer_config(tokenizer),
+        "generation_config.json": _generation_config(config, tokenizer),
     }
     for name, values in files.items():
-        (folder / name).write_text(
-            json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    backend = (
-        tokenizer.backend_tokenizer
-    )  # a call may have left its padding and truncation in it, which would be saved
+    backend = tokenizer.backend_tokenizer
+    # A call may have left its padding and truncation in the backend; they would be saved.
     backend.no_padding()
     backend.no_truncation()
     backend.save(str(folder / "tokenizer.json"))
 
 
+def _processor_config(config: ModelConfig) -> JsonObject:
+    vision = config.vision
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": MARKER,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": CLASS_TOKENS[vision.family],
+        "vision_feature_select_strategy": feature_strategy(vision.family),
+    }
+
+
+def _tokenizer_config(tokenizer: "PreTrainedTokenizerFast") -> JsonObject:
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    special_tokens = {name: getattr(tokenizer, name) for name in names}
+    return {
+        # A model's own class (Qwen2Tokenizer, ...) would split texts in its own way instead of as
+        # tokenizer.json says.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        **{name: token for name, token in special_tokens.items() if token is not None},
+        "extra_special_tokens": {"image_token": MARKER},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": "left",
+        # By default 4.57 adds token_type_ids, which the `generate` of the model refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def _generation_config(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") -> JsonObject:
+    values: JsonObject = {}
+    if tokenizer.bos_token_id is not None:
+        values["bos_token_id"] = tokenizer.bos_token_id
+    return values | {
+        "eos_token_id": config.end_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": False,
+    }
+
+
 def check_template(
-    template: str | None, config: ModelConfig, tokenizer: PreTrainedTokenizerFast
+    template: str | None, config: ModelConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
+    """Raises ConfigError if a template of ours does not fit the model and its tokenizer.
+
+    What the template of another project needs is not known, so that it is not checked.
+    """
     name = template_of(template)
     if name is not None:
-        chat_format(name, config, tokenizer)  # of another's, what it needs cannot be known
+        chat_format(name, config, tokenizer)
 
 
-def check_picture_id(tokenizer: PreTrainedTokenizerFast, config: ModelConfig, folder) -> None:
-    found, expected = tokenizer.convert_tokens_to_ids(IMAGE), config.image_token_id
+def check_picture_id(tokenizer: "PreTrainedTokenizerFast", config: ModelConfig, folder) -> None:
+    """Raises ConfigError if the id of `<image>` in the tokenizer of `folder` is not the model's."""
+    found = tokenizer.convert_tokens_to_ids(MARKER)
     require(
-        found == expected,
-        f"id of {IMAGE} in the tokenizer of {folder}",
+        found == config.image_token_id,
+        f"id of {MARKER} in the tokenizer of {folder}",
         found,
-        f"the model's, {expected}",
-        "Use the tokenizer it was trained with.",
+        f"the model's, {config.image_token_id}",
+        "Use the tokenizer that the model was trained with.",
     )

@@ -1,4 +1,7 @@
-"""`.bin` files of PyTorch: their tensors, and nothing else that a pickle could do. The only place that needs torch (`pip install mod-jax[bin]`)."""
+"""PyTorch `.bin` files: only tensors are read from them, and no pickled code is run.
+
+This is the only module that needs PyTorch (`pip install '.[bin]'`).
+"""
 
 import contextlib
 import dataclasses
@@ -6,22 +9,31 @@ import pathlib
 import pickle
 import re
 import zipfile
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from mod_jax.config import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
 
 class BadFile(ValueError):
-    """A file of weights that cannot be read, or must not be."""
+    """A file of weights that cannot be read, or is refused because it is unsafe."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor in a mapped file: slicing reads it."""
+class _TorchTensor:
+    """A tensor in a memory-mapped file. Slicing it reads the slice.
 
-    tensor: object  # torch.Tensor
+    Attributes:
+      tensor: PyTorch's view of the file.
+      dtype: Numpy dtype of a supported floating-point tensor, else the name of PyTorch's dtype.
+    """
+
+    tensor: "torch.Tensor"
     dtype: np.dtype | str
 
     @property
@@ -32,43 +44,48 @@ class _Tensor:
         import torch
 
         part = self.tensor[index].detach().contiguous()
-        if (
-            self.dtype == ml_dtypes.bfloat16
-        ):  # which numpy does not have, so torch does not convert it
+        # PyTorch cannot convert bfloat16 to numpy, which lacks it, so the bits are reinterpreted.
+        if self.dtype == ml_dtypes.bfloat16:
             return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return part.numpy()
 
 
-def open_bin(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """Name -> tensor of one file, which is mapped into memory: only its pickle of names and shapes is read, and code in it is refused, not run.
+def open_bin(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _TorchTensor]:
+    """Maps a file into memory and returns name -> tensor.
+
+    Only the pickle with names and shapes is read. Code in it is refused, not run.
+
+    Args:
+      path: The file.
+      stack: Unused, as the mapping ends with its last tensor; all formats are opened alike.
 
     Raises:
-      BadFile: if it holds anything but tensors, is cut off, or was written before torch 1.6.
-      ConfigError: if torch is not installed.
+      BadFile: If the file holds anything but tensors, is cut off, or was written before torch 1.6.
+      ConfigError: If PyTorch is not installed.
     """
     try:
         import torch
     except ImportError as error:
         raise ConfigError(
-            f"{path} is read by PyTorch, which is not installed. `pip install mod-jax[bin]`, or use the checkpoint's safetensors."
+            f"{path} can only be read with PyTorch, which is not installed. "
+            "Run `pip install '.[bin]'`, or use safetensors of the same checkpoint."
         ) from error
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
-            raise BadFile("it is cut off, or no zip archive, as torch.save writes since torch 1.6")
+            raise BadFile("it is cut off, or not a zip archive as torch.save writes since 1.6")
     try:
         tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        wanted = match[1] if match else "more than tensors"
         raise BadFile(
-            f"its pickle asks for {named[1] if named else 'more than tensors'}: refused, and nothing of it was run"
+            f"its pickle asks for {wanted}: refused, and no code of it was run"
         ) from error
     except RuntimeError as error:
         raise BadFile(str(error).partition(". ")[0]) from error
-    others = (
-        [name for name, x in tensors.items() if not isinstance(x, torch.Tensor)]
-        if isinstance(tensors, dict)
-        else [type(tensors).__name__]
-    )
+    if not isinstance(tensors, dict):
+        raise BadFile(f"it holds more than tensors: {[type(tensors).__name__]}")
+    others = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise BadFile(f"it holds more than tensors: {others}")
     dtypes = {
@@ -76,4 +93,7 @@ def open_bin(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _Tens
         torch.float16: np.dtype(np.float16),
         torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
     }
-    return {name: _Tensor(x, dtypes.get(x.dtype, str(x.dtype))) for name, x in tensors.items()}
+    return {
+        name: _TorchTensor(tensor, dtypes.get(tensor.dtype, str(tensor.dtype)))
+        for name, tensor in tensors.items()
+    }
