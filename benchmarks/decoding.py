@@ -24,7 +24,8 @@ from mod_jax import prepare
 from mod_jax.config import DataConfig, DecoderConfig, ModelConfig, SourceConfig
 from mod_jax.data.batches.pipeline import Batches
 from mod_jax.data.samples.pixels import load_image
-from mod_jax.data.samples.tokenizer import IMAGE, byte_tokenizer
+from mod_jax.data.samples.tokenizer import byte_tokenizer
+from mod_jax.data.sources.record import MARKER
 
 SAMPLES = 480
 ROUNDS = 5
@@ -109,7 +110,7 @@ def main() -> None:
     tokenizer = byte_tokenizer()
     model = ModelConfig(
         decoder=DecoderConfig(),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_id=tokenizer.convert_tokens_to_ids(MARKER),
         end_token_id=tokenizer.eos_token_id,
     )
     with tempfile.TemporaryDirectory() as name:
