@@ -9,13 +9,13 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast
 
 from mod_jax.config import (
     DataConfig,
@@ -29,7 +29,10 @@ from mod_jax.data.batches.statistics import Measured, Packing, SourceStatistics,
 from mod_jax.data.samples.sample import Skipped
 from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.interop import loading
-from mod_jax.recipe import check_tokenizer
+from mod_jax.interop.model import check_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 BARS = 16  # bars of the histogram of lengths
 BAR_WIDTH = 40  # columns of the longest bar
@@ -73,7 +76,7 @@ def run(config: RecipeConfig, stages: Sequence[str], decode: bool = True) -> boo
     return all_accepted
 
 
-def _model_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
+def _model_config(source: ModelSource, tokenizer: "PreTrainedTokenizerFast") -> ModelConfig:
     """Configuration of the model that `source` names, checked against the tokenizer."""
     if source.random:
         config, origin = source.random, "random weights"
@@ -86,7 +89,7 @@ def _model_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> Mo
 
 def _survey(
     data: DataConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     model: ModelConfig,
     decode: bool,
     console: Console,
