@@ -1,26 +1,29 @@
-"""Eight virtual CPU devices and a persistent compilation cache, set before jax is imported anywhere."""
+"""Configures JAX for the tests before any of them imports it.
+
+The tests run on eight virtual CPU devices and share a persistent compilation cache. JAX keys the
+cache by XLA_FLAGS and by the features of the processor, so that runs under different ones can
+share a folder.
+"""
 
 import os
 import pathlib
 
+ROOT = pathlib.Path(__file__).parents[1]
+FLAGS = ["--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
-    "XLA_FLAGS", ""
-)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ["XLA_FLAGS"] = " ".join(FLAGS).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jax  # the environment comes first
+import jax  # after the environment is set
 import pytest
-
-jax.config.update(
-    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax")
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For modules that compile many programs and run each once: half of the time."""
+    """Halves the time of a module that compiles many programs and runs each of them once."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

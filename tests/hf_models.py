@@ -1,6 +1,6 @@
-"""Small random models of transformers, the oracles of the interop and parity tests.
+"""Small random transformers models, the oracles of the interop and parity tests.
 
-Every parameter is random, norms and biases too, so that none can be missed unnoticed.
+Every parameter is random, norms and biases included: a parameter that is ignored changes results.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers import (
 from mod_jax.interop.loading import open_pretrained
 from mod_jax.interop.pretrained import Config, read
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # the order in which torch sums may depend on their number
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -33,21 +33,18 @@ TEXT = {
     "intermediate_size": 56,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-}
-TEXT |= {
     "num_key_value_heads": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
     "attn_implementation": "eager",
+    "eos_token_id": END_TOKEN,
+    "pad_token_id": END_TOKEN,
 }
-TEXT |= {"eos_token_id": END_TOKEN, "pad_token_id": END_TOKEN}
 MOE = {
     "num_hidden_layers": 4,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
-}
-MOE |= {
     "mlp_only_layers": [1, 3],
     "moe_intermediate_size": 56,
     "shared_expert_intermediate_size": 0,
@@ -59,69 +56,71 @@ TOWER = {
     "num_attention_heads": 4,
     "image_size": 12,
     "patch_size": 4,
+    "attn_implementation": "eager",
 }
-TOWER |= {"attn_implementation": "eager"}
-
 
 CLASSES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
-}
-CLASSES |= {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "clip_vision_model": "CLIPVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
-    "llava": "LlavaForConditionalGeneration",
-}
-CLASSES |= {
     "clip": "CLIPModel",
     "siglip": "SiglipModel",
-    "mistral": "MistralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
+    "llava": "LlavaForConditionalGeneration",
+}  # model_type -> class
 
 
 def qwen2(**changes) -> Qwen2Config:
+    """A tied Qwen2 (also Qwen1.5 and Qwen2.5)."""
     return Qwen2Config(**TEXT | {"tie_word_embeddings": True} | changes)
 
 
 def qwen2_moe(**changes) -> Qwen2MoeConfig:
+    """An untied Qwen2-MoE, with dense layers in between and a shared expert of size 0."""
     return Qwen2MoeConfig(**TEXT | MOE | {"tie_word_embeddings": False} | changes)
 
 
 def llama(**changes) -> LlamaConfig:
+    """An untied Llama (also Vicuna)."""
     return LlamaConfig(**TEXT | {"tie_word_embeddings": False} | changes)
 
 
 def mistral(**changes) -> MistralConfig:
+    """An untied Mistral without a sliding window."""
     return MistralConfig(**TEXT | {"tie_word_embeddings": False, "sliding_window": None} | changes)
 
 
 def qwen3(**changes) -> Qwen3Config:
+    """A tied Qwen3; its heads are wider than hidden_size / num_attention_heads."""
     return Qwen3Config(**TEXT | {"tie_word_embeddings": True, "head_dim": 16} | changes)
 
 
 def qwen3_moe(**changes) -> Qwen3MoeConfig:
+    """An untied Qwen3-MoE, with dense layers in between."""
     return Qwen3MoeConfig(**TEXT | MOE | {"tie_word_embeddings": False, "head_dim": 16} | changes)
 
 
 def clip(**changes) -> CLIPVisionConfig:
+    """A CLIP tower."""
     return CLIPVisionConfig(**TOWER | changes)
 
 
 def siglip(**changes) -> SiglipVisionConfig:
+    """A SigLIP tower without its pooling head."""
     return SiglipVisionConfig(**TOWER | {"vision_use_head": False} | changes)
 
 
 def llava(vision, text, **changes) -> LlavaConfig:
+    """A LLaVA of a tower and a language model, which reads the tower's last layer but one."""
     strategy = "default" if vision.model_type == "clip_vision_model" else "full"
     values = {
         "image_token_index": IMAGE_TOKEN,
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": strategy,
-    }
-    values |= {
         "image_seq_length": 9,
         "tie_word_embeddings": text.tie_word_embeddings,
         "attn_implementation": "eager",
@@ -130,7 +129,11 @@ def llava(vision, text, **changes) -> LlavaConfig:
 
 
 def build(config, seed: int = 0) -> torch.nn.Module:
-    """The model of a configuration in float32, all parameters drawn anew."""
+    """A float32 model of a configuration.
+
+    Weights are normal with the standard deviation fan_in^-0.5, biases with 0.3 around 0, and scales
+    of norms with 0.3 around 1.
+    """
     model = getattr(transformers, CLASSES[config.model_type])(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -141,11 +144,11 @@ def build(config, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def gradients(model: torch.nn.Module) -> dict:
-    """Parameter name -> gradient f32 (zeros where nothing flowed), names as the live model has them."""
+def gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Name of each parameter -> its float32 gradient; zeros if no gradient reached it."""
     return {
-        name: (torch.zeros_like(p) if p.grad is None else p.grad).numpy()
-        for name, p in model.named_parameters()
+        name: (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).numpy()
+        for name, parameter in model.named_parameters()
     }
 
 

@@ -1,7 +1,4 @@
-"""Small models and packed batches, for the tests of training.
-
-Axes: B rows, S positions, N pictures a row, H W picture height and width.
-"""
+"""Small models and packed batches for the tests of training."""
 
 import functools
 
@@ -39,24 +36,32 @@ DENSE = ModelConfig(VISION, DecoderConfig(**DECODER), **IDS)
 SPARSE = ModelConfig(VISION, DecoderConfig(**DECODER, moe=MoEConfig()), **IDS)
 TEACHER = ModelConfig(
     VISION, DecoderConfig(**DECODER | {"vocab_size": 96, "hidden_size": 48}), **IDS
-)  # wider, its vocabulary padded further
+)  # wider than the students, and its vocabulary is padded further
 
 
 @functools.cache
 def params_of(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights; biases and norms too, so that none can be missed unnoticed."""
+    """Random parameters, biases and norms included: one that is ignored changes results."""
     rng = np.random.default_rng(seed)
-    centre = lambda name: 1.0 if name.endswith(("scale_d", "scale_h")) else 0.0
-    return {
-        name: (centre(name) + 0.2 * rng.normal(size=x.shape)).astype(x.dtype)
-        for name, x in llava.abstract(config).items()
-    }
+    params = {}
+    for name, abstract in llava.abstract(config).items():
+        centre = 1.0 if name.endswith(("scale_d", "scale_h")) else 0.0
+        params[name] = (centre + 0.2 * rng.normal(size=abstract.shape)).astype(abstract.dtype)
+    return params
 
 
 def sample(
     rng: np.random.Generator, number: int, pictures: int, question: int, *answers: int
 ) -> Sample:
-    """A chat (one answer) or a preference pair (two): pictures, then so many tokens of text."""
+    """A random chat (one answer) or preference pair (two), pictures first.
+
+    Args:
+      rng: source of tokens and pictures.
+      number: of the sample in its source.
+      pictures: number of pictures.
+      question: number of the tokens between pictures and answers.
+      *answers: number of tokens of each answer.
+    """
     prefix = pictures * FEATURES + question
     length = prefix + sum(answers)
     is_picture = np.arange(length) < pictures * FEATURES
@@ -81,12 +86,15 @@ def sample(
 
 
 def batch_of(rows: list[list[Sample]]) -> Batch:
-    """Rows of two samples at most."""
+    """Packs rows of at most two samples each."""
     return to_batch(rows, Room(LENGTH, PICTURES, 2), IMAGE_SIZE, IDS["end_token_id"])
 
 
 def chats(rows: int = 8, seed: int = 0) -> Batch:
-    """Two chats a row, with a picture or without, their answers of uneven length; the last row is a single one that has no target."""
+    """A batch of two chats per row, with one picture or none and answers of uneven length.
+
+    The last row holds a single chat that has no target.
+    """
     rng = np.random.default_rng(seed)
     packed = [
         [sample(rng, 2 * b + g, int(rng.integers(2)), 3, int(rng.integers(1, 9))) for g in range(2)]
@@ -96,7 +104,7 @@ def chats(rows: int = 8, seed: int = 0) -> Batch:
 
 
 def pairs(rows: int = 8, seed: int = 0) -> Batch:
-    """Two preference pairs a row, one of them about a picture; the last row has one pair only."""
+    """A batch of two preference pairs per row, the second about a picture; the last row has one."""
     rng = np.random.default_rng(seed)
     packed = [
         [sample(rng, 2 * b + g, g, 2, *map(int, rng.integers(1, 6, 2))) for g in range(2)]

@@ -1,4 +1,7 @@
-"""Tokenizers of the kinds that language models have, trained on a few sentences. None has `<image>`: load_tokenizer adds it."""
+"""Tokenizers of the kinds that language models have, trained on a few sentences.
+
+None of them has the token `<image>`; `load_tokenizer` adds it.
+"""
 
 import functools
 import io
@@ -28,13 +31,16 @@ LINES = [
     "USER: What is it? ASSISTANT: It's a cat.",
     "USER: How many? ASSISTANT: Two cats, I am sure.",
 ] * 3
-QWEN_SPLITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_SPLITS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN_VOCABULARY, QWEN_SPECIALS = 151643, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def _pieces(trainer: trainers.BpeTrainer, splitter) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges that a training finds."""
+    """Trains on LINES; returns the vocabulary and the merges."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = splitter
     backend.train_from_iterator(LINES, trainer)
@@ -50,7 +56,13 @@ def _special(backend: Tokenizer, *tokens: str) -> None:
 
 @functools.cache
 def qwen(vocabulary: int = 400) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen2's splitting rule and normalizer, and behind its vocabulary (the end of it unused) Qwen2's special tokens."""
+    """Byte-level BPE with the splitting rule, the normalizer and the special tokens of Qwen2.
+
+    The special tokens follow the vocabulary, which unused tokens fill up.
+
+    Args:
+      vocabulary: number of tokens before the special ones.
+    """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(QWEN_SPLITS), "isolated"), byte_level]
@@ -61,11 +73,9 @@ def qwen(vocabulary: int = 400) -> PreTrainedTokenizerFast:
     )
     unused = {f"<unused_{number}>": number for number in range(len(vocab), vocabulary)}
     backend = Tokenizer(models.BPE(vocab | unused, merges))
-    backend.normalizer, backend.pre_tokenizer, backend.decoder = (
-        normalizers.NFC(),
-        splitter,
-        decoders.ByteLevel(),
-    )
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.ByteLevel()
     _special(backend, *QWEN_SPECIALS)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
@@ -74,7 +84,7 @@ def qwen(vocabulary: int = 400) -> PreTrainedTokenizerFast:
 
 @functools.cache
 def qwen_instructed(vocabulary: int = 400) -> PreTrainedTokenizerFast:
-    """The same, its turns ended as an instructed Qwen ends them."""
+    """`qwen` with <|im_end|> as its end token, as instruction-tuned Qwen models have it."""
     tokenizer = qwen.__wrapped__(vocabulary)
     tokenizer.eos_token = "<|im_end|>"
     return tokenizer
@@ -88,7 +98,8 @@ def _llama(normalizer, splitter) -> PreTrainedTokenizerFast:
     backend = Tokenizer(
         models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = splitter
     backend.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
@@ -108,7 +119,11 @@ def _llama(normalizer, splitter) -> PreTrainedTokenizerFast:
 
 @functools.cache
 def llama() -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE as Llama 2 and Vicuna write it: a word's mark before every text between special tokens. Begins with <s>, cannot pad."""
+    """SentencePiece-like BPE as the folders of Llama 2 and Vicuna have it.
+
+    It puts "▁", the mark of a word's beginning, before every text between special tokens. Encoded
+    texts begin with <s>; there is no padding token.
+    """
     return _llama(
         normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None
     )
@@ -116,13 +131,13 @@ def llama() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def llama_first() -> PreTrainedTokenizerFast:
-    """The same as transformers 5 makes it (legacy=False): the mark only where a text begins."""
+    """`llama` as transformers 5 builds it (legacy=False): the mark only where a text begins."""
     return _llama(None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
 
 
 @functools.cache
 def loaded(make: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    """A tokenizer as it comes out of its folder: with `<image>`."""
+    """A tokenizer saved and loaded again by `load_tokenizer`, which adds `<image>`."""
     with tempfile.TemporaryDirectory() as folder:
         make().save_pretrained(folder)
         return load_tokenizer(folder)
@@ -130,7 +145,7 @@ def loaded(make: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFa
 
 @functools.cache
 def sentencepiece_model() -> bytes:
-    """A tokenizer.model as Llama's: BPE with byte fallback, no normalisation."""
+    """The bytes of a tokenizer.model like Llama's: BPE with byte fallback, no normalisation."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES),
