@@ -1,4 +1,4 @@
-"""The order of samples: an endless mixture of shuffled sources, decided by the seed alone."""
+"""The order of samples: an endless mixture of shuffled sources, determined by the seed alone."""
 
 import functools
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class Visit(NamedTuple, Generic[T]):
     """One reading of a record.
 
     Attributes:
-      outcome: What the source holds at the record's index.
-      first: Whether this is the source's first epoch.
+      outcome: The element of the source at the record's index, e.g. a sample.
+      first: Whether it is read in the source's first epoch.
     """
 
     outcome: T
@@ -33,14 +33,15 @@ def visits(
 ) -> grain.MapDataset[Visit[T]]:
     """Returns the endless sequence of visits, as a Grain dataset with random access.
 
-    Every epoch visits each source's records in a new random order. The sources take turns
+    Each epoch of a source visits its records in a new random order. The sources take turns
     according to their weights.
 
     Args:
       config: The seed, and the weights of the sources.
       sources: Random-access sources in their configured order, for example `Samples`.
     """
-    # Grain adds the epoch to a seed, so the sources' seeds are drawn far apart.
+    # Grain adds the number of the epoch to the seed. The sources' seeds are drawn at random, and
+    # not counted up, so that no epoch of one source has the seed of another source's epoch.
     seeds = np.random.SeedSequence(config.seed).generate_state(len(sources))
     endless = [
         grain.MapDataset.source(source)

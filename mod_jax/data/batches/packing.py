@@ -1,9 +1,11 @@
-"""Chooses the samples of a row so that it is as full as can be, and makes a Batch of rows.
+"""Chooses the samples of a row so that it is as full as possible, and makes a Batch of the rows.
 
-Axes: B rows, S positions, N pictures a row, H W picture height and width, G samples a row.
+Axes: B rows, S positions, N pictures per row, H and W picture height and width, G samples per row.
 
-Why not Grain's packers: they close all open rows as soon as a sample fits none of them. Of 2048 positions, with pictures of 576, that leaves 14 % empty with 32
-rows open and 21 % with one, where choosing among the next 32 samples leaves 9 % (benchmarks/padding.py).
+Grain's own packers are not used, because they close all open rows as soon as a sample fits none of
+them. With rows of 2048 positions, and 576 positions per picture, they leave 14 % of the positions
+empty with 32 open rows and 21 % with one, whereas choosing among the next 32 samples leaves 9 %
+(benchmarks/padding.py).
 """
 
 from collections.abc import Sequence
@@ -25,78 +27,102 @@ PER_POSITION = {
 
 
 class Room(NamedTuple):
-    """What a row holds: positions (S), pictures (N), samples (G)."""
+    """What a row, or the rest of one, can hold.
+
+    Attributes:
+      positions: Number of positions (S).
+      pictures: Number of pictures (N).
+      samples: Number of samples (G).
+    """
 
     positions: int
     pictures: int
     samples: int
 
     def without(self, size: tuple[int, int]) -> "Room":
-        """What is left beside a sample of this size."""
-        return Room(self.positions - size[0], self.pictures - size[1], self.samples - 1)
+        """Returns what is left beside a sample of this size (positions, pictures)."""
+        positions, pictures = size
+        return Room(self.positions - positions, self.pictures - pictures, self.samples - 1)
 
 
 def fullest(sizes: Sequence[tuple[int, int]], room: Room) -> list[int]:
-    """Which samples together fill the most positions of a room.
+    """Chooses the samples that together fill the most positions of a room.
+
+    It solves the knapsack problem exactly, by dynamic programming over the samples.
 
     Args:
       sizes: (positions, pictures) of each sample.
-      room: to fill.
+      room: What can be filled.
     Returns:
-      Their numbers, ascending. Of equally full choices the one that takes earlier samples.
+      The indices of the chosen samples, ascending. Of equally full choices it is the one that takes
+      earlier samples.
     """
-    inside = (1 << room.positions + 1) - 1
-    reached = [
-        {(0, 0): 1}
-    ]  # after so many sizes: (samples, pictures) taken -> an int whose bit n says that they can have n positions
+    within = (1 << room.positions + 1) - 1
+    # reachable[i] describes all choices among the first i samples. It maps (samples, pictures) of a
+    # choice to a bit set of the possible numbers of positions: bit n is set if n can be reached.
+    reachable: list[dict[tuple[int, int], int]] = [{(0, 0): 1}]
     for positions, pictures in sizes:
-        before, after = reached[-1], dict(reached[-1])
+        before = reachable[-1]
+        after = dict(before)
         for (samples, shown), totals in before.items():
-            more = totals << positions & inside
-            if more and samples < room.samples and shown + pictures <= room.pictures:
+            grown = totals << positions & within
+            if grown and samples < room.samples and shown + pictures <= room.pictures:
                 key = samples + 1, shown + pictures
-                after[key] = after.get(key, 0) | more
-        reached.append(after)
-    key = max(reached[-1], key=lambda key: reached[-1][key].bit_length())
-    total, chosen = reached[-1][key].bit_length() - 1, []
-    for number in reversed(range(len(sizes))):
-        if not reached[number].get(key, 0) >> total & 1:  # not without this one
-            chosen.append(number)
-            total, key = total - sizes[number][0], (key[0] - 1, key[1] - sizes[number][1])
+                after[key] = after.get(key, 0) | grown
+        reachable.append(after)
+    final = reachable[-1]
+    samples, shown = max(final, key=lambda key: final[key].bit_length())
+    total = final[samples, shown].bit_length() - 1
+    # Walk back through the samples, and take one only if the total is not reachable without it.
+    chosen = []
+    for index in reversed(range(len(sizes))):
+        reachable_without = reachable[index].get((samples, shown), 0) >> total & 1
+        if not reachable_without:
+            positions, pictures = sizes[index]
+            chosen.append(index)
+            total -= positions
+            samples -= 1
+            shown -= pictures
     return chosen[::-1]
 
 
 def to_batch(
     rows: Sequence[Sequence[Sample]], room: Room, image_size: int, padding_id: int
 ) -> Batch:
-    """Lays samples side by side, row by row. A picture token takes the next feature of its row, pictures being in the order of the samples.
+    """Lays the samples of each row side by side.
+
+    The picture tokens of a row take the features of its pictures in order, because its pictures are
+    in the order of its samples.
 
     Args:
-      rows: samples of each row, which fit.
-      room: of a row.
-      image_size: H = W, px.
-      padding_id: token and target of empty positions.
+      rows: The samples of each row, which have to fit.
+      room: What a row can hold.
+      image_size: Height and width of a picture, px.
+      padding_id: Token and target of empty positions.
     Returns:
       A Batch of numpy arrays.
     """
-    count = len(rows)
     fields = {
-        name: np.zeros((count, room.positions), dtype) for name, dtype in PER_POSITION.items()
+        name: np.zeros((len(rows), room.positions), dtype) for name, dtype in PER_POSITION.items()
     }
-    fields["tokens"][:] = fields["targets"][:] = padding_id
-    segment_ids = np.zeros((count, room.positions), np.int32)
-    images = np.zeros((count, room.pictures, image_size, image_size, 3), np.uint8)
-    numbers = np.full((count, room.samples), -1, np.int32)
+    fields["tokens"][:] = padding_id
+    fields["targets"][:] = padding_id
+    segment_ids = np.zeros((len(rows), room.positions), np.int32)
+    images = np.zeros((len(rows), room.pictures, image_size, image_size, 3), np.uint8)
+    numbers = np.full((len(rows), room.samples), -1, np.int32)
     for row, samples in enumerate(rows):
-        at = shown = 0
-        for place, sample in enumerate(samples):
+        start = 0
+        first_picture = 0
+        for index, sample in enumerate(samples):
             positions, pictures = sample.size
+            end = start + positions
             for name, values in fields.items():
-                values[row, at : at + positions] = getattr(sample.tokens, name)
-            segment_ids[row, at : at + positions] = place + 1
-            images[row, shown : shown + pictures] = sample.images
-            numbers[row, place] = sample.number
-            at, shown = at + positions, shown + pictures
+                values[row, start:end] = getattr(sample.tokens, name)
+            segment_ids[row, start:end] = index + 1
+            images[row, first_picture : first_picture + pictures] = sample.images
+            numbers[row, index] = sample.number
+            start = end
+            first_picture += pictures
     is_picture = fields.pop("is_picture")
     picture_index = np.where(is_picture, np.cumsum(is_picture, axis=1) - 1, -1).astype(np.int32)
     return Batch(

@@ -1,12 +1,14 @@
 """The input pipeline: sources -> shuffled, endless, mixed samples -> packed batches.
 
 The order of samples is dealt to `data.streams` independent streams, each of which packs its own
-rows; a global batch consists of the next rows of every stream. So batches depend on the
-configuration and the step alone, and not on how many hosts and worker processes read them.
+rows. A global batch consists of the next rows of every stream. So batches depend only on the
+configuration and the step, not on the number of hosts and worker processes that read them.
 """
 
 import itertools
 import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import grain
 
@@ -16,21 +18,25 @@ from mod_jax.data.batches.order import visits
 from mod_jax.data.batches.packing import Room, to_batch
 from mod_jax.data.batches.skips import Skips, longest_bad_run
 from mod_jax.data.batches.streams import RoundRobin, Row, Stream
-from mod_jax.data.batches.workers import deaths, in_process
+from mod_jax.data.batches.workers import in_process, worker_failures
 from mod_jax.data.samples.pixels import FITS
 from mod_jax.data.samples.sample import Samples
 from mod_jax.data.samples.tokens import chat_format
 from mod_jax.data.sources.kinds import open_source
 
-MOST_STREAMS = 64  # unless configured: each stream holds `data.look_ahead` samples in memory
-THREADS = 4  # decoding releases Python's lock; tokenizing and copying do not
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Limit of the default number of streams: each holds `data.look_ahead` samples in memory.
+MOST_STREAMS = 64
+THREADS = 4  # more would gain little: only decoding releases Python's lock
 
 
 def count_streams(config: DataConfig, rows: int, processes: int) -> int:
     """Returns the number of streams that make batches of `rows` rows.
 
     Raises:
-      ConfigError: if the streams do not divide the rows, or the processes do not divide the streams.
+      ConfigError: If the streams do not divide the rows, or the processes the streams.
     """
     streams = config.streams or math.gcd(rows, MOST_STREAMS)
     require(
@@ -43,19 +49,27 @@ def count_streams(config: DataConfig, rows: int, processes: int) -> int:
         streams % processes == 0,
         "data.streams",
         streams,
-        f"a multiple of the {processes} processes, which share them",
-        "It decides the batches: set it before the run.",
+        f"a multiple of the {processes} processes, which share the streams",
+        "Set it before a run starts, since it determines the batches.",
     )
     return streams
 
 
 def open_samples(
-    config: DataConfig, tokenizer, model: ModelConfig, decode: bool = True
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    model: ModelConfig,
+    decode: bool = True,
 ) -> list[Samples]:
     """Opens the sources of a stage, as Grain random-access sources of samples.
 
+    Args:
+      config: Sources and limits.
+      tokenizer: A fast Hugging Face tokenizer.
+      model: As for `Batches`.
+      decode: Whether pictures are decoded; see `Samples`.
     Raises:
-      ConfigError: for sources that cannot be opened, and for impossible limits.
+      ConfigError: If a source cannot be opened, or the limits contradict each other.
     """
     chat = chat_format(config.template, model, tokenizer)
     require(config.fit in FITS, "data.fit", config.fit, f"one of {tuple(FITS)}")
@@ -63,8 +77,8 @@ def open_samples(
         config.images_per_row * chat.features_per_picture <= config.sequence_length,
         "data.images_per_row",
         config.images_per_row,
-        f"pictures of {chat.features_per_picture} positions that fit sequence_length "
-        f"{config.sequence_length}",
+        f"a number of pictures, {chat.features_per_picture} positions each, that fits into "
+        f"sequence_length {config.sequence_length}",
     )
     sources = [open_source(source) for source in config.sources]
     firsts = itertools.accumulate(map(len, sources), initial=0)
@@ -75,32 +89,37 @@ def open_samples(
 
 
 class Batches:
-    """The endless batches of a stage: an iterator over this process's rows of them.
+    """Iterates over the endless batches of a stage, or this process's rows of them.
 
-    `Batch.samples` numbers the records in the concatenation of all sources. Nothing is read before
-    the first batch.
+    `Batch.samples` numbers the records in the concatenation of all sources. No record is read
+    before the first batch is requested.
+
+    Attributes:
+      sources: The opened sources, in their configured order.
+      skips: The account of bad records.
 
     Args:
       config: Sources and limits.
       tokenizer: A fast Hugging Face tokenizer.
-      model: Gives the pictures' size and colours, the features a picture and the special ids.
-      rows: B of the global batch.
-      shard: (index of this process, number of processes): each makes a block of the rows.
+      model: Gives the pictures' size and colours, the features per picture and the special ids.
+      rows: Number of rows of the global batch (B).
+      shard: (index of this process, number of processes); each process makes a block of the rows.
     Raises:
-      ConfigError: for sources that cannot be opened, and for impossible limits.
+      ConfigError: If a source cannot be opened, or the limits contradict each other.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        tokenizer,
+        tokenizer: "PreTrainedTokenizerFast",
         model: ModelConfig,
         rows: int,
         shard: tuple[int, int] = (0, 1),
     ):
         process, processes = shard
         streams = count_streams(config, rows, processes)
-        each = streams // processes
+        own_streams = streams // processes
+        first_stream = process * own_streams
         samples = open_samples(config, tokenizer, model)
         self.sources = [source.source for source in samples]
         self._config = config
@@ -111,15 +130,16 @@ class Batches:
         self._image_size = model.vision.image_size
         self._padding_id = model.end_token_id
         self._states = {
-            stream: Stream.beginning() for stream in range(process * each, (process + 1) * each)
+            stream: Stream.beginning()
+            for stream in range(first_stream, first_stream + own_streams)
         }
         self.skips = Skips(config.max_bad_share, self._states)
         self._readers: list[grain.DatasetIterator[Row]] = []
 
     def _read(self) -> list[grain.DatasetIterator[Row]]:
-        """Returns iterators over the rows, one for each worker process, or one in this process.
+        """Returns iterators over the rows: one per worker process, or a single one without workers.
 
-        Each worker has every `workers`-th stream, and takes a block of rows from each in turn.
+        Of W workers, each has every W-th stream, and takes a block of rows from each in turn.
         """
         config = self._config
         streams = [
@@ -143,15 +163,15 @@ class Batches:
             for group in groups
         ]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         """Returns the next batch, in numpy arrays.
 
         Raises:
-          TooManyBadSamples: if more records are bad than the configuration allows.
-          WorkerDied: if a worker process was killed.
+          TooManyBadSamples: If more records are bad than the configuration allows.
+          WorkerDied: If a worker process was killed.
         """
         if not self._readers:
             self._readers = self._read()
@@ -160,32 +180,35 @@ class Batches:
         rows = []
         for index in range(len(self._states)):
             for _ in range(self._block):
-                with deaths(self._config.workers):
+                with worker_failures(self._config.workers):
                     row = next(self._readers[index % len(self._readers)])
                 self._states[row.stream] = row.state
                 self.skips.note(row)
                 rows.append(row.samples)
         return to_batch(rows, self._room, self._image_size, self._padding_id)
 
-    def get_state(self) -> dict[int, dict]:
-        """Returns the state of each stream of this process, by number, in JSON types.
+    def get_state(self) -> dict[int, dict[str, Any]]:
+        """Returns the state of each stream of this process, by the stream's number.
 
-        The states of all processes together are those of a single process.
+        The states are in JSON types. Those of all processes together equal those of one process
+        that makes all rows.
         """
         return dict(self._states)
 
-    def set_state(self, states: dict[int, dict]) -> None:
-        """Continues behind the batch after which `get_state` was called, on any number of processes.
+    def set_state(self, states: Mapping[int, dict[str, Any]]) -> None:
+        """Continues after the batch after which `get_state` was called.
+
+        The number of processes may have changed since then.
 
         Args:
-          states: By number of the stream; those of other processes may be among them.
+          states: The state of each stream, by number; may include streams of other processes.
         """
         self.close()
         self._states = {stream: states[stream] for stream in self._states}
         self.skips.restore(self._states)
 
     def close(self) -> None:
-        """Ends the threads or worker processes."""
+        """Stops the reading threads or worker processes."""
         for reader in self._readers:
             reader.close()
         self._readers = []

@@ -1,14 +1,16 @@
-"""Bad records: each is named in the log and counted, and too many of them stop the run."""
+"""Bad records: each is logged by name and counted, and too many of them stop the run."""
 
 import collections
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from mod_jax.data.batches.streams import Counts, Row, counts_of
 
-LEAST_SEEN = 50  # records before anything is judged
-ACCIDENT = 1e-9  # a run of bad records less likely than this, at the allowed share, is no accident
+LEAST_SEEN = 50  # number of records that are read before their share of bad ones is judged
+# A run of bad records is no accident if it is less probable than this at the allowed share.
+ACCIDENT = 1e-9
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +20,10 @@ class TooManyBadSamples(RuntimeError):
 
 
 def longest_bad_run(max_bad_share: float) -> int:
-    """Returns the run of bad records that cannot be an accident, so that a stream gives up.
+    """Returns the number of bad records in a row after which a stream gives up.
 
-    It ends a run over a set without a single good record, or whose folder vanishes in a later
-    epoch, where no record is counted any more.
+    So many cannot be an accident. This limit stops the training on a data set without a single
+    good record, or if the pictures vanish in a later epoch, in which records are no longer counted.
     """
     share = min(max_bad_share, 0.99)
     if share == 0:
@@ -30,27 +32,27 @@ def longest_bad_run(max_bad_share: float) -> int:
 
 
 class Skips:
-    """Keeps account of the records that this process's streams have read.
+    """Counts the good and bad records that this process's streams have read.
 
     Args:
       max_bad_share: Share of bad records above which the run stops.
       states: Initial state of each stream, by number.
     """
 
-    def __init__(self, max_bad_share: float, states: Mapping[int, dict]):
+    def __init__(self, max_bad_share: float, states: Mapping[int, dict[str, Any]]):
         self._limit = max_bad_share
         self._give_up_after = longest_bad_run(max_bad_share)
         self._last: collections.deque[str] = collections.deque(maxlen=5)
         self._named: set[int] = set()
         self.restore(states)
 
-    def restore(self, states: Mapping[int, dict]) -> None:
-        """Takes over the counts in the states of the streams."""
+    def restore(self, states: Mapping[int, dict[str, Any]]) -> None:
+        """Replaces the counts by those in the states of the streams."""
         self._counts = {number: counts_of(state) for number, state in states.items()}
 
     @property
     def total(self) -> Counts:
-        """Sum of the counts of all streams of this process."""
+        """Sum of the counts of this process's streams."""
         counts = self._counts.values()
         return Counts(
             seen=sum(count.seen for count in counts),
@@ -59,10 +61,10 @@ class Skips:
         )
 
     def note(self, row: Row) -> None:
-        """Names the bad records that a stream met on its way to a row, and judges their share.
+        """Logs the bad records that a stream read before a row, and judges their share.
 
         Raises:
-          TooManyBadSamples: once the share of bad records passes the limit, or a stream has given
+          TooManyBadSamples: If the share of bad records exceeds the limit, or the stream has given
             up because its last records were all bad.
         """
         self._counts[row.stream] = counts_of(row.state)
@@ -77,8 +79,8 @@ class Skips:
         if total.seen >= LEAST_SEEN and total.bad > self._limit * total.seen:
             self._stop(f"{total.bad} of {total.seen} records are bad")
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, what: str) -> NoReturn:
         raise TooManyBadSamples(
-            f"{what}, more than data.max_bad_share = {self._limit}. Mend the data, or allow a "
-            f"larger share. The last: {'; '.join(self._last)}."
+            f"{what}, more than data.max_bad_share = {self._limit} allows. Repair the data, or "
+            f"allow a larger share. The last bad records: {'; '.join(self._last)}."
         )

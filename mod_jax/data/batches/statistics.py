@@ -16,8 +16,9 @@ from mod_jax.data.batches.order import visits
 from mod_jax.data.batches.packing import Room
 from mod_jax.data.batches.pipeline import THREADS, open_samples
 from mod_jax.data.batches.streams import Stream
-from mod_jax.data.batches.workers import allow_flags, begin_worker, deaths
+from mod_jax.data.batches.workers import allow_flags, deaths
 from mod_jax.data.samples.sample import Sample, Samples, Skipped
+from mod_jax.data.workers import begin_worker
 
 CHUNK = 64  # records measured at a time
 CHUNKS_AHEAD = 16

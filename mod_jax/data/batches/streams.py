@@ -1,13 +1,13 @@
 """Streams: each packs its own sequence of visits into rows, as a Grain dataset with its own state.
 
-Because a stream's rows depend on nothing but its visits, any number of hosts and worker processes
-can share the streams and still produce the same batches. Grain slices the mixture among its worker
-processes instead, so its batches change with their number; hence the two datasets below.
+A stream's rows depend on its visits alone. So the streams can be shared among any number of hosts
+and worker processes, and the batches stay the same. Grain itself slices the visits among its worker
+processes, so its batches would change with their number. Hence the two datasets below.
 """
 
 import collections
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 
@@ -15,12 +15,18 @@ from mod_jax.data.batches.order import Visit
 from mod_jax.data.batches.packing import Room, fullest
 from mod_jax.data.samples.sample import Sample, Skipped
 
-READ_AHEAD = 8  # samples that a stream reads beyond those that a row is chosen from
+READ_AHEAD = 8  # samples that a stream reads ahead, beyond those that a row is chosen from
 
 
 @dataclasses.dataclass
 class Counts:
-    """Records that a stream has read. Later epochs count nothing twice."""
+    """Numbers of records that a stream has read, each counted only in its first epoch.
+
+    Attributes:
+      seen: All records.
+      truncated: Those whose text was cut to fit the row.
+      bad: Those that cannot be used.
+    """
 
     seen: int = 0
     truncated: int = 0
@@ -35,7 +41,7 @@ class Row:
       stream: Number of the stream that the row belongs to.
       samples: The row's samples; empty only when the stream has given up.
       skipped: Bad records read since the stream's previous row.
-      bad_run: Length of the run of bad records that the stream has read last.
+      bad_run: Number of bad records read since the last good one.
       state: The stream's state after this row; restoring it continues with the next row.
     """
 
@@ -43,17 +49,19 @@ class Row:
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...]
     bad_run: int
-    state: dict
+    state: dict[str, Any]
 
 
 class _Numbered(NamedTuple):
+    """A visit and its number in the sequence of visits."""
+
     number: int
     visit: Visit
 
 
 @dataclasses.dataclass(frozen=True)
 class _Upcoming:
-    """A random-access source: first the visits that were waiting, then all visits from `start` on."""
+    """A random-access source of the `waiting` visits, then of all visits from `start` on."""
 
     visits: grain.MapDataset[Visit]
     waiting: tuple[int, ...]
@@ -63,24 +71,26 @@ class _Upcoming:
         return len(self.visits) - self.start
 
     def __getitem__(self, index: int) -> _Numbered:
-        again = index < len(self.waiting)
-        number = self.waiting[index] if again else self.start + index - len(self.waiting)
+        if index < len(self.waiting):
+            number = self.waiting[index]
+        else:
+            number = self.start + index - len(self.waiting)
         return _Numbered(number, self.visits[number])
 
 
 class Stream(grain.IterDataset[Row]):
     """Packs visits into rows.
 
-    A row takes the sample that has waited longest, and those of the other waiting samples that
-    together fill it best.
+    `look_ahead` samples wait at any time. A row takes the one that has waited longest, and those of
+    the others that together fill it best.
 
     Args:
-      number: Of the stream.
-      visits: What the stream reads.
-      room: What a row holds.
-      look_ahead: Number of samples that wait to be chosen.
-      threads: Threads that read and decode ahead.
-      give_up_after: Run of bad records after which the stream returns an empty row.
+      number: Number of the stream.
+      visits: The visits that the stream reads.
+      room: What a row can hold.
+      look_ahead: Number of waiting samples among which a row is chosen.
+      threads: Number of threads that read and decode ahead.
+      give_up_after: Number of bad records in a row after which the stream returns an empty row.
       state: Where to begin, from `beginning` or `StreamIterator.get_state`.
     """
 
@@ -92,7 +102,7 @@ class Stream(grain.IterDataset[Row]):
         look_ahead: int,
         threads: int,
         give_up_after: int,
-        state: dict,
+        state: dict[str, Any],
     ):
         super().__init__(visits)
         self.number = number
@@ -107,25 +117,27 @@ class Stream(grain.IterDataset[Row]):
         return StreamIterator(self)
 
     @staticmethod
-    def beginning() -> dict:
+    def beginning() -> dict[str, Any]:
         """Returns the state of a stream that has read nothing."""
         return {"next": 0, "waiting": [], **dataclasses.asdict(Counts())}
 
 
 class StreamIterator(grain.DatasetIterator[Row]):
-    """The rows of a stream. Its state is small: numbers of visits, and counts."""
+    """Iterates over the rows of a stream. Its state is small: numbers of visits, and counts."""
 
     def __init__(self, stream: Stream):
         super().__init__()
         self._stream = stream
         self._begin(stream.state)
 
-    def _begin(self, state: dict) -> None:
-        start, waiting = state["next"], state["waiting"]
+    def _begin(self, state: dict[str, Any]) -> None:
+        start = state["next"]
+        waiting = state["waiting"]
         upcoming = grain.MapDataset.source(_Upcoming(self._stream.visits, tuple(waiting), start))
         self._reader = iter(upcoming.to_iter_dataset(self._stream.read_options))
         self._next = start  # the first visit that has not been read yet
-        self._again = collections.deque(waiting)  # waited when the state was saved; to be reread
+        # Visits that were waiting when the state was saved, and have not been reread yet.
+        self._to_reread = collections.deque(waiting)
         self._waiting: dict[int, Sample] = {}  # visit -> sample, in the order of the visits
         self._counts = counts_of(state)
         self._bad_run = 0
@@ -146,8 +158,8 @@ class StreamIterator(grain.DatasetIterator[Row]):
 
     def _read(self, skipped: list[Skipped]) -> None:
         number, (outcome, first) = next(self._reader)
-        if self._again:
-            self._again.popleft()
+        if self._to_reread:
+            self._to_reread.popleft()
             first = False  # it was counted before the state was saved
         else:
             self._next += 1
@@ -166,13 +178,13 @@ class StreamIterator(grain.DatasetIterator[Row]):
     def _row(self, samples: tuple[Sample, ...], skipped: list[Skipped]) -> Row:
         return Row(self._stream.number, samples, tuple(skipped), self._bad_run, self.get_state())
 
-    def get_state(self) -> dict:
-        """Returns the next visit, the visits that wait, and the counts, in JSON types."""
-        waiting = [*self._waiting, *self._again]
+    def get_state(self) -> dict[str, Any]:
+        """Returns the next visit, the waiting visits, and the counts, in JSON types."""
+        waiting = [*self._waiting, *self._to_reread]
         return {"next": self._next, "waiting": waiting, **dataclasses.asdict(self._counts)}
 
-    def set_state(self, state: dict) -> None:
-        """Continues behind the row after which `get_state` was called; what waited is reread."""
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues after the row after which `get_state` was called; waiting samples are reread."""
         self._reader.close()
         self._begin(state)
 
@@ -181,12 +193,12 @@ class StreamIterator(grain.DatasetIterator[Row]):
         self._reader.start_prefetch()
 
     def close(self) -> None:
-        """Ends the reading threads."""
+        """Stops the reading threads."""
         super().close()
         self._reader.close()
 
 
-def counts_of(state: dict) -> Counts:
+def counts_of(state: dict[str, Any]) -> Counts:
     """Returns the counts in a stream's state."""
     return Counts(**{field.name: state[field.name] for field in dataclasses.fields(Counts)})
 
@@ -194,11 +206,11 @@ def counts_of(state: dict) -> Counts:
 class RoundRobin(grain.IterDataset[Row]):
     """Takes `block` rows from each stream in turn, in one process.
 
-    Equivalent to `grain.experimental.InterleaveIterDataset` with blocks of rows.
+    It does what `grain.experimental.InterleaveIterDataset` does, with blocks of rows.
 
     Args:
-      streams: To take rows from.
-      block: Rows taken from a stream before the next one's turn.
+      streams: The streams to take rows from.
+      block: Number of rows that are taken from a stream before the next stream has its turn.
     """
 
     def __init__(self, streams: list[Stream], block: int):
@@ -211,7 +223,7 @@ class RoundRobin(grain.IterDataset[Row]):
 
 
 class RoundRobinIterator(grain.DatasetIterator[Row]):
-    """The rows of several streams in turn."""
+    """Iterates over the rows of several streams in turn."""
 
     def __init__(self, iterators: list[StreamIterator], block: int):
         super().__init__(iterators)
@@ -225,13 +237,13 @@ class RoundRobinIterator(grain.DatasetIterator[Row]):
         self._rows += 1
         return row
 
-    def get_state(self) -> dict:
-        """Returns the number of rows so far, and the streams' states."""
+    def get_state(self) -> dict[str, Any]:
+        """Returns the number of rows so far, and the states of the streams."""
         states = [iterator.get_state() for iterator in self._iterators]
         return {"rows": self._rows, "streams": states}
 
-    def set_state(self, state: dict) -> None:
-        """Goes back to where `get_state` was called."""
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Returns to the place at which `get_state` was called."""
         self._rows = state["rows"]
         for iterator, stream in zip(self._iterators, state["streams"], strict=True):
             iterator.set_state(stream)

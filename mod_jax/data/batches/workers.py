@@ -1,10 +1,6 @@
 """Grain's worker processes: how they begin, and how they end with the process they work for."""
 
 import contextlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -12,28 +8,13 @@ import grain
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
+from mod_jax.data.workers import begin_worker
+
 T = TypeVar("T")
 
 
 class WorkerDied(RuntimeError):
     """A worker process has ended before its work was done."""
-
-
-def begin_worker(*_) -> None:
-    """Prepares a process that has just started as a worker.
-
-    Ctrl-C is left to the process that it works for, and the worker ends with that process, even
-    if that is killed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only a worker process follows its parent"
-    parent.join()
-    os._exit(1)
 
 
 def allow_flags() -> None:

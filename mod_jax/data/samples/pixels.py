@@ -1,4 +1,4 @@
-"""Pictures as the vision tower takes them: RGB, square, resized (method, section 4)."""
+"""Decodes pictures and makes them the squares that the vision tower takes (method, section 4)."""
 
 import contextlib
 import io
@@ -13,13 +13,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mod_jax.config import VisionConfig, require
 from mod_jax.data.sources.record import BadSample
 
-MAX_PIXELS = 100_000_000  # a picture that claims more is taken for a decompression bomb
-MAX_SIDE = 30_000  # px; one as high takes seconds to pad
-STRIP_PIXELS = 2**22  # of a picture that are padded at once
-# Of pixels, and known by their first bytes: no PostScript, which Pillow has run by another program, and none that could be anything (TGA).
+MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
+MAX_SIDE = 30_000  # px; a picture of this height takes seconds to pad
+STRIP_PIXELS = 2**22  # number of pixels that are padded at once
+# Pixel formats that are recognized by their first bytes. This leaves out PostScript, for which
+# Pillow runs another program, and TGA, which any bytes could be.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 
-# What Pillow says of odd metadata would be said once a picture. What is wrong with the pixels is an error.
+# Pillow warns of odd metadata, which would be once for each picture. Damaged pixels are errors.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.ERROR)
 
@@ -27,64 +28,70 @@ Picture = bytes | str | pathlib.Path | np.ndarray | Image.Image
 
 
 def load_image(picture: Picture, vision: VisionConfig, fit: str = "pad") -> np.ndarray:
-    """Decodes one picture and makes it a square of the tower's size.
+    """Decodes a picture and makes it a square of the tower's size.
 
-    Bit for bit what transformers 5 makes of a picture with Pillow (4.x, and 5 from a file, ignore transparency), except that 16-bit gray is scaled to
-    8 bits instead of clipped to white.
+    Bit for bit, the result is that of transformers 5 for a picture opened with Pillow, except that
+    16-bit gray is scaled to 8 bits instead of clipped to white. (transformers 4 ignores
+    transparency, and so does 5 when it opens the file itself.)
 
     Args:
-      picture: see `decode`.
-      vision: gives the side in px, and the colour to pad with: its mean.
-      fit: pad (the method's) | crop | stretch; see FITS.
+      picture: As for `decode`.
+      vision: Gives the side in px, and the mean, which is the colour of the padding.
+      fit: "pad" (the method's way), "crop" or "stretch"; see FITS.
     Returns:
-      u8[size, size, 3], RGB.
+      u8[size,size,3], RGB.
     Raises:
-      BadSample: if the file is missing, truncated, too large or no picture.
+      BadSample: If the file is missing, truncated or too large, or is not a picture.
     """
     require(fit in FITS, "fit", fit, f"one of {tuple(FITS)}")
     return np.asarray(FITS[fit](decode(picture), vision))
 
 
 def decode(picture: Picture) -> Image.Image:
-    """A whole picture in RGB: turned upright (EXIF), laid on white where it is transparent; of an animation the first frame. Colour profiles are not applied.
+    """Decodes a picture completely and converts it to RGB.
 
-    Damage within a JPEG that still ends as one cannot be seen: libjpeg fills it up and does not say so.
+    It is turned upright according to its EXIF data, and laid on white where it is transparent. Only
+    the first frame of an animation is used. Colour profiles are not applied.
+
+    Damage within a JPEG that still has a proper end goes unnoticed, because libjpeg fills the gap
+    and does not report it.
 
     Args:
-      picture: encoded bytes or a file in one of FORMATS, in any colour mode; u8[H,W], u8[H,W,3] or u8[H,W,4]; or Pillow's.
+      picture: The encoded bytes or the path of a file in one of FORMATS, in any colour mode; an
+        array u8[H,W], u8[H,W,3] or u8[H,W,4]; or a Pillow image.
     Raises:
-      BadSample: if the file is missing, truncated, too large or no picture.
+      BadSample: If the file is missing, truncated or too large, or is not a picture.
     """
     with picture_faults(picture):
         image = _open(picture)
         if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
             raise BadSample(
-                f"picture too large: {image.width} x {image.height} px, more than {MAX_PIXELS} in all or {MAX_SIDE} on a side"
+                f"picture too large: {image.width} x {image.height} px, "
+                f"more than {MAX_PIXELS} in all or {MAX_SIDE} on a side"
             )
         image.load()
-        with contextlib.suppress(
-            Exception
-        ):  # a broken block of metadata does not spoil the picture
+        with contextlib.suppress(Exception):  # broken metadata do not spoil the picture
             ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image)
+        return _to_rgb(image)
 
 
 @contextlib.contextmanager
 def picture_faults(picture: Picture) -> Iterator[None]:
-    """Whatever reading a picture raises, as a BadSample that says what is wrong with it."""
+    """Turns every error of reading a picture into a BadSample that names the fault."""
     try:
         yield
     except (BadSample, MemoryError):
         raise
     except FileNotFoundError:
-        raise BadSample(f"no such picture file: {picture}") from None
-    except Exception as error:  # on broken bytes a decoder may raise anything
+        path = str(picture)
+        raise BadSample(f"no such picture file: {path}") from None
+    except Exception as error:  # decoders raise errors of many types on broken bytes
         raise BadSample(f"unreadable picture: {str(error) or type(error).__name__}") from error
 
 
-def _open(picture) -> Image.Image:
+def _open(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return picture.copy()  # the caller's stays as it is
+        return picture.copy()  # `exif_transpose` would change the caller's
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
     encoded = picture if isinstance(picture, bytes) else pathlib.Path(picture).read_bytes()
@@ -92,18 +99,16 @@ def _open(picture) -> Image.Image:
         return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadSample(
-            f"unreadable picture: {len(encoded)} bytes, none of {', '.join(FORMATS)}; they begin with {encoded[:16]!r}"
+            f"unreadable picture: {len(encoded)} bytes, none of {', '.join(FORMATS)}; "
+            f"they begin with {encoded[:16]!r}"
         ) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("F", "I"):
-        raise BadSample(
-            "unreadable picture: pixels of 32 bits, of which nothing says what is white"
-        )
-    if image.mode.startswith(
-        "I;16"
-    ):  # Pillow's convert would make all but the darkest 256 of the grays white
+        raise BadSample("unreadable picture: pixels of 32 bits, whose value for white is unknown")
+    if image.mode.startswith("I;16"):
+        # Pillow's conversion clips: all but the darkest 256 of the 65,536 grays would become white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -112,24 +117,22 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def pad(image: Image.Image, vision: VisionConfig) -> Image.Image:
-    """A square as large as the longer side, the picture in its middle on the mean colour, then resized.
+    """Centres the picture in a square of its longer side, filled with the mean colour, and resizes.
 
-    Pillow resizes rows, then columns. So does this, with only the picture's own rows and strip by strip: the square itself, 1.6 GB for a panorama
-    20,000 px wide, is never made.
+    Pillow resizes rows first, then columns. This function does the same, but only for the picture's
+    own rows and strip by strip, so the square itself is never made: it would take 1.6 GB for a
+    panorama 20,000 px wide.
     """
-    size, side, fill = (
-        vision.image_size,
-        max(image.size),
-        tuple(int(255 * mean) for mean in vision.pixel_mean),
-    )
+    size = vision.image_size
+    side = max(image.size)
+    fill = tuple(int(255 * mean) for mean in vision.pixel_mean)
     left, top = ((side - length) // 2 for length in image.size)
-    square, height = Image.new("RGB", (size, side), fill), max(1, STRIP_PIXELS // side)
-    for y in range(0, image.height, height):
-        strip = (
-            image
-            if image.height <= height
-            else image.crop((0, y, image.width, min(y + height, image.height)))
-        )
+    square = Image.new("RGB", (size, side), fill)
+    strip_height = max(1, STRIP_PIXELS // side)
+    for y in range(0, image.height, strip_height):
+        bottom = min(y + strip_height, image.height)
+        whole = image.height <= strip_height
+        strip = image if whole else image.crop((0, y, image.width, bottom))
         if image.width < side:
             rows = Image.new("RGB", (side, strip.height), fill)
             rows.paste(strip, (left, 0))
@@ -139,20 +142,27 @@ def pad(image: Image.Image, vision: VisionConfig) -> Image.Image:
 
 
 def crop(image: Image.Image, vision: VisionConfig) -> Image.Image:
-    """Resized by the shorter side, then the middle of the longer one (CLIP's own way). Raises BadSample for a line of a picture."""
-    size, short = vision.image_size, min(image.size)
+    """Resizes by the shorter side and cuts the square out of the middle, as CLIP does.
+
+    Raises:
+      BadSample: If the picture is so narrow that it would become too large.
+    """
+    size = vision.image_size
+    short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     if width * height > MAX_PIXELS:
         raise BadSample(
-            f"picture too long: {image.width} x {image.height} px, more than {MAX_PIXELS} in all once its shorter side fits"
+            f"picture too long: {image.width} x {image.height} px, more than {MAX_PIXELS} in all "
+            f"when its shorter side is resized to {size}"
         )
     image = _resize(image, (width, height))
-    left, top = (width - size) // 2, (height - size) // 2
+    left = (width - size) // 2
+    top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def stretch(image: Image.Image, vision: VisionConfig) -> Image.Image:
-    """Resized to the square, whatever its proportions (SigLIP's own way)."""
+    """Resizes both sides to the square, whatever the proportions, as SigLIP does."""
     return _resize(image, (vision.image_size, vision.image_size))
 
 

@@ -1,10 +1,10 @@
-"""A record becomes a sample: its tokens and its decoded pictures, or the reason why it is skipped."""
+"""Turns records into samples (tokens and decoded pictures), or says why a record is skipped."""
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from mod_jax.config import DataConfig, VisionConfig
 from mod_jax.data.samples.pixels import load_image
@@ -13,6 +13,9 @@ from mod_jax.data.samples.tokens import ChatFormat, Tokens, tokenize
 from mod_jax.data.sources.kinds import Source
 from mod_jax.data.sources.record import BadSample
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -20,7 +23,7 @@ class Sample:
 
     Attributes:
       tokens: The sequence positions that the sample occupies.
-      images: u8[pictures,H,W,3].
+      images: u8[N,H,W,3], its N pictures.
       number: Index of the record in the concatenation of all sources.
     """
 
@@ -30,7 +33,7 @@ class Sample:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Number of positions and number of pictures."""
+        """(number of positions, number of pictures)."""
         return len(self.tokens.tokens), len(self.images)
 
     @property
@@ -76,7 +79,7 @@ class Samples:
     source: Source
     first: int
     config: DataConfig
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     chat: ChatFormat
     vision: VisionConfig
     decode: bool = True
@@ -94,7 +97,8 @@ class Samples:
         record = self.source[index]
         if len(record.images) > self.config.images_per_row:
             raise BadSample(
-                f"{len(record.images)} pictures, a row holds {self.config.images_per_row}"
+                f"{len(record.images)} pictures, but a row holds {self.config.images_per_row} "
+                "(data.images_per_row)"
             )
         tokens = tokenize(record, self._encoder, self.chat, self.config.sequence_length)
         size = self.vision.image_size
@@ -108,7 +112,7 @@ class Samples:
     def _encoder(self) -> TextEncoder:
         return text_encoder(self.tokenizer)
 
-    def __getstate__(self) -> dict:
-        # A pickled tokenizers.Tokenizer forgets `encode_special_tokens`, so the encoder is made
-        # anew in each process.
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled tokenizers.Tokenizer loses `encode_special_tokens`, so each process makes the
+        # encoder anew.
         return {name: value for name, value in self.__dict__.items() if name != "_encoder"}

@@ -1,98 +1,127 @@
-"""The scenes' word-level tokenizer, a byte-level one for smoke runs, loading of Hugging Face tokenizer folders, and text piece by piece."""
+"""Tokenizers: the scenes' own, a byte-level one for smoke runs, and those of Hugging Face folders.
+
+`text_encoder` makes an encoder of any of them that tokenizes a text piece by piece.
+"""
 
 import copy
 import dataclasses
 import json
+import os
 import pathlib
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from mod_jax.config import ConfigError, require
 from mod_jax.data.scenes.chats import WORDS
+from mod_jax.data.sources.record import MARKER
 
-END, IMAGE, UNKNOWN = "<|endoftext|>", "<image>", "<unk>"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END = "<|endoftext|>"
+UNKNOWN = "<unk>"
 
 
-def scenes_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of everything the scenes say, in lower case; its size is a multiple of 16.
+def _transformers() -> ModuleType:
+    """Imports transformers, which takes about a second, when the first tokenizer is made."""
+    # We use only its tokenizers; without this, it warns that models need PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
 
-    `<|endoftext|>` (id 0) ends answers and pads, `<image>` is id 1, `<unk>` id 2. `save_pretrained(folder)` writes tokenizer.json and
-    tokenizer_config.json, which load_tokenizer reads.
-    """
-    tokens = [END, IMAGE, UNKNOWN, "user", "assistant", *":.,?", *WORDS]
-    tokens += [f"<unused_{i}>" for i in range(-len(tokens) % 16)]
-    backend = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
+    return transformers
+
+
+def _add_special_tokens(backend: Tokenizer, *tokens: str) -> None:
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in tokens]
     )
+
+
+def scenes_tokenizer() -> "PreTrainedTokenizerFast":
+    """Makes a word-level tokenizer of all words that the scenes use, in lower case.
+
+    `<|endoftext|>` (id 0) ends answers and fills padding, `<image>` has id 1 and `<unk>` id 2. The
+    size of the vocabulary is a multiple of 16. `save_pretrained(folder)` writes tokenizer.json and
+    tokenizer_config.json, which `load_tokenizer` reads.
+    """
+    tokens = [END, MARKER, UNKNOWN, "user", "assistant", *":.,?", *WORDS]
+    tokens += [f"<unused_{i}>" for i in range(-len(tokens) % 16)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
-    backend.decoder = decoders.WordPiece(
-        prefix="##", cleanup=True
-    )  # joins with spaces, none before a comma
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (END, IMAGE, UNKNOWN)]
-    )
-    return PreTrainedTokenizerFast(
+    # Joins words with spaces, but puts none before punctuation.
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    _add_special_tokens(backend, END, MARKER, UNKNOWN)
+    return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,
         pad_token=END,
         unk_token=UNKNOWN,
-        extra_special_tokens={"image_token": IMAGE},
+        extra_special_tokens={"image_token": MARKER},
     )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte (ids 0 to 255), with Qwen's special ids: for runs with random weights and a vocabulary of Qwen's size."""
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
+    """Makes a tokenizer with one token per byte (ids 0 to 255) and Qwen's ids of special tokens.
+
+    It serves runs with random weights and a vocabulary of Qwen's size.
+    """
     alphabet = {
         character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
     }
-    backend = Tokenizer(models.BPE(alphabet | {END: 151643, IMAGE: 151646}, merges=[]))
+    backend = Tokenizer(models.BPE(alphabet | {END: 151643, MARKER: 151646}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (END, IMAGE)]
-    )
-    return PreTrainedTokenizerFast(
+    _add_special_tokens(backend, END, MARKER)
+    return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,
         pad_token=END,
-        extra_special_tokens={"image_token": IMAGE},
+        extra_special_tokens={"image_token": MARKER},
     )
 
 
-# File -> class that reads a folder which has it; the first there is decides. tokenizer.json says everything itself, and is not left to AutoTokenizer:
-# transformers 5 takes the class of config.json's model_type, which ignores the file's normalizer and pre-tokenizer.
-WHOLE = "tokenizer.json"
+# The first of these files that a folder has decides which class reads it. tokenizer.json describes
+# a tokenizer completely. AutoTokenizer must not read it: transformers 5 then takes the class of
+# config.json's model_type, which ignores the file's normalizer and pre-tokenizer.
+COMPLETE = "tokenizer.json"
 READERS = {
-    WHOLE: "PreTrainedTokenizerFast",
+    COMPLETE: "PreTrainedTokenizerFast",
     "merges.txt": "Qwen2TokenizerFast",
     "tokenizer.model": "LlamaTokenizerFast",
 }
 
 
-def load_tokenizer(folder: str | pathlib.Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face model folder: tokenizer.json, or vocab.json with merges.txt (Qwen), or tokenizer.model (Llama, SentencePiece).
+def load_tokenizer(folder: str | pathlib.Path) -> "PreTrainedTokenizerFast":
+    """Loads the tokenizer of a Hugging Face model folder.
 
-    One without `<image>`, as a plain language model's, gets it: a special token with the next free id. One without a token to pad with
-    pads with its end token.
+    A tokenizer without `<image>`, such as that of a plain language model, gets it as a special
+    token with the next free id. One without a padding token pads with its end token.
+
+    Args:
+      folder: A folder with tokenizer.json, with vocab.json and merges.txt (Qwen), or with
+        tokenizer.model (Llama, SentencePiece).
     Raises:
-      ConfigError: if the folder holds none that can be read, or one that does not say how a text ends.
+      ConfigError: If the folder has none of these files, or if they cannot be read or do not name
+        the token that ends a text.
     """
     folder = pathlib.Path(folder)
-    expected = f"a folder with {WHOLE}, with merges.txt and vocab.json, or with tokenizer.model"
-    file = next((file for file in READERS if (folder / file).is_file()), None)
-    require(file is not None, "tokenizer", str(folder), expected)
+    expected = f"a folder with {COMPLETE}, with merges.txt and vocab.json, or with tokenizer.model"
+    files = [file for file in READERS if (folder / file).is_file()]
+    require(len(files) > 0, "tokenizer", str(folder), expected)
     try:
-        tokenizer = _read(folder, file)
+        tokenizer = _read(folder, files[0])
     except ConfigError:
         raise
     except Exception as error:  # the tokenizers package raises plain Exceptions
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"tokenizer = {str(folder)!r}: expected {expected} ({' '.join(str(error).split())})."
+            f"tokenizer = {str(folder)!r}: expected {expected} ({reason})."
         ) from error
     require(
         tokenizer.eos_token is not None,
@@ -100,40 +129,41 @@ def load_tokenizer(folder: str | pathlib.Path) -> PreTrainedTokenizerFast:
         None,
         f"the token that ends an answer, in {folder / 'tokenizer_config.json'}",
     )
-    if IMAGE not in tokenizer.get_added_vocab():
-        tokenizer.add_tokens(
-            [AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True
-        )
+    if MARKER not in tokenizer.get_added_vocab():
+        marker = AddedToken(MARKER, special=True, normalized=False)
+        tokenizer.add_tokens([marker], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _read(folder: pathlib.Path, file: str) -> PreTrainedTokenizerFast:
-    reader, path = getattr(transformers, READERS[file]), folder / "tokenizer_config.json"
-    if file == WHOLE:
+def _read(folder: pathlib.Path, file: str) -> "PreTrainedTokenizerFast":
+    reader = getattr(_transformers(), READERS[file])
+    if file == COMPLETE:
         return reader.from_pretrained(str(folder), local_files_only=True)
-    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    declared = said.get("tokenizer_class") or READERS[file]
-    # how a text is split is the class's, and in none of the files
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    declared = config.get("tokenizer_class") or READERS[file]
+    # The rule that splits a text is part of the class and in none of these files, so another class
+    # would need its own reader.
     require(
         declared.removesuffix("Fast") == READERS[file].removesuffix("Fast"),
         "tokenizer_class",
         declared,
         f"{READERS[file]}, which reads {file}",
-        f"Save it with its {WHOLE}.",
+        f"Save the tokenizer with its {COMPLETE}.",
     )
-    begins = (
-        {"add_bos_token": True} if file == "tokenizer.model" and "add_bos_token" not in said else {}
-    )  # Llama's default, which transformers 5 has lost
-    tokenizer = reader.from_pretrained(str(folder), local_files_only=True, **begins)
-    added = {
+    options = {}
+    if file == "tokenizer.model" and "add_bos_token" not in config:
+        options["add_bos_token"] = True  # Llama's default, which transformers 5 has dropped
+    tokenizer = reader.from_pretrained(str(folder), local_files_only=True, **options)
+    declared_ids = {
         token["content"]: int(number)
-        for number, token in said.get("added_tokens_decoder", {}).items()
+        for number, token in config.get("added_tokens_decoder", {}).items()
     }
     moved = {
         token: number
-        for token, number in added.items()
+        for token, number in declared_ids.items()
         if tokenizer.convert_tokens_to_ids(token) != number
     }
     require(
@@ -141,64 +171,84 @@ def _read(folder: pathlib.Path, file: str) -> PreTrainedTokenizerFast:
         "added_tokens_decoder",
         moved,
         f"the ids that follow those of {file}'s vocabulary",
-        f"Save it with its {WHOLE}.",
+        f"Save the tokenizer with its {COMPLETE}.",
     )
     return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """Encodes a text in the pieces between its special tokens, to the ids that the tokenizer gives the whole string.
+    """Encodes a text in pieces, split at its special tokens and pictures.
 
-    Special tokens written in a piece are ordinary text, so that no user can forge one.
+    The ids are those that the tokenizer gives to the whole string. Special tokens that are written
+    in a piece are ordinary text, so no user can forge one.
 
     Attributes:
-      begin: ids that the tokenizer begins every text with (Llama: its bos token; Qwen: none).
-      first: encodes the piece that a text begins with.
-      later: encodes a piece behind a special token.
+      begin: Ids with which the tokenizer begins every text (Llama: its bos token; Qwen: none).
+      first: Encodes the piece with which a text begins.
+      later: Encodes a piece that follows a special token or a picture.
     """
 
     begin: tuple[int, ...]
     first: Tokenizer
     later: Tokenizer
 
+    def special_id(self, token: str) -> int:
+        """Returns the id of a special token.
 
-def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
-    """The encoder of a tokenizer's texts, made of copies of its backend.
+        Raises:
+          KeyError: If the tokenizer does not have it.
+        """
+        number = self.first.token_to_id(token)
+        if number is None:
+            raise KeyError(token)
+        return number
+
+
+def text_encoder(tokenizer: "PreTrainedTokenizerFast") -> TextEncoder:
+    """Makes the encoder of a tokenizer, from copies of its backend.
 
     Raises:
-      ConfigError: if the tokenizer ends every text with a token, so that nothing could be continued.
+      ConfigError: If the tokenizer ends every text with a special token, so that no prompt could
+        be continued.
     """
     first = copy.deepcopy(tokenizer.backend_tokenizer)
     first.encode_special_tokens = True
     first.no_padding()
     first.no_truncation()
-    whole, bare = (first.encode("a", add_special_tokens=added).ids for added in (True, False))
+    whole = first.encode("a", add_special_tokens=True).ids
+    bare = first.encode("a", add_special_tokens=False).ids
     begin = whole[: len(whole) - len(bare)]
     require(
         whole == begin + bare,
-        "tokenizer",
+        "the tokenizer's ids of 'a'",
         whole,
-        f"{begin + bare}, a text without a token behind it",
-        "Set add_eos_token to false.",
+        f"{bare} at the end, without a special token after the text",
+        "Set add_eos_token to false in tokenizer_config.json.",
     )
-    return TextEncoder(tuple(begin), first, _behind_a_token(first))
+    return TextEncoder(tuple(begin), first, _after_special_token(first))
 
 
-def _behind_a_token(first: Tokenizer) -> Tokenizer:
-    """Itself, unless it takes the beginning of a text for that of a word."""
-    if not _word_openers(first):
+def _after_special_token(first: Tokenizer) -> Tokenizer:
+    """Returns an encoder for the pieces after the first.
+
+    It is `first` itself unless the tokenizer puts a word mark at the beginning of a text, and only
+    there (newer Llama tokenizers do). Later pieces are not beginnings, so they must not get it.
+    """
+    if not _beginning_markers(first):
         return first
     later = copy.deepcopy(first)
-    later.encode_special_tokens = first.encode_special_tokens  # which a copy does not keep
-    for step in _word_openers(later):
+    later.encode_special_tokens = first.encode_special_tokens  # the copy does not keep it
+    for step in _beginning_markers(later):
         step.prepend_scheme = "never"
     return later
 
 
-def _word_openers(encoder: Tokenizer) -> list[pre_tokenizers.Metaspace]:
-    steps = encoder.pre_tokenizer
-    steps = steps if isinstance(steps, pre_tokenizers.Sequence) else [steps]
+def _beginning_markers(encoder: Tokenizer) -> list[pre_tokenizers.Metaspace]:
+    """Returns the pre-tokenizers that put a word mark before a text's first word only."""
+    pre_tokenizer = encoder.pre_tokenizer
+    is_sequence = isinstance(pre_tokenizer, pre_tokenizers.Sequence)
+    steps = iter(pre_tokenizer) if is_sequence else [pre_tokenizer]
     return [
         step
         for step in steps
