@@ -1,8 +1,9 @@
 """Runs a recipe: python -m mod_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Every key of the configuration can be set on the command line (--config.stages.dense_mimic.optimizer.lr=1e-5). The same
-command continues a run that was stopped, at the step it last saved. --stage runs one stage alone. --dry-run reads the data
-and says what they are, naming every sample that would be skipped; nothing is written.
+Every key of the configuration can be set on the command line, for example
+--config.stages.dense_mimic.optimizer.lr=1e-5. The same command continues a run that was stopped,
+from its newest checkpoint. --stage runs one stage alone. --dry-run reads the data, prints their
+statistics and names every sample that would be skipped; it writes nothing.
 """
 
 import dataclasses
@@ -18,21 +19,25 @@ from mod_jax.data.batches.skips import TooManyBadSamples
 from mod_jax.data.batches.workers import WorkerDied
 from mod_jax.evals import scenes
 from mod_jax.recipe import Recipe
-from mod_jax.report import dry_run, scores
+from mod_jax.report import dry_run
+from mod_jax.report.scores import print_table
 from mod_jax.sharding import make_mesh
 from mod_jax.storage.atomic import write_json
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe, a file in configs/.", lock_config=True
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics and results."
+)
 STAGE = flags.DEFINE_string(
-    "stage", None, "Run only this stage; what it starts from has to be there."
+    "stage", None, "Run only this stage; the stage that it starts from has to be finished."
 )
 DRY_RUN = flags.DEFINE_bool(
     "dry-run",
     False,
-    "Read all data once and print their statistics; exit code 1 if too many samples are bad. Needs no --workdir.",
+    "Read all data once and print their statistics. The exit code is 1 if too many samples are "
+    "bad. Needs no --workdir.",
 )
 DECODE = flags.DEFINE_bool(
     "decode", True, "With --dry-run: decode the pictures too, to find the bad ones."
@@ -40,10 +45,14 @@ DECODE = flags.DEFINE_bool(
 
 
 def run(config: RecipeConfig, workdir: pathlib.Path, stage: str | None = None) -> dict | None:
-    """Runs the stages in order, then measures.
+    """Runs the stages in order, then evaluates the models that the recipe names.
 
+    Args:
+      config: Configuration of the recipe.
+      workdir: Folder of the run.
+      stage: Name of the only stage to run; None runs all, and evaluates.
     Returns:
-      What results.json holds; None if nothing was to be measured.
+      The content of results.json; None if nothing was evaluated.
     """
     check_stage(config, stage)
     mesh = make_mesh(config.mesh)
@@ -57,57 +66,57 @@ def run(config: RecipeConfig, workdir: pathlib.Path, stage: str | None = None) -
         if stage or not config.evaluation.models:
             return None
         rows = [{"model": name, **measure(recipe, name)} for name in config.evaluation.models]
-        results = {"recipe": config.name, "rows": rows}
+    results = {"recipe": config.name, "rows": rows}
     write_json(workdir / "results.json", results)
     return results
 
 
 def check_stage(config: RecipeConfig, stage: str | None) -> None:
-    """Raises ConfigError unless the recipe has the stage."""
+    """Raises ConfigError unless `stage` is None or a stage of the recipe."""
     require(stage is None or stage in config.stages, "--stage", stage, f"one of {config.order}")
 
 
 def measure(recipe: Recipe, name: str) -> dict:
-    """Evaluates the teacher or the student that a finished stage left behind."""
-    model = (
-        recipe.teacher
-        if name == "teacher" and name not in recipe.config.stages
-        else recipe.student_after(name)
-    )
+    """Evaluates the teacher, or the student that a finished stage left behind."""
+    is_teacher = name == "teacher" and name not in recipe.config.stages
+    model = recipe.teacher if is_teacher else recipe.student_after(name)
     return scenes.evaluate(recipe.config.evaluation, model.config, model.params, recipe.tokenizer)
 
 
-def main(_):
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
+def main(_) -> None:
+    """Runs the command."""
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every step of a save
     path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    require(
-        pathlib.Path(path).is_file(), "--config", path, "an existing file, as those in configs/"
-    )
+    require(pathlib.Path(path).is_file(), "--config", path, "an existing file, as in configs/")
     config = from_dict(RecipeConfig, CONFIG.value.to_dict())
     check_stage(config, STAGE.value)
     if DRY_RUN.value:
-        sys.exit(
-            not dry_run.run(config, (STAGE.value,) if STAGE.value else config.order, DECODE.value)
-        )
-    require(bool(WORKDIR.value), "--workdir", WORKDIR.value, "a folder for the run")
+        stages = (STAGE.value,) if STAGE.value else config.order
+        sys.exit(not dry_run.run(config, stages, DECODE.value))
+    if not WORKDIR.value:
+        raise ConfigError(f"--workdir = {WORKDIR.value!r}: expected a folder for the run.")
     results = run(config, pathlib.Path(WORKDIR.value), STAGE.value)
     if results:
-        scores.print_table(results)
+        print_table(results)
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """absl's parser, where a --config.KEY that the file does not have, and a file that is not there, are expected errors too."""
+    """Parses the command line as absl does.
+
+    Raises:
+      ConfigError: for a file that is missing, or a --config.KEY that the file does not have.
+    """
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, OSError) as error:
-        told = str(error).replace("\\n", " ")
+        message = " ".join(str(error).replace("\\n", " ").split())
         raise ConfigError(
-            f"--config: expected a file that can be read and keys that it has ({' '.join(told.split())})."
+            f"--config: expected a file that can be read and keys that it has ({message})."
         ) from None
 
 
 def cli() -> None:
-    """The command; an expected error is one line and exit code 1."""
+    """Runs the command line; an expected error is one line and exit code 1."""
     flags.mark_flags_as_required(["config"])
     try:
         app.run(main, flags_parser=parse)
