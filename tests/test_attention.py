@@ -1,4 +1,4 @@
-"""Attention: who sees whom, and the fast path against the oracle and PyTorch."""
+"""Attention: the visibility rule, and the fast path against the oracle and PyTorch."""
 
 import itertools
 
@@ -10,7 +10,8 @@ import torch
 
 from mod_jax.ops.attention import attention, attention_oracle, visible
 
-# Two rows of ten positions: a plain chat, a preference pair and padding; a left-padded prompt.
+# Two rows of ten positions. The first holds a chat, a preference pair and padding, the second a
+# left-padded prompt.
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]])
 BRANCHES = jnp.array([[0, 0, 0, 0, 0, 1, 1, 2, 2, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
 
@@ -25,7 +26,7 @@ def random_heads(query_heads, key_heads, dtype=jnp.float32):
 
 
 def sees(row, i, j):
-    """The rule as the batch states it."""
+    """Whether query i sees key j, by the rule that `Batch` documents."""
     segment, branch = np.asarray(SEGMENTS)[row], np.asarray(BRANCHES)[row]
     return j <= i and segment[i] == segment[j] and segment[i] != 0 and branch[j] in (0, branch[i])
 
@@ -37,7 +38,7 @@ def test_a_position_sees_its_past_in_its_segment_on_the_prefix_or_its_own_branch
 
 
 @pytest.mark.parametrize("start", [0, 4, 9])
-def test_queries_that_start_among_the_keys_see_what_they_see_in_the_whole(start):
+def test_the_last_queries_alone_see_what_they_see_among_all(start):
     whole = visible(SEGMENTS, BRANCHES)
     part = visible(SEGMENTS[:, start:], BRANCHES[:, start:], SEGMENTS, BRANCHES, jnp.int32(start))
     np.testing.assert_array_equal(part, whole[:, start:])

@@ -267,12 +267,3 @@ def test_bfloat16_stays_near_float32(config):
     assert float(jnp.abs(low.astype(jnp.float32) - high).mean()) < 0.05 * float(
         jnp.abs(high).mean()
     )
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_head_is_the_embedding_where_they_are_tied(tied):
-    module = decoder(dataclasses.replace(DENSE, tie_embeddings=tied))
-    same = module.head_w_vd() is module.embedding.w_vd[...] or bool(
-        (module.head_w_vd() == module.embedding.w_vd[...]).all()
-    )
-    assert same == tied and module.head_w_vd().shape == (61, 32)
