@@ -402,7 +402,7 @@ REFUSED = {
     ),
     "floats": (
         encoded(PHOTO.convert("F"), "TIFF"),
-        "pixels of 32 bits, of which nothing says what is white",
+        "pixels of 32 bits, whose value for white is unknown",
     ),
     "32-bit integers": (encoded(PHOTO.convert("I"), "TIFF"), "pixels of 32 bits"),
 }

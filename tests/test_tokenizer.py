@@ -111,7 +111,7 @@ def test_texts_begin_as_the_tokenizer_begins_them(make, begin):
 def test_a_tokenizer_that_ends_every_text_is_refused():
     tokenizer = small_tokenizers.llama.__wrapped__()
     tokenizer.add_bos_token = tokenizer.add_eos_token = True
-    with pytest.raises(ConfigError, match="without a token behind it.*add_eos_token"):
+    with pytest.raises(ConfigError, match="without a special token after the text.*add_eos_token"):
         text_encoder(tokenizer)
 
 

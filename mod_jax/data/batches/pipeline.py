@@ -130,8 +130,7 @@ class Batches:
         self._image_size = model.vision.image_size
         self._padding_id = model.end_token_id
         self._states = {
-            stream: Stream.beginning()
-            for stream in range(first_stream, first_stream + own_streams)
+            stream: Stream.beginning() for stream in range(first_stream, first_stream + own_streams)
         }
         self.skips = Skips(config.max_bad_share, self._states)
         self._readers: list[grain.DatasetIterator[Row]] = []
@@ -196,7 +195,7 @@ class Batches:
         return dict(self._states)
 
     def set_state(self, states: Mapping[int, dict[str, Any]]) -> None:
-        """Continues after the batch after which `get_state` was called.
+        """Continues after the batch that preceded `get_state`.
 
         The number of processes may have changed since then.
 

@@ -1,12 +1,12 @@
-"""What a stage's data are, measured before it runs.
+"""Measures the data of a stage before it runs.
 
-Every record is read once, and nothing of it is kept but its lengths.
+Every record is read once, and only its lengths are kept.
 """
 
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
@@ -16,22 +16,27 @@ from mod_jax.data.batches.order import visits
 from mod_jax.data.batches.packing import Room
 from mod_jax.data.batches.pipeline import THREADS, open_samples
 from mod_jax.data.batches.streams import Stream
-from mod_jax.data.batches.workers import allow_flags, deaths
+from mod_jax.data.batches.workers import allow_flags, worker_failures
 from mod_jax.data.samples.sample import Sample, Samples, Skipped
 from mod_jax.data.workers import begin_worker
 
-CHUNK = 64  # records measured at a time
-CHUNKS_AHEAD = 16
-LEAST_PACKED, MOST_PACKED = 500, 20_000  # samples: fewer say little, more do not change the shares
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHUNK = 64  # records that are measured at a time
+CHUNKS_AHEAD = 16  # chunks that are read ahead
+# Number of samples that are packed: fewer say little, and more do not change the shares.
+LEAST_PACKED = 500
+MOST_PACKED = 20_000
 
 
 class Measured(NamedTuple):
-    """What is kept of a sample.
+    """The lengths of a sample.
 
     Attributes:
-      size: positions and pictures.
-      answers: positions that are learnt.
-      truncated: whether its text was cut.
+      size: (number of positions, number of pictures).
+      answers: Number of positions whose target belongs to an answer.
+      truncated: Whether its text was cut to fit the row.
     """
 
     size: tuple[int, int]
@@ -41,14 +46,14 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SourceStatistics:
-    """One source, read once.
+    """The lengths of all records of a source.
 
     Attributes:
-      config: of the source.
+      config: Configuration of the source.
       sizes: i32[records,2], positions and pictures of each record; zeros for a skipped one.
-      answers: positions that are learnt.
-      truncated: records whose text was cut.
-      skipped: records that cannot be used.
+      answers: Number of positions whose target belongs to an answer.
+      truncated: Number of records whose text was cut to fit the row.
+      skipped: The records that cannot be used.
     """
 
     config: SourceConfig
@@ -59,29 +64,33 @@ class SourceStatistics:
 
     @property
     def used(self) -> np.ndarray:
-        """Sizes of the records that can be used."""
+        """i32[used records,2], sizes of the records that can be used."""
         return self.sizes[self.sizes[:, 0] > 0]
+
+
+# Is called with (source, number of its records, outcome of one record).
+Note = Callable[[SourceConfig, int, Measured | Skipped], None]
 
 
 def survey(
     config: DataConfig,
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerFast",
     model: ModelConfig,
     decode: bool,
-    note: Callable[[SourceConfig, int, Measured | Skipped], None],
+    note: Note,
 ) -> list[SourceStatistics]:
     """Reads all records of all sources once, as training would.
 
     Args:
-      config: The data.
+      config: Sources and limits.
       tokenizer: A fast Hugging Face tokenizer.
       model: As for `Batches`.
-      decode: Whether pictures are decoded too; without it bad ones go unnoticed.
+      decode: Whether pictures are decoded too. Without it, bad ones go unnoticed.
       note: Called with (source, number of its records, outcome) for every record, in the order of
         the sources.
     Raises:
-      ConfigError: as `Batches`.
-      WorkerDied: if a worker process was killed.
+      ConfigError: As for `Batches`.
+      WorkerDied: If a worker process was killed.
     """
     samples = open_samples(config, tokenizer, model, decode)
     return [
@@ -90,31 +99,31 @@ def survey(
     ]
 
 
-def _survey(config: SourceConfig, samples: Samples, workers: int, note) -> SourceStatistics:
+def _survey(config: SourceConfig, samples: Samples, workers: int, note: Note) -> SourceStatistics:
     sizes = np.zeros((len(samples), 2), np.int32)
     answers = 0
     truncated = 0
     skipped = []
-    for number, outcome in enumerate(_measured(samples, workers)):
+    for index, outcome in enumerate(_measured(samples, workers)):
         note(config, len(samples), outcome)
         if isinstance(outcome, Skipped):
             skipped.append(outcome)
         else:
-            sizes[number] = outcome.size
+            sizes[index] = outcome.size
             answers += outcome.answers
             truncated += outcome.truncated
     return SourceStatistics(config, sizes, answers, truncated, tuple(skipped))
 
 
 def _measured(samples: Samples, workers: int) -> Iterator[Measured | Skipped]:
-    """Measures all samples in their order, in threads or in worker processes."""
+    """Measures all samples in their order, in threads or in `workers` processes."""
     chunks = grain.MapDataset.source(samples).map(_measure).batch(CHUNK, batch_fn=list)
     reading = chunks.to_iter_dataset(grain.ReadOptions(THREADS, CHUNKS_AHEAD))
     allow_flags()
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=CHUNKS_AHEAD)
     iterator = iter(reading.mp_prefetch(options, begin_worker))
     try:
-        with deaths(workers):
+        with worker_failures(workers):
             for chunk in iterator:
                 yield from chunk
     finally:
@@ -132,8 +141,8 @@ class Packing(NamedTuple):
     """How samples fill rows.
 
     Attributes:
-      padding: share of positions.
-      samples_a_row: on average.
+      padding: Share of positions that stay empty.
+      samples_a_row: Mean number of samples in a row.
     """
 
     padding: float
@@ -141,9 +150,10 @@ class Packing(NamedTuple):
 
 
 def packing(config: DataConfig, statistics: Sequence[SourceStatistics]) -> Packing:
-    """Packs an epoch (within LEAST_PACKED and MOST_PACKED samples) as a stream of the training does.
+    """Packs as many samples as an epoch has, as a stream does in training.
 
-    Only the lengths of the samples are needed.
+    Their number is kept within LEAST_PACKED and MOST_PACKED. Only the lengths of the samples are
+    needed, so no record is read.
     """
     used = sum(len(source.used) for source in statistics)
     if not used:
@@ -153,9 +163,12 @@ def packing(config: DataConfig, statistics: Sequence[SourceStatistics]) -> Packi
     endless_patience = sys.maxsize
     stream = Stream(0, order, room, config.look_ahead, 0, endless_patience, Stream.beginning())
     rows = iter(stream)
-    for _ in range(config.look_ahead):  # until the samples that wait are the usual, hard ones
+    # The first rows choose among fresh samples. After some rows, those that are hard to fit wait.
+    for _ in range(config.look_ahead):
         next(rows)
-    filled = samples = count = 0
+    filled = 0
+    samples = 0
+    count = 0
     while samples < min(max(used, LEAST_PACKED), MOST_PACKED):
         row = next(rows).samples
         filled += sum(sample.size[0] for sample in row)
@@ -166,7 +179,11 @@ def packing(config: DataConfig, statistics: Sequence[SourceStatistics]) -> Packi
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """A random-access source of measured samples: their sizes are all that is known."""
+    """A random-access source of samples of which only the sizes are known.
+
+    Attributes:
+      sizes: i32[records,2], positions and pictures; zeros for a record that cannot be used.
+    """
 
     sizes: np.ndarray
 

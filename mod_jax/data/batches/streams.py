@@ -184,7 +184,7 @@ class StreamIterator(grain.DatasetIterator[Row]):
         return {"next": self._next, "waiting": waiting, **dataclasses.asdict(self._counts)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues after the row after which `get_state` was called; waiting samples are reread."""
+        """Continues after the row that preceded `get_state`; waiting samples are reread."""
         self._reader.close()
         self._begin(state)
 
