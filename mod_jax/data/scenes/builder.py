@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mod_jax.config import require
+from mod_jax.data import MARKER
 from mod_jax.data.scenes.chats import (
     CHAT,
     KINDS,
@@ -32,7 +33,6 @@ from mod_jax.data.scenes.drawing import (
     encode_png,
     place_objects,
 )
-from mod_jax.data.sources.record import MARKER
 
 __all__ = [
     "KINDS",

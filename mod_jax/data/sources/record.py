@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-MARKER = "<image>"  # marks the place of a picture in a question
+from mod_jax.data import MARKER
 
 
 class BadSample(ValueError):
