@@ -1,4 +1,7 @@
-"""Broken, lying and hostile checkpoints: one error says all that is wrong, before a number is read, and nothing is half-written."""
+"""Broken, inconsistent and hostile checkpoints.
+
+One error lists all that is wrong before any number is read, and nothing is written halfway.
+"""
 
 import json
 import pathlib
@@ -15,35 +18,42 @@ from safetensors.numpy import load_file, save_file
 from mod_jax.config import ConfigError
 from mod_jax.interop import huggingface, loading, names, native
 
-WEIGHTS, BIN, INDEX = "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+BIN = "pytorch_model.bin"
+INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-{n:05d}-of-00002.safetensors" for n in (1, 2)]
 LAYER = "language_model.model.layers."
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Good folders by name: 4 layers of width 48, 0 and 2 sparse; a tower of 3 layers of width 32 for pictures of 12 px."""
-    folder, model = (
-        tmp_path_factory.mktemp("saved"),
-        hf_models.build(hf_models.llava(hf_models.clip(), hf_models.qwen2_moe())),
-    )
+    """Folder with three good folders of one model: "whole", "shards" and "bin".
+
+    The language model has 4 layers of width 48, of which 0 and 2 are sparse; the tower has 3 layers
+    of width 32 and reads pictures of 12 px.
+    """
+    folder = tmp_path_factory.mktemp("saved")
+    model = hf_models.build(hf_models.llava(hf_models.clip(), hf_models.qwen2_moe()))
     model.save_pretrained(folder / "whole")
     tensors = load_file(folder / "whole" / WEIGHTS)
     for other in ("shards", "bin"):
         shutil.copytree(folder / "whole", folder / other, ignore=shutil.ignore_patterns(WEIGHTS))
-    where = {name: SHARDS[name.startswith(LAYER)] for name in tensors}
+    shard_of = {name: SHARDS[name.startswith(LAYER)] for name in tensors}
     for shard in SHARDS:
-        save_file(
-            {name: x for name, x in tensors.items() if where[name] == shard},
-            folder / "shards" / shard,
-        )
-    (folder / "shards" / INDEX).write_text(json.dumps({"weight_map": where}))
+        part = {name: x for name, x in tensors.items() if shard_of[name] == shard}
+        save_file(part, folder / "shards" / shard)
+    (folder / "shards" / INDEX).write_text(json.dumps({"weight_map": shard_of}))
     save_bin(renamed(apart(live_tensors(model)), TO_4X), folder / "bin")
     return folder
 
 
-def assert_refused(folder: pathlib.Path, *said: str):
-    """One error with all of this; no target and nothing beside it."""
+def assert_refused(folder: pathlib.Path, *parts: str):
+    """Asserts that saving the model in `folder` raises one error, and leaves no other folder.
+
+    Args:
+      folder: Folder of a checkpoint.
+      parts: Texts that the message contains.
+    """
     before = set(folder.parent.iterdir())
     with pytest.raises(ConfigError) as stock, loading.open_pretrained(folder) as opened:
         huggingface.save(folder.parent / "target", opened.config, opened.params)
@@ -52,11 +62,16 @@ def assert_refused(folder: pathlib.Path, *said: str):
     assert str(stock.value) == str(ours.value)
     assert set(folder.parent.iterdir()) == before
     assert "\n" not in str(stock.value)
-    for part in said:
+    for part in parts:
         assert part in str(stock.value)
 
 
+# Functions that return a fault: a function that changes a folder.
+
+
 def cut(name: str, share: float):
+    """Keeps the first `share` of a file's bytes."""
+
     def change(folder):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: int(len(data) * share)])
@@ -65,15 +80,17 @@ def cut(name: str, share: float):
 
 
 def replace(name: str, data: bytes):
+    """Replaces the contents of a file."""
     return lambda folder: (folder / name).write_bytes(data)
 
 
 def remove(*names: str):
+    """Removes files."""
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
 def edit(name: str, **values):
-    """Of a JSON file; a dict is merged into the one that is there."""
+    """Sets values of a JSON file; a dict is merged into the one that is there."""
 
     def change(folder):
         found = json.loads((folder / name).read_text())
@@ -88,6 +105,7 @@ def edit(name: str, **values):
 
 # Files
 
+# Fault -> (good folder, function that breaks it, parts of the message).
 FILES = {
     "safetensors cut in their numbers": ("whole", cut(WEIGHTS, 0.5), [WEIGHTS, "cannot be read"]),
     "safetensors cut in their header": ("whole", cut(WEIGHTS, 0.001), [WEIGHTS, "cannot be read"]),
@@ -158,14 +176,14 @@ FILES = {
 
 @pytest.mark.parametrize("fault", FILES)
 def test_a_broken_file_is_named(fault, saved, tmp_path):
-    kind, change, said = FILES[fault]
+    kind, change, parts = FILES[fault]
     folder = shutil.copytree(saved / kind, tmp_path / "source")
     change(folder)
-    assert_refused(folder, *said)
+    assert_refused(folder, *parts)
 
 
 class Code:
-    """A pickle that writes a file when it is read."""
+    """An object whose pickle writes a file when it is read."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -176,7 +194,8 @@ class Code:
 
 @pytest.mark.parametrize("way", ["zip", "old format", "plain pickle"])
 def test_a_pickle_with_code_is_refused_and_nothing_of_it_runs(way, saved, tmp_path):
-    folder, marker = shutil.copytree(saved / "bin", tmp_path / "source"), tmp_path / "marker"
+    folder = shutil.copytree(saved / "bin", tmp_path / "source")
+    marker = tmp_path / "marker"
     contents = {"lm_head.weight": torch.ones(2), "code": Code(marker)}
     if way == "plain pickle":
         (folder / BIN).write_bytes(pickle.dumps(contents))
@@ -185,43 +204,70 @@ def test_a_pickle_with_code_is_refused_and_nothing_of_it_runs(way, saved, tmp_pa
     assert_refused(folder, BIN, "no code of it was run" if way == "zip" else "not a zip archive")
     assert not marker.exists()
     pickle.loads(pickle.dumps(Code(marker)))
-    assert marker.exists()  # this is what it would have done
+    assert marker.exists()  # as pickle would have done
 
 
 # Tensors
 
 F32 = np.float32
 GATE = LAYER + "0.mlp.shared_expert.gate_proj.weight"
+# Fault -> (changed tensors, where None removes one; parts of the message).
 TENSORS = {
-    "a missing one": ({LAYER + "3.mlp.up_proj.weight": None}, [f"Tensors that differ (1): missing {LAYER}3.mlp.up_proj.weight"]),
-    "an unexpected one": ({LAYER + "1.self_attn.o_proj.bias": np.zeros(48, F32)}, [f"Tensors that differ (1): unexpected {LAYER}1.self_attn.o_proj.bias"]),
-    "a wrong shape": ({"multi_modal_projector.linear_1.weight": np.zeros((48, 31), F32)}, ["linear_1.weight has the shape (48, 31), expected (48, 32)"]),
-    "a scalar": ({"multi_modal_projector.linear_1.bias": np.zeros((), F32)}, ["linear_1.bias has the shape (), expected (48,)"]),
-    "integers": ({LAYER + "2.mlp.gate.weight": np.zeros((4, 48), np.int8)}, ["2.mlp.gate.weight has the dtype I8, expected one of"]),
-    "doubles": ({LAYER + "2.mlp.gate.weight": np.zeros((4, 48))}, ["2.mlp.gate.weight has the dtype F64, expected one of"]),
-    "a shared expert that is said to be empty": ({GATE: np.zeros((8, 48), F32)}, [f"unexpected {GATE}"]),
+    "a missing one": (
+        {LAYER + "3.mlp.up_proj.weight": None},
+        [f"Tensors that differ (1): missing {LAYER}3.mlp.up_proj.weight"],
+    ),
+    "an unexpected one": (
+        {LAYER + "1.self_attn.o_proj.bias": np.zeros(48, F32)},
+        [f"Tensors that differ (1): unexpected {LAYER}1.self_attn.o_proj.bias"],
+    ),
+    "a wrong shape": (
+        {"multi_modal_projector.linear_1.weight": np.zeros((48, 31), F32)},
+        ["linear_1.weight has the shape (48, 31), expected (48, 32)"],
+    ),
+    "a scalar": (
+        {"multi_modal_projector.linear_1.bias": np.zeros((), F32)},
+        ["linear_1.bias has the shape (), expected (48,)"],
+    ),
+    "integers": (
+        {LAYER + "2.mlp.gate.weight": np.zeros((4, 48), np.int8)},
+        ["2.mlp.gate.weight has the dtype I8, expected one of"],
+    ),
+    "doubles": (
+        {LAYER + "2.mlp.gate.weight": np.zeros((4, 48))},
+        ["2.mlp.gate.weight has the dtype F64, expected one of"],
+    ),
+    "a shared expert that should be empty": (
+        {GATE: np.zeros((8, 48), F32)},
+        [f"unexpected {GATE}"],
+    ),
     "many": (
-        {LAYER + "3.mlp.up_proj.weight": None, "extra": np.zeros(2, F32), LAYER + "1.mlp.up_proj.weight": np.zeros((56, 48), np.int8), "language_model.lm_head.weight": np.zeros((9, 48), F32)},
+        {
+            LAYER + "3.mlp.up_proj.weight": None,
+            "extra": np.zeros(2, F32),
+            LAYER + "1.mlp.up_proj.weight": np.zeros((56, 48), np.int8),
+            "language_model.lm_head.weight": np.zeros((9, 48), F32),
+        },
         ["Tensors that differ (4): ", "missing", "unexpected extra", "dtype I8", "(9, 48)"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", TENSORS)
 def test_all_tensors_that_do_not_fit_are_named(fault, saved, tmp_path):
-    changes, said = TENSORS[fault]
+    changes, parts = TENSORS[fault]
     folder = shutil.copytree(saved / "whole", tmp_path / "source")
     tensors = load_file(folder / WEIGHTS)
     assert all(name in tensors for name, x in changes.items() if x is None)
-    save_file(
-        {name: x for name, x in (tensors | changes).items() if x is not None}, folder / WEIGHTS
-    )
-    assert_refused(folder, *said)
+    changed = {name: x for name, x in (tensors | changes).items() if x is not None}
+    save_file(changed, folder / WEIGHTS)
+    assert_refused(folder, *parts)
 
 
-# Configurations that lie
+# Configurations that contradict the tensors, or that the model does not compute
 
-LIES = {
+# Fault -> (changed values of config.json, parts of the message).
+CONFIGS = {
     "fewer layers": (
         {"text_config": {"num_hidden_layers": 3}},
         [f"unexpected {LAYER}3.self_attn.q_proj.weight", f"unexpected {LAYER}3.mlp.up_proj.weight"],
@@ -265,7 +311,7 @@ LIES = {
         },
         ["unexpected vision_tower"],
     ),
-    "several lies": (
+    "several faults": (
         {
             "text_config": {"num_hidden_layers": 5, "vocab_size": 102},
             "vision_config": {"image_size": 16},
@@ -296,12 +342,12 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_configuration_that_lies_is_found_out(lie, saved, tmp_path):
-    values, said = LIES[lie]
+@pytest.mark.parametrize("fault", CONFIGS)
+def test_a_configuration_that_does_not_fit_is_refused(fault, saved, tmp_path):
+    values, parts = CONFIGS[fault]
     folder = shutil.copytree(saved / "whole", tmp_path / "source")
     edit("config.json", **values)(folder)
-    assert_refused(folder, *said)
+    assert_refused(folder, *parts)
 
 
 @pytest.mark.parametrize("key", ["text_config", "vision_config"])
@@ -312,7 +358,7 @@ def test_a_configuration_without_a_part(key, saved, tmp_path):
     assert_refused(folder, "text_config, vision_config", "3")
 
 
-# Good ones
+# The good folders
 
 
 @pytest.mark.parametrize("kind", ["whole", "shards", "bin"])

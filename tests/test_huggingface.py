@@ -1,4 +1,7 @@
-"""Folders in and out: names, layouts, configurations, dtypes, shards, errors. What the models compute is held in test_parity.py."""
+"""Reading and writing folders: names, layouts, configurations, dtypes, shards, errors.
+
+What the models compute is tested in test_parity.py.
+"""
 
 import dataclasses
 import json
@@ -30,19 +33,24 @@ def model():
 
 @pytest.fixture
 def theirs(model, tmp_path):
-    """A folder that transformers wrote: 4 layers, 0 and 2 sparse, of width 48; a tower of 3 layers of width 32."""
+    """A folder written by transformers.
+
+    The language model has 4 layers of width 48, of which 0 and 2 are sparse; the tower has 3 layers
+    of width 32.
+    """
     model.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs"
 
 
 def rewrite(folder, change):
-    """Changes the tensors (a dict, in place) of a folder."""
+    """Rewrites the tensors of a folder; `change` changes the dict of them in place."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
 
 
 def reconfigure(folder, **values):
+    """Sets values of a folder's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -65,22 +73,18 @@ def test_names_shapes_and_dtypes_are_those_of_our_model(theirs):
 def test_stacks_hold_the_layers_of_their_kind_in_ascending_order(theirs, model):
     _, params = hf_models.load(theirs)
     state = {name: x.numpy() for name, x in model.state_dict().items()}
-    layer, first = (
-        "model.language_model.layers.{}.mlp.",
-        "model.language_model.layers.0.mlp.experts.gate_up_proj",
-    )
+    ours = "language_model.layers."
+    layer = "model.language_model.layers.{}.mlp."
+    up_of_3 = state[layer.format(3) + "up_proj.weight"]
+    router_of_2 = state[layer.format(2) + "gate.weight"]
+    np.testing.assert_array_equal(params[ours + "mlp.up.w_df"][1], up_of_3.T)
+    np.testing.assert_array_equal(params[ours + "moe.router.w_de"][1], router_of_2.T)
+    # [E, 2F, D]: gate, then up
+    fused_of_0 = state[layer.format(0) + "experts.gate_up_proj"]
+    fused_of_2 = state[layer.format(2) + "experts.gate_up_proj"]
+    np.testing.assert_array_equal(params[ours + "moe.experts.up.w_edf"][1, 3], fused_of_2[3, 56:].T)
     np.testing.assert_array_equal(
-        params["language_model.layers.mlp.up.w_df"][1], state[layer.format(3) + "up_proj.weight"].T
-    )
-    np.testing.assert_array_equal(
-        params["language_model.layers.moe.router.w_de"][1], state[layer.format(2) + "gate.weight"].T
-    )
-    fused = state[layer.format(2) + "experts.gate_up_proj"]  # [E, 2F, D]: gate, then up
-    np.testing.assert_array_equal(
-        params["language_model.layers.moe.experts.up.w_edf"][1, 3], fused[3, 56:].T
-    )
-    np.testing.assert_array_equal(
-        params["language_model.layers.moe.experts.gate.w_edf"][0, 1], state[first][1, :56].T
+        params[ours + "moe.experts.gate.w_edf"][0, 1], fused_of_0[1, :56].T
     )
 
 
@@ -91,18 +95,17 @@ def test_heads_and_patches_are_laid_out_as_their_names_say(theirs, model):
     assert params["language_model.layers.attention.query.w_dnh"][1, 5, 2, 3] == query[2 * 12 + 3, 5]
     out = state["model.language_model.layers.1.self_attn.o_proj.weight"]
     assert params["language_model.layers.attention.out.w_nhd"][1, 2, 3, 5] == out[5, 2 * 12 + 3]
-    convolution = state[
-        "model.vision_tower.embeddings.patch_embedding.weight"
-    ]  # [D, channel, row, column]
-    row, column, channel = 2, 1, 0
-    assert (
-        params["vision_tower.patches.w_pd"][(row * 4 + column) * 3 + channel, 7]
-        == convolution[7, channel, row, column]
-    )
+    # [D, channel, row, column]
+    convolution = state["model.vision_tower.embeddings.patch_embedding.weight"]
+    row = 2
+    column = 1
+    channel = 0
+    pixel = (row * 4 + column) * 3 + channel
+    assert params["vision_tower.patches.w_pd"][pixel, 7] == convolution[7, channel, row, column]
 
 
 def test_a_file_in_the_layout_of_5x_reads_the_same(theirs, model):
-    """Prefix `model.`, no `vision_model.`, experts fused: the names of the live model of transformers 5.x."""
+    """5.x names its modules with `model.` and without `vision_model.`, and fuses experts."""
     _, params = hf_models.load(theirs)
     save_file(
         {name: x.numpy() for name, x in model.state_dict().items() if x.numel()},
@@ -114,13 +117,14 @@ def test_a_file_in_the_layout_of_5x_reads_the_same(theirs, model):
 
 
 def test_a_file_in_the_layout_of_4x_is_written(theirs, tmp_path):
-    """Names that every transformers from 4.46 on and vLLM read: with `vision_model.`, one tensor an expert, no shared expert."""
+    """transformers since 4.46 and vLLM read these names.
+
+    They contain `vision_model.`; each expert has tensors of its own, and there is no shared expert.
+    """
     config, params = hf_models.load(theirs)
     huggingface.save(tmp_path / "ours", config, params)
-    written, original = (
-        load_file(tmp_path / "ours" / "model.safetensors"),
-        load_file(theirs / "model.safetensors"),
-    )
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    original = load_file(theirs / "model.safetensors")
     gates = {f"language_model.model.layers.{n}.mlp.shared_expert_gate.weight" for n in (0, 2)}
     assert all(not written[name].any() and written[name].shape == (1, 48) for name in gates)
     spelled = {
@@ -159,38 +163,37 @@ def test_the_text_side_of_a_clip_is_ignored(text, vision, tmp_path):
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    both = {
+    config_of_both = {
         transformers.CLIPTextConfig: transformers.CLIPConfig,
         transformers.SiglipTextConfig: transformers.SiglipConfig,
     }[text]
-    vision = vision.to_dict() | {"vision_use_head": True}
-    hf_models.build(
-        both(text_config=text(**sizes).to_dict(), vision_config=vision)
-    ).save_pretrained(tmp_path / "both")
+    both = config_of_both(
+        text_config=text(**sizes).to_dict(),
+        vision_config=vision.to_dict() | {"vision_use_head": True},
+    )
+    hf_models.build(both).save_pretrained(tmp_path / "both")
     config, params = hf_models.load(tmp_path / "both")
     assert params.keys() == {entry.ours for entry in names.vision_entries(config)}
     assert config.num_layers == 3 and config.hidden_size == 32
 
 
 def test_a_head_that_repeats_the_embedding_is_read_as_tied(tmp_path):
-    hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "tied")
-    _, params = hf_models.load(tmp_path / "tied")
-    rewrite(
-        tmp_path / "tied",
-        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}),
-    )
-    assert_equal(hf_models.load(tmp_path / "tied")[1], params)
-    rewrite(
-        tmp_path / "tied",
-        lambda tensors: tensors.update(
-            {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
-        ),
-    )
-    with pytest.raises(
-        ConfigError,
-        match="tie_word_embeddings = True: expected False, as lm_head.weight in .* differs",
-    ):
-        hf_models.load(tmp_path / "tied")
+    folder = tmp_path / "tied"
+    hf_models.build(hf_models.qwen2()).save_pretrained(folder)
+    _, params = hf_models.load(folder)
+
+    def repeat(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+
+    def differ(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    rewrite(folder, repeat)
+    assert_equal(hf_models.load(folder)[1], params)
+    rewrite(folder, differ)
+    message = "tie_word_embeddings = True: expected False, as lm_head.weight in .* differs"
+    with pytest.raises(ConfigError, match=message):
+        hf_models.load(folder)
 
 
 # Dtypes, shards, files
@@ -206,14 +209,12 @@ def test_dtypes_of_a_file(dtype, relative, theirs, tmp_path):
         stored = {file.get_slice(name).get_dtype() for name in file.offset_keys()}
     assert stored == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == dtype
+    absolute = 1e-7 if relative else 0  # for the subnormal numbers of float16
     for name, x in hf_models.load(tmp_path / "ours")[1].items():
         assert x.dtype == np.float32
-        np.testing.assert_allclose(
-            x, params[name], rtol=relative, atol=1e-7 if relative else 0, err_msg=name
-        )  # atol: float16's subnormals
-        np.testing.assert_array_equal(
-            x, params[name].astype(folders.DTYPES[dtype]).astype(np.float32)
-        )
+        np.testing.assert_allclose(x, params[name], rtol=relative, atol=absolute, err_msg=name)
+        rounded = params[name].astype(folders.DTYPES[dtype]).astype(np.float32)
+        np.testing.assert_array_equal(x, rounded)
 
 
 def test_another_dtype_is_refused(theirs, tmp_path):
@@ -236,8 +237,8 @@ def test_shards_and_their_index(theirs, model, tmp_path):
         x.nbytes for tensors in sizes.values() for x in tensors.values()
     )
     assert_equal(hf_models.load(tmp_path / "ours")[1], params)
-    _, said = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert all("shared_expert." in name for name in said["missing_keys"])
+    _, loading_info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert all("shared_expert." in name for name in loading_info["missing_keys"])
     shards[1].unlink()
     with pytest.raises(ConfigError, match=shards[1].name):
         hf_models.load(tmp_path / "ours")
@@ -273,7 +274,10 @@ def test_a_folder_appears_whole_or_not_at_all(theirs, tmp_path):
 
 
 def test_loading_needs_neither_torch_nor_transformers():
-    code = "import sys; sys.modules.update(torch=None, transformers=None); import mod_jax.interop.huggingface"
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None); "
+        "import mod_jax.interop.huggingface"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -306,7 +310,10 @@ def test_parameters_that_do_not_fit_are_not_written(theirs, tmp_path):
     config, params = hf_models.load(theirs)
     wrong = params | {"extra": np.zeros(1), "adaptor.linear_2.b_o": np.zeros(3)}
     del wrong["adaptor.linear_1.b_o"]
-    listed = r"missing adaptor.linear_1.b_o; unexpected extra; adaptor.linear_2.b_o has the shape \(3,\), expected \(48,\)"
+    listed = (
+        r"missing adaptor.linear_1.b_o; unexpected extra; "
+        r"adaptor.linear_2.b_o has the shape \(3,\), expected \(48,\)"
+    )
     with pytest.raises(ConfigError, match=listed):
         huggingface.save(tmp_path / "ours", config, wrong)
 
@@ -354,24 +361,21 @@ def test_one_error_names_every_option_that_is_refused():
     )
     with pytest.raises(ConfigError) as error:
         hf_config.model_from_json(LLAVA.to_dict() | changed, {}, {})
-    for said in (
+    for expected in (
         "vision_config.hidden_act = 'relu'",
         "'projector_hidden_act': 'relu'",
         "'hidden_act': 'gelu', 'attention_bias': True",
         "'gptq'",
         "'yarn'",
     ):
-        assert said in str(error.value)
+        assert expected in str(error.value)
 
 
 def test_scaled_rotary_angles_in_the_spelling_of_4x_are_refused():
+    scaling = {"type": "linear", "factor": 2.0}
     with pytest.raises(ConfigError, match="rope_type = 'linear'"):
         hf_config.decoder_from_json(
-            {
-                "model_type": "llama",
-                "rope_theta": 1e4,
-                "rope_scaling": {"type": "linear", "factor": 2.0},
-            }
+            {"model_type": "llama", "rope_theta": 1e4, "rope_scaling": scaling}
         )
 
 
@@ -406,7 +410,7 @@ def test_a_decoder_without_an_exact_match_is_not_exported(changes):
 
 
 def test_a_capacity_that_drops_no_token_is_exported_as_none():
-    """2 * 2.0 >= 4: every expert has a place for every token."""
+    """With 2 experts per token, 4 experts and a factor of 2.0, an expert can take all tokens."""
     enough = DecoderConfig(moe=dataclasses.replace(MOE, capacity_factor=2.0))
     assert hf_config.decoder_to_json(enough, "float32") == hf_config.decoder_to_json(
         DecoderConfig(moe=MOE), "float32"
@@ -418,7 +422,7 @@ def test_a_capacity_that_drops_no_token_is_exported_as_none():
 
 @pytest.mark.parametrize("family", hf_config.TEXT_DEFAULTS)
 def test_what_a_text_config_leaves_out_is_the_default_of_its_class(family):
-    """equivalent to: the configuration class of transformers."""
+    """Compares with the configuration class of transformers."""
     fixed = {
         "qwen2_moe": {"norm_topk_prob": True, "shared_expert_intermediate_size": 0},
         "qwen3_moe": {"norm_topk_prob": True},
@@ -428,7 +432,8 @@ def test_what_a_text_config_leaves_out_is_the_default_of_its_class(family):
         {"model_type": family} | fixed
     ) == hf_config.decoder_from_json(full)
     needed = hf_config.TEXT_DEFAULTS[family].keys() - fixed.keys() - {"num_key_value_heads"}
-    full = {"num_experts": full.get("num_local_experts")} | full  # qwen3_moe's name for it in 5.x
+    # qwen3_moe of 5.x calls num_experts num_local_experts.
+    full = {"num_experts": full.get("num_local_experts")} | full
     assert {key: full[key] for key in needed} == {
         key: hf_config.TEXT_DEFAULTS[family][key] for key in needed
     }
@@ -437,23 +442,29 @@ def test_what_a_text_config_leaves_out_is_the_default_of_its_class(family):
 
 @pytest.mark.parametrize("kind", hf_config.VISION_DEFAULTS)
 def test_what_a_vision_config_leaves_out_is_the_default_of_its_class(kind):
-    """equivalent to: the configuration class of transformers."""
+    """Compares with the configuration class of transformers."""
     full = transformers.CONFIG_MAPPING[kind]().to_dict()
-    assert {key: full[key] for key in hf_config.VISION_DEFAULTS[kind]} == hf_config.VISION_DEFAULTS[
-        kind
-    ]
+    defaults = hf_config.VISION_DEFAULTS[kind]
+    assert {key: full[key] for key in defaults} == defaults
 
 
 def test_an_old_llava_config_reads():
-    """Written by 4.3x: flat rope_theta, the sizes of the 7B llama left out, an image token of its own."""
+    """As transformers 4.3x writes it.
+
+    rope_theta is a top-level key, the sizes of the 7B llama are left out, and the image token is
+    given.
+    """
     vision = {
         "model_type": "clip_vision_model",
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
     }
-    vision |= {"image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}
     text = {
         "model_type": "llama",
         "max_position_embeddings": 4096,
@@ -466,19 +477,30 @@ def test_an_old_llava_config_reads():
         "text_config": text,
         "vision_config": vision,
         "tie_word_embeddings": False,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
     }
-    config = hf_config.model_from_json(
-        values | {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}, {}, {}
-    )
+    config = hf_config.model_from_json(values, {}, {})
     llama = DecoderConfig(
-        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, tie_embeddings=False, max_positions=4096,
-    )  # fmt: skip
+        vocab_size=32064,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        rope_theta=1e4,
+        norm_eps=1e-5,
+        qkv_bias=False,
+        tie_embeddings=False,
+        max_positions=4096,
+    )
     assert config == ModelConfig(
         vision=VisionConfig(), decoder=llama, image_token_id=32000, end_token_id=2
     )
 
 
+# Place -> (eos_token_id of the text configuration, the whole one, generation_config.json; result).
 END_TOKENS = {
     "the text configuration": ({"eos_token_id": 5}, {"eos_token_id": 6}, {"eos_token_id": 7}, 5),
     "the whole configuration": ({}, {"eos_token_id": [6, 1]}, {"eos_token_id": 7}, 6),
@@ -497,6 +519,7 @@ def test_the_end_token_is_the_first_of_those_that_are_named(place):
     assert hf_config.model_from_json(values, {}, generation).end_token_id == wanted
 
 
+# Kind -> (options, longest sequence).
 WINDOWS = {
     "mistral": ({"sliding_window": 4096}, 4096),
     "mistral of later versions": ({"sliding_window": None}, 32768),
@@ -569,40 +592,41 @@ def test_a_config_survives_the_way_out_and_in(family, vision):
     )
     assert hf_config.model_from_json(*written) == config
     assert written[0]["text_config"]["model_type"] == family
-    class_ = transformers.LlavaConfig(**written[0])  # and theirs understands it
-    assert class_.text_config.rope_parameters["rope_theta"] == config.decoder.rope_theta
-    assert class_.get_text_config().tie_word_embeddings == config.decoder.tie_embeddings
-    assert class_.text_config.max_position_embeddings == config.decoder.max_positions
-    assert (
-        not config.decoder.moe or class_.text_config.num_experts == config.decoder.moe.num_experts
-    )
+    # transformers reads the same.
+    theirs = transformers.LlavaConfig(**written[0])
+    assert theirs.text_config.rope_parameters["rope_theta"] == config.decoder.rope_theta
+    assert theirs.get_text_config().tie_word_embeddings == config.decoder.tie_embeddings
+    assert theirs.text_config.max_position_embeddings == config.decoder.max_positions
+    if config.decoder.moe:
+        assert theirs.text_config.num_experts == config.decoder.moe.num_experts
 
 
 def test_an_export_says_what_each_version_of_transformers_reads():
-    """4.57 takes 10000 for the rotary base unless `rope_theta` stands flat; vLLM picks the text model by `architectures`."""
-    text = hf_config.model_to_json(ModelConfig(decoder=DECODERS["qwen2_moe"]), "bfloat16")[
-        "text_config"
-    ]
+    """4.57 reads the rotary base from a top-level `rope_theta`, and takes 10000 without it.
+
+    vLLM chooses the text model by `architectures`.
+    """
+    config = ModelConfig(decoder=DECODERS["qwen2_moe"])
+    text = hf_config.model_to_json(config, "bfloat16")["text_config"]
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 1e6
-    assert text["architectures"] == ["Qwen2MoeForCausalLM"] and text["use_sliding_window"] is False
-    assert (
-        text["mlp_only_layers"] == [0, 3, 4]
-        and text["decoder_sparse_step"] == 1
-        and text["norm_topk_prob"] is True
-    )
+    assert text["architectures"] == ["Qwen2MoeForCausalLM"]
+    assert text["use_sliding_window"] is False
+    assert text["mlp_only_layers"] == [0, 3, 4]
+    assert text["decoder_sparse_step"] == 1
+    assert text["norm_topk_prob"] is True
     assert text["dtype"] == text["torch_dtype"] == "bfloat16"
 
 
 def test_pixel_statistics_come_from_the_processors_file(theirs):
     assert hf_models.load(theirs)[0].vision.pixel_mean == VisionConfig().pixel_mean
     statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    (theirs / "processor_config.json").write_text(
-        json.dumps({"image_processor": statistics})
-    )  # 5.x
+    # as transformers 5.x writes it
+    (theirs / "processor_config.json").write_text(json.dumps({"image_processor": statistics}))
     assert hf_models.load(theirs)[0].vision.pixel_std == (0.4, 0.5, 0.6)
+    # as transformers 4.x writes it
     (theirs / "preprocessor_config.json").write_text(
         json.dumps(statistics | {"image_mean": [0.9, 0.2, 0.3]})
-    )  # 4.x
+    )
     assert hf_models.load(theirs)[0].vision.pixel_mean == (0.9, 0.2, 0.3)
 
 
@@ -615,17 +639,17 @@ def test_the_checksum_is_of_names_shapes_and_numbers_not_of_their_order():
         "b": np.ones(2, ml_dtypes.bfloat16),
     }
     wanted = huggingface.checksum(params)
-    assert wanted == huggingface.checksum(dict(reversed(params.items())))
-    assert wanted == huggingface.checksum(
-        {name: np.asfortranarray(x) for name, x in params.items()}
-    )
-    assert wanted == huggingface.checksum(
-        {name: jax.numpy.asarray(x) for name, x in params.items()}
-    )
+    same = [
+        dict(reversed(params.items())),
+        {name: np.asfortranarray(x) for name, x in params.items()},
+        {name: jax.numpy.asarray(x) for name, x in params.items()},
+    ]
+    assert all(huggingface.checksum(other) == wanted for other in same)
     changed = [
         params | {"a": params["a"].reshape(3, 2)},
         params | {"a": params["a"] + np.float32(1e-6)},
         {"c": params["a"], "b": params["b"]},
+        params | {"a": params["a"].astype(np.float16)},
+        {"a": params["a"]},
     ]
-    changed += [params | {"a": params["a"].astype(np.float16)}, {"a": params["a"]}]
     assert len({wanted, *map(huggingface.checksum, changed)}) == 6

@@ -1,6 +1,7 @@
-"""The layouts that people have: original LLaVA, the LLaVA-MoD authors', `.bin`, adaptors alone. What is read is what a llava-hf folder of the same model gives.
+"""Layouts of checkpoints: original LLaVA, the LLaVA-MoD authors', `.bin`, and adaptors alone.
 
-That this computes what transformers computes is held in test_parity.py.
+What is read has to equal what a llava-hf folder of the same model gives. test_parity.py tests that
+it computes what transformers computes.
 """
 
 import json
@@ -39,7 +40,7 @@ LLAMA = hf_models.llava(hf_models.clip(), hf_models.llama())
 MISTRAL = hf_models.llava(hf_models.clip(), hf_models.mistral())
 QWEN = hf_models.llava(hf_models.clip(), hf_models.qwen2())
 SPARSE = hf_models.llava(hf_models.clip(), hf_models.qwen2_moe())
-# name -> (stock model, what config.json says of itself, how its tensors are spelled)
+# Name -> (stock model, further values of config.json, changes of the tensors' names).
 LAYOUTS = {
     "original LLaVA": (
         LLAMA,
@@ -70,12 +71,16 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """config -> (model of transformers, its configuration and parameters as loaded from the folder that it saves)."""
+    """Function: configuration -> (model of transformers, its loaded configuration and parameters).
+
+    They are loaded from the folder that the model saves.
+    """
     made = {}
 
     def get(config):
         if id(config) not in made:
-            folder, model = tmp_path_factory.mktemp("stock"), hf_models.build(config)
+            folder = tmp_path_factory.mktemp("stock")
+            model = hf_models.build(config)
             model.save_pretrained(folder)
             made[id(config)] = model, hf_models.load(folder)
         return made[id(config)]
@@ -84,7 +89,7 @@ def stock(tmp_path_factory):
 
 
 def tokenizer(words: int = hf_models.IMAGE_TOKEN) -> PreTrainedTokenizerFast:
-    """Without `<image>`, as plain language models have it; so many words, the last ends a text."""
+    """A tokenizer without `<image>`, as of a plain language model; its last word ends a text."""
     vocabulary = {str(number): number for number in range(words)}
     end = str(words - 1)
     return PreTrainedTokenizerFast(
@@ -97,17 +102,19 @@ def tokenizer(words: int = hf_models.IMAGE_TOKEN) -> PreTrainedTokenizerFast:
 def write_original(
     folder,
     model,
-    said: dict,
+    values: dict,
     spelling,
     own_tower: bool = True,
     save=save_bin,
     words: int = hf_models.IMAGE_TOKEN,
     **more,
 ):
-    """The model as original LLaVA or the authors save it; `more` is what config.json says else. Returns the folder."""
-    save_original(
-        Checkpoint(model, None, tokenizer(words)), folder, save, spelling, said | more, own_tower
-    )
+    """Writes a model as original LLaVA or the authors save it, and returns the folder.
+
+    `values` and `more` are further values of config.json.
+    """
+    checkpoint = Checkpoint(model, None, tokenizer(words))
+    save_original(checkpoint, folder, save, spelling, values | more, own_tower)
     return folder
 
 
@@ -117,14 +124,14 @@ def assert_equal(found: dict, wanted: dict):
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-# Original LLaVA and the authors
+# Original LLaVA, and the LLaVA-MoD authors
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_reads_as_the_same_model(layout, stock, tmp_path):
-    config, said, spelling = LAYOUTS[layout]
+    config, values, spelling = LAYOUTS[layout]
     model, (wanted, params) = stock(config)
-    found, loaded = hf_models.load(write_original(tmp_path, model, said, spelling))
+    found, loaded = hf_models.load(write_original(tmp_path, model, values, spelling))
     assert found == wanted
     assert_equal(loaded, params)
 
@@ -153,8 +160,8 @@ def test_a_tower_that_is_not_in_the_file_comes_from_its_folder(save, stock, tmp_
         match="the weights of openai/clip-vit-large-patch14-336.*--vision-tower FOLDER",
     ):
         hf_models.load(folder)
+    hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "text")
     with pytest.raises(ConfigError, match="vision tower = .*It holds a language model"):
-        hf_models.build(hf_models.qwen2()).save_pretrained(tmp_path / "text")
         hf_models.load(folder, vision_tower=tmp_path / "text")
 
 
@@ -176,12 +183,9 @@ def test_a_tower_in_the_file_is_used_with_the_sizes_of_its_published_name(
 @pytest.mark.parametrize("name", original.TOWERS)
 def test_published_towers_have_the_patches_and_pixels_that_their_names_say(name):
     tower = original.published_tower({"mm_vision_tower": name})
-    patch, size = re.match(r".*-patch(\d+)(?:-(\d+))?$", name).groups()
+    kind, patch, size = re.match(r".*-(\w+)-patch(\d+)(?:-(\d+))?$", name).groups()
     assert (tower.patch_size, tower.image_size) == (int(patch), int(size or 224))
-    assert (
-        tower.hidden_size
-        == {"base": 768, "large": 1024, "so400m": 1152}[name.split("-patch")[0].split("-")[-1]]
-    )
+    assert tower.hidden_size == {"base": 768, "large": 1024, "so400m": 1152}[kind]
     assert tower.family == ("clip" if name.startswith("openai") else "siglip")
 
 
@@ -193,28 +197,22 @@ def test_the_tower_of_llava_1_5_is_the_default_one():
 
 
 def test_the_configuration_of_llava_1_5():
-    """As its config.json describes the 7B: what it does not say is Llama's."""
+    """As in the config.json of the 7B; what that leaves out is the default of Llama."""
     values = {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
         "mm_vision_tower": "openai/clip-vit-large-patch14-336",
         "mm_hidden_size": 1024,
-    }
-    values |= {
         "mm_projector_type": "mlp2x_gelu",
         "mm_resampler_type": None,
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "use_mm_proj": True,
-    }
-    values |= {
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
         "image_aspect_ratio": "pad",
         "tune_mm_mlp_adapter": False,
         "vocab_size": 32000,
-    }
-    values |= {
         "hidden_size": 4096,
         "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5,
@@ -223,9 +221,19 @@ def test_the_configuration_of_llava_1_5():
         "pretraining_tp": 1,
     }
     wanted = DecoderConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, tie_embeddings=False, max_positions=4096,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        rope_theta=1e4,
+        norm_eps=1e-5,
+        qkv_bias=False,
+        tie_embeddings=False,
+        max_positions=4096,
+    )
     assert original.language_model_from_json(values) == wanted
     assert original.with_features(original.published_tower(values), values) == VisionConfig()
 
@@ -244,33 +252,28 @@ def test_a_tokenizer_from_elsewhere(stock, tmp_path):
 
 def test_a_picture_token_beyond_the_vocabulary_gets_a_row(stock, tmp_path):
     model, (_, params) = stock(LLAMA)
-    config, loaded = hf_models.load(
-        write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], words=101)
-    )
-    assert (config.image_token_id, config.end_token_id, config.decoder.vocab_size) == (
-        101,
-        100,
-        128,
-    )
+    folder = write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:], words=101)
+    config, loaded = hf_models.load(folder)
+    assert config.image_token_id == 101
+    assert config.end_token_id == 100
+    assert config.decoder.vocab_size == 128
     for name in ("language_model.embedding.w_vd", "language_model.head.w_vd"):
         np.testing.assert_array_equal(loaded[name][:101], params[name])
-        np.testing.assert_allclose(
-            loaded[name][101:], np.tile(params[name].mean(0), (27, 1)), rtol=1e-5, atol=1e-7
-        )
+        mean = np.tile(params[name].mean(0), (27, 1))
+        np.testing.assert_allclose(loaded[name][101:], mean, rtol=1e-5, atol=1e-7)
 
 
 def test_what_such_files_carry_beside_is_ignored_and_nothing_else_is(stock, tmp_path):
     model, (_, params) = stock(QWEN)
     folder = write_original(tmp_path, model, *LAYOUTS["authors, dense Qwen2"][1:])
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    beside = {
+    embeddings = "model.image_tower.image_tower.vision_model.embeddings."
+    ignored = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
         "lm_head.weight": tensors["model.embed_tokens.weight"],
+        embeddings + "position_ids": torch.arange(10)[None],
     }
-    beside["model.image_tower.image_tower.vision_model.embeddings.position_ids"] = torch.arange(10)[
-        None
-    ]
-    torch.save(tensors | beside, folder / "pytorch_model.bin")
+    torch.save(tensors | ignored, folder / "pytorch_model.bin")
     assert_equal(hf_models.load(folder)[1], params)
     torch.save(
         tensors | {"model.mm_projector.video_patch_proj.weight": torch.ones(3)},
@@ -280,6 +283,7 @@ def test_what_such_files_carry_beside_is_ignored_and_nothing_else_is(stock, tmp_
         hf_models.load(folder)
 
 
+# Option -> (values of config.json, pattern of the message).
 REFUSED = {
     "a single linear projection": (
         {"image_projector_type": None, "mm_projector_type": None},
@@ -345,9 +349,8 @@ def test_one_error_names_everything_that_is_refused(stock, tmp_path):
     folder = write_original(
         tmp_path, stock(SPARSE)[0], *LAYOUTS["authors, sparse Qwen2"][1:], **changes
     )
-    with pytest.raises(
-        ConfigError, match="(?s)'hidden_act': 'gelu'.*moe.top_k_experts = 1.*'s2': True.*lora = "
-    ):
+    message = "(?s)'hidden_act': 'gelu'.*moe.top_k_experts = 1.*'s2': True.*lora = "
+    with pytest.raises(ConfigError, match=message):
         hf_models.load(folder)
 
 
@@ -355,19 +358,15 @@ def test_the_first_feature_of_siglip_is_a_patch_and_may_not_be_dropped():
     siglip = original.published_tower({"mm_vision_tower": "google/siglip-so400m-patch14-384"})
     with pytest.raises(ConfigError, match="mm_vision_select_feature = 'patch'.*'cls_patch'"):
         original.with_features(siglip, {"mm_vision_select_layer": -2})
-    assert (
-        original.with_features(
-            siglip, {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}
-        ).feature_layer
-        == -1
-    )
+    values = {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}
+    assert original.with_features(siglip, values).feature_layer == -1
 
 
 @pytest.mark.parametrize("factor, wanted", [(1.0, 1.0), (1.5, 1.5), (2.0, None), (4, None)])
 def test_capacity_is_that_of_inference_and_none_where_nothing_can_be_dropped(
     factor, wanted, stock, tmp_path
 ):
-    """DeepSpeed: an expert has ceil(2 * factor * N / 4) places for N tokens."""
+    """In DeepSpeed an expert takes at most ceil(2 * factor * N / 4) of N tokens here."""
     folder = write_original(
         tmp_path,
         stock(SPARSE)[0],
@@ -380,7 +379,11 @@ def test_capacity_is_that_of_inference_and_none_where_nothing_can_be_dropped(
 
 
 def test_a_residual_layer_has_its_shared_expert_and_its_mix(stock, tmp_path):
-    """deepspeed/moe/layer.py: experts * softmax(coefficient)[0] + mlp * softmax(coefficient)[1]; ours is the same, see test_moe.py."""
+    """deepspeed/moe/layer.py mixes the two by the softmax of two weights.
+
+    The output is experts * softmax(coefficient)[0] + mlp * softmax(coefficient)[1]. test_moe.py
+    tests that ours is the same.
+    """
     model, (_, params) = stock(SPARSE)
     folder = write_original(
         tmp_path,
@@ -388,10 +391,8 @@ def test_a_residual_layer_has_its_shared_expert_and_its_mix(stock, tmp_path):
         *LAYOUTS["authors, sparse Qwen2"][1:],
         moe=DEEPSPEED | {"use_residual": True},
     )
-    tensors, rng = (
-        torch.load(folder / "pytorch_model.bin", weights_only=True),
-        torch.Generator().manual_seed(0),
-    )
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    rng = torch.Generator().manual_seed(0)
     shapes = {
         "mlp.gate_proj.weight": (56, 48),
         "mlp.up_proj.weight": (56, 48),
@@ -408,22 +409,16 @@ def test_a_residual_layer_has_its_shared_expert_and_its_mix(stock, tmp_path):
     config, loaded = hf_models.load(folder)
     assert config.decoder.moe.residual
     assert_equal({name: loaded[name] for name in params}, params)
-    residual = "language_model.layers.moe.residual."
-    np.testing.assert_array_equal(
-        loaded[residual + "mix.w_d2"][1], added["model.layers.2.mlp.coefficient.weight"].T
-    )
-    np.testing.assert_array_equal(
-        loaded[residual + "mix.b_2"][0], added["model.layers.0.mlp.coefficient.bias"]
-    )
-    np.testing.assert_array_equal(
-        loaded[residual + "up.w_df"][0], added["model.layers.0.mlp.mlp.up_proj.weight"].T
-    )
-    np.testing.assert_array_equal(
-        loaded[residual + "down.w_fd"][1], added["model.layers.2.mlp.mlp.down_proj.weight"].T
-    )
-    np.testing.assert_array_equal(
-        loaded[residual + "gate.w_df"][1], added["model.layers.2.mlp.mlp.gate_proj.weight"].T
-    )
+    # (our name, index in the stack, their name)
+    for ours, index, theirs in (
+        ("mix.w_d2", 1, "2.mlp.coefficient.weight"),
+        ("mix.b_2", 0, "0.mlp.coefficient.bias"),
+        ("up.w_df", 0, "0.mlp.mlp.up_proj.weight"),
+        ("down.w_fd", 1, "2.mlp.mlp.down_proj.weight"),
+        ("gate.w_df", 1, "2.mlp.mlp.gate_proj.weight"),
+    ):
+        found = loaded[f"language_model.layers.moe.residual.{ours}"][index]
+        np.testing.assert_array_equal(found, added[f"model.layers.{theirs}"].numpy().T)
     with pytest.raises(ConfigError, match="moe.residual = True"):
         huggingface.save(tmp_path / "out", config, loaded)
     assert not (tmp_path / "out").exists()
@@ -433,27 +428,25 @@ def test_a_residual_layer_has_its_shared_expert_and_its_mix(stock, tmp_path):
 
 
 def as_bin(folder, model, tensors: dict) -> None:
-    """A folder of transformers with its weights as a PyTorch file."""
+    """Writes a folder of transformers with the weights in a PyTorch file."""
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     save_bin(tensors, folder)
 
 
 def in_shards(folder, shards: int) -> None:
-    """Cuts the PyTorch file of a folder."""
+    """Splits the PyTorch file of a folder into shards with an index."""
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
     (folder / "pytorch_model.bin").unlink()
-    where = {
+    shard_of = {
         name: f"pytorch_model-{n % shards + 1:05d}-of-{shards:05d}.bin"
         for n, name in enumerate(tensors)
     }
-    for shard in set(where.values()):
-        torch.save(
-            {name: tensors[name] for name in tensors if where[name] == shard}, folder / shard
-        )
-    (folder / "pytorch_model.bin.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": where})
-    )
+    for shard in set(shard_of.values()):
+        part = {name: tensors[name] for name in tensors if shard_of[name] == shard}
+        torch.save(part, folder / shard)
+    index = {"metadata": {}, "weight_map": shard_of}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
 def test_pytorch_files_of_a_llava_hf_folder(stock, tmp_path):
@@ -523,8 +516,9 @@ def test_without_torch_a_pytorch_file_says_what_to_install(stock, tmp_path, monk
         hf_models.load(tmp_path)
 
 
-# Adaptors alone, and students from pieces
+# Adaptors alone, and students from parts
 
+# Source -> function that writes it and returns its path.
 ADAPTORS = {
     "original LLaVA's file": lambda folder, model: save_adaptor(
         folder / "mm_projector.bin", model, TO_ORIGINAL
@@ -544,12 +538,14 @@ ADAPTORS = {
 
 
 def save_adaptor(path, model, spelling):
+    """Writes the adaptor of a model to a PyTorch file, and returns its path."""
     tensors = renamed(live_tensors(model), spelling)
     torch.save({name: tensor for name, tensor in tensors.items() if "mm_projector" in name}, path)
     return path
 
 
 def import_stock(folder, model):
+    """Imports a model, and returns the native folder."""
     model.save_pretrained(folder / "stock")
     with loading.open_pretrained(folder / "stock") as pretrained:
         native.save_native(folder / "imported", pretrained)
@@ -580,13 +576,16 @@ def test_a_folder_without_an_adaptor(stock, tmp_path):
         },
         tmp_path / "mm_projector.bin",
     )
-    listed = r"missing .*linear_1.bias; missing .*linear_2.bias; .*linear_2.weight has the shape \(48, 3\), expected \(48, 48\)"
+    listed = (
+        r"missing .*linear_1.bias; missing .*linear_2.bias; "
+        r".*linear_2.weight has the shape \(48, 3\), expected \(48, 48\)"
+    )
     with pytest.raises(ConfigError, match=listed), loading.open_adaptor(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("with_adaptor", [True, False])
-def test_a_student_from_pieces(with_adaptor, stock, tmp_path):
+def test_a_student_from_parts(with_adaptor, stock, tmp_path):
     model, (wanted, params) = stock(LLAMA)
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
     text = hf_models.build(hf_models.llama(), seed=3)
@@ -606,7 +605,8 @@ def test_a_student_from_pieces(with_adaptor, stock, tmp_path):
             load_tokenizer(tmp_path / "text"),
         )
         assert made.config == wanted
-        found, parts = read(made), read(tower) | read(language_model)
+        found = read(made)
+        parts = read(tower) | read(language_model)
     assert_equal({name: found[name] for name in parts}, parts)
     same = all(
         np.array_equal(found[name], params[name]) for name in params if name.startswith("adaptor.")
@@ -618,22 +618,19 @@ def test_a_student_from_pieces(with_adaptor, stock, tmp_path):
 
 
 def test_a_recipe_names_such_folders(stock, tmp_path):
-    """A whole one as a teacher or a student, imported or not; or parts, with an adaptor or a new one."""
+    """A whole model, imported or not, or parts with an adaptor."""
     model, (_, params) = stock(SPARSE)
     (tmp_path / "authors").mkdir()
     folder = write_original(tmp_path / "authors", model, *LAYOUTS["authors, sparse Qwen2"][1:])
     with loading.open_pretrained(folder) as pretrained:
         native.save_native(tmp_path / "imported", pretrained)
-    for named in (folder, tmp_path / "imported"):
-        found = load_model(
-            ModelSource(folder=str(named)), load_tokenizer(named), "bfloat16", "dots"
-        )
+    for whole in (folder, tmp_path / "imported"):
+        source = ModelSource(folder=str(whole))
+        found = load_model(source, load_tokenizer(whole), "bfloat16", "dots")
         assert_equal(found.params, params)
-        assert (found.config.dtype, found.config.remat, found.origin) == (
-            "bfloat16",
-            "dots",
-            str(named),
-        )
+        assert found.config.dtype == "bfloat16"
+        assert found.config.remat == "dots"
+        assert found.origin == str(whole)
     hf_models.build(hf_models.llama()).save_pretrained(tmp_path / "text")
     tokenizer().save_pretrained(tmp_path / "text")
     parts = ModelSource(
@@ -641,36 +638,29 @@ def test_a_recipe_names_such_folders(stock, tmp_path):
         vision_tower=str(folder / "tower"),
         adaptor=str(folder),
     )
-    student = load_model(parts, load_tokenizer(tmp_path / "text"), "float32", "none")
-    assert_equal(
-        {name: student.params[name] for name in params if name.startswith("adaptor.")},
-        {n: x for n, x in params.items() if n.startswith("adaptor.")},
-    )
-    with pytest.raises(
-        ConfigError, match="folder = .*It holds a language model. Name it as `language_model`"
-    ):
-        load_model(
-            ModelSource(folder=str(tmp_path / "text")),
-            load_tokenizer(tmp_path / "text"),
-            "float32",
-            "none",
-        )
+    text_tokenizer = load_tokenizer(tmp_path / "text")
+    student = load_model(parts, text_tokenizer, "float32", "none")
+    adaptor = {name: x for name, x in params.items() if name.startswith("adaptor.")}
+    assert_equal({name: student.params[name] for name in adaptor}, adaptor)
+    message = "folder = .*It holds a language model. Name it as `language_model`"
+    with pytest.raises(ConfigError, match=message):
+        load_model(ModelSource(folder=str(tmp_path / "text")), text_tokenizer, "float32", "none")
 
 
-# Every family as a part
+# Families of language models alone
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3_moe"])
 def test_a_family_comes_in_and_goes_out(family, tmp_path):
-    """Mistral goes out as a llama: the same numbers under the same names."""
+    """Mistral is written as a llama, which has the same numbers under the same names."""
     hf_models.build(getattr(hf_models, family)()).save_pretrained(tmp_path / "theirs")
     config, params = hf_models.load(tmp_path / "theirs")
     huggingface.save(tmp_path / "ours", config, params)
     again, loaded = hf_models.load(tmp_path / "ours")
     assert again == config
     assert_equal(loaded, params)
-    said = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert said["model_type"] == {"mistral": "llama", "qwen3_moe": "qwen3_moe"}[family]
+    values = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert values["model_type"] == {"mistral": "llama", "qwen3_moe": "qwen3_moe"}[family]
     with open_tensors(tmp_path / "ours") as ours:
         assert not [name for name in ours if "shared_expert" in name]
         assert ours.keys() == names.canonical(ours, "language_model").keys()

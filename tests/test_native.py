@@ -1,4 +1,7 @@
-"""Our own folders: written whole or not at all, in the dtype the numbers came in, cut as a mesh has them, read back bitwise."""
+"""Native folders are written completely or not at all, in the original dtype, and read bitwise.
+
+Parameters are sharded as on the mesh that they are written on.
+"""
 
 import dataclasses
 import json
@@ -19,22 +22,16 @@ from mod_jax.sharding import make_mesh, parameter_shardings
 
 
 def pretrained(config, dtype=np.float32, folder=pathlib.Path("nowhere")) -> Pretrained:
-    """A model that is in memory."""
-    return Pretrained(
-        config,
-        {name: InMemory(x.astype(dtype)) for name, x in params_of(config).items()},
-        "somewhere",
-        folder,
-    )
+    """A model in memory."""
+    params = {name: InMemory(x.astype(dtype)) for name, x in params_of(config).items()}
+    return Pretrained(config, params, "somewhere", folder)
 
 
 def assert_same(found: Pretrained, wanted: Pretrained) -> None:
     assert found.config == wanted.config and found.params.keys() == wanted.params.keys()
     for name, parameter in wanted.params.items():
-        assert (found.params[name].dtype, found.params[name].shape) == (
-            parameter.dtype,
-            parameter.shape,
-        ), name
+        assert found.params[name].dtype == parameter.dtype, name
+        assert found.params[name].shape == parameter.shape, name
         np.testing.assert_array_equal(
             np.asarray(found.params[name]), np.asarray(parameter), err_msg=name
         )
@@ -55,11 +52,8 @@ def test_numbers_come_back_bitwise_in_the_dtype_they_came_in(dtype, tmp_path):
 )
 def test_a_part_of_a_model_is_written_alone(part, prefix, tmp_path):
     whole = pretrained(SPARSE)
-    wanted = dataclasses.replace(
-        whole,
-        config=getattr(SPARSE, part),
-        params={n: x for n, x in whole.params.items() if n.startswith(prefix)},
-    )
+    params = {name: x for name, x in whole.params.items() if name.startswith(prefix)}
+    wanted = dataclasses.replace(whole, config=getattr(SPARSE, part), params=params)
     save_native(tmp_path / "part", wanted)
     with open_native(tmp_path / "part") as found:
         assert_same(found, wanted)
@@ -79,44 +73,41 @@ def test_on_a_mesh_each_parameter_is_cut_as_it_lies_there(mesh, tmp_path):
     shardings = parameter_shardings(mesh, wanted.params, llava.axes(SPARSE))
     for name, array in stored.items():
         shard = shardings[name].shard_shape(array.shape)
-        assert all(n % chunk == 0 for n, chunk in zip(shard, array.storage_metadata.chunk_shape)), (
-            name
-        )
+        chunk = array.storage_metadata.chunk_shape
+        assert all(size % step == 0 for size, step in zip(shard, chunk)), name
     gates = "language_model.layers.moe.experts.gate.w_edf"
     assert stored[gates].storage_metadata.chunk_shape < stored[gates].shape
-    restored = ocp.load(
-        tmp_path / "model" / "params",
-        {
-            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[n])
-            for n, x in stored.items()
-        },
-    )
+    targets = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+        for name, x in stored.items()
+    }
+    restored = ocp.load(tmp_path / "model" / "params", targets)
     for name, array in restored.items():
         assert array.sharding == shardings[name]
         np.testing.assert_array_equal(array, np.asarray(wanted.params[name]), err_msg=name)
 
 
 def test_place_gives_every_device_its_block_and_reads_each_once(mesh):
+    requests = []
+
     class Counted(InMemory):
         def blocks(self, indices):
-            asked.extend(indices)
+            requests.extend(indices)
             return super().blocks(indices)
 
-    asked, array = [], np.arange(16 * 6, dtype=np.float32).reshape(16, 6)
+    array = np.arange(16 * 6, dtype=np.float32).reshape(16, 6)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("fsdp", "expert")))
     placed = place(Counted(array), sharding)
-    assert (
-        placed.sharding == sharding and len(asked) == 4
-    )  # of eight devices, two and two hold the same
+    assert placed.sharding == sharding
+    assert len(requests) == 4  # each block is on two of the eight devices
     for shard in placed.addressable_shards:
         np.testing.assert_array_equal(shard.data, array[shard.index])
 
 
 def test_a_size_that_does_not_divide_over_the_mesh_is_refused_and_nothing_is_left(tmp_path):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
     with pytest.raises(ConfigError, match="do not divide over the mesh"):
-        save_native(
-            tmp_path / "model", pretrained(DENSE), make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
-        )
+        save_native(tmp_path / "model", pretrained(DENSE), mesh)
     assert not list(tmp_path.iterdir())
 
 
@@ -135,13 +126,9 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
 
     whole = pretrained(DENSE)
     last = list(whole.params)[-1]
+    params = {**whole.params, last: Broken(np.asarray(whole.params[last]))}
     with pytest.raises(OSError, match="gone"):
-        save_native(
-            tmp_path / "model",
-            dataclasses.replace(
-                whole, params={**whole.params, last: Broken(np.asarray(whole.params[last]))}
-            ),
-        )
+        save_native(tmp_path / "model", dataclasses.replace(whole, params=params))
     assert not list(tmp_path.iterdir())
 
 
@@ -170,7 +157,7 @@ def test_a_folder_of_another_version_is_refused(tmp_path):
 
 
 class Vocabulary:
-    """As much of a tokenizer as `with_vocabulary` asks for."""
+    """The part of a tokenizer that `with_vocabulary` uses: `size` tokens, the last is <image>."""
 
     eos_token_id = 2
 
@@ -185,26 +172,21 @@ def test_rows_that_a_tokenizer_lacks_are_added_as_means_that_never_win():
     untied = dataclasses.replace(
         DENSE, decoder=dataclasses.replace(DENSE.decoder, tie_embeddings=False)
     )
-    before, rows = pretrained(untied), DENSE.decoder.vocab_size
+    before = pretrained(untied)
+    rows = DENSE.decoder.vocab_size
     after = with_vocabulary(before, Vocabulary(rows + 1))
-    assert after.config.decoder.vocab_size == -(-(rows + 1) // 64) * 64 and (
-        after.config.image_token_id,
-        after.config.end_token_id,
-    ) == (rows, 2)
+    assert after.config.decoder.vocab_size == -(-(rows + 1) // 64) * 64
+    assert after.config.image_token_id == rows
+    assert after.config.end_token_id == 2
     for name in ("language_model.embedding.w_vd", "language_model.head.w_vd"):
-        old, new = np.asarray(before.params[name]), np.asarray(after.params[name])
+        old = np.asarray(before.params[name])
+        new = np.asarray(after.params[name])
         assert new.shape == (after.config.decoder.vocab_size, old.shape[1])
         np.testing.assert_array_equal(new[:rows], old)
-        np.testing.assert_allclose(
-            new[rows:],
-            np.broadcast_to(old.astype(np.float64).mean(0), new[rows:].shape),
-            rtol=1e-5,
-            atol=1e-6,
-        )
-    logits = (
-        np.random.default_rng(0).normal(size=(100, DENSE.decoder.hidden_size))
-        @ np.asarray(after.params["language_model.head.w_vd"]).T
-    )
+        mean = np.broadcast_to(old.astype(np.float64).mean(0), new[rows:].shape)
+        np.testing.assert_allclose(new[rows:], mean, rtol=1e-5, atol=1e-6)
+    hidden = np.random.default_rng(0).normal(size=(100, DENSE.decoder.hidden_size))
+    logits = hidden @ np.asarray(after.params["language_model.head.w_vd"]).T
     assert logits.argmax(1).max() < rows
 
 
