@@ -1,4 +1,4 @@
-"""The batch that every stage trains on: packed rows of chats and preference pairs, with their pictures.
+"""The batch that every stage trains on: packed rows of chats or preference pairs, with pictures.
 
 Axes: B rows, S positions, N pictures per row, H and W picture height and width, G samples per row.
 """

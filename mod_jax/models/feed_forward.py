@@ -1,6 +1,6 @@
 """The dense feed-forward layer: SwiGLU.
 
-Axes: D width, F feed-forward.
+Axes: D width, F width of the feed-forward layer.
 """
 
 import jax
@@ -14,16 +14,24 @@ from mod_jax.models.parameters import weight
 def swiglu(
     x: jax.Array, gate_w_df: jax.Array, up_w_df: jax.Array, down_w_fd: jax.Array
 ) -> jax.Array:
-    """down(silu(gate(x)) * up(x)), x f[..., D] -> [..., D] in x's dtype (Qwen, Llama: hidden_act silu)."""
+    """down(silu(gate(x)) * up(x)), the feed-forward layer of Qwen and Llama (hidden_act "silu").
+
+    Args:
+      x: f[..., D].
+      gate_w_df, up_w_df: f[D,F], cast to the dtype of `x`.
+      down_w_fd: f[F,D], cast to the dtype of `x`.
+
+    Returns:
+      f[..., D] in the dtype of `x`.
+    """
     gate_w_df, up_w_df, down_w_fd = (w.astype(x.dtype) for w in (gate_w_df, up_w_df, down_w_fd))
-    hidden = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate_w_df)) * jnp.einsum(
-        "...d,df->...f", x, up_w_df
-    )
-    return jnp.einsum("...f,fd->...d", hidden, down_w_fd)
+    gate = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate_w_df))
+    up = jnp.einsum("...d,df->...f", x, up_w_df)
+    return jnp.einsum("...f,fd->...d", gate * up, down_w_fd)
 
 
 class FeedForward(nnx.Module):
-    """A SwiGLU layer, or a stack of them."""
+    """One SwiGLU layer, or a stack of them."""
 
     def __init__(self, config: DecoderConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
@@ -32,5 +40,5 @@ class FeedForward(nnx.Module):
         self.down = nnx.Dict(w_fd=weight(rngs, stack, (F, D), ("mlp", "embed"), F**-0.5))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x f[..., D] -> f[..., D], same dtype; of one layer (a stack is sliced first)."""
+        """Applies one layer (a stack is sliced first): f[..., D] -> f[..., D], same dtype."""
         return swiglu(x, self.gate.w_df[...], self.up.w_df[...], self.down.w_fd[...])

@@ -1,6 +1,7 @@
 """The multimodal model: vision tower -> adaptor -> decoder, and its parameters as one flat dict.
 
-Axes: B rows, S positions, N pictures a row, D width of the decoder, Dv of the tower, V vocabulary.
+Axes: B rows, S positions, N pictures per row, D width of the decoder, Dv width of the tower,
+V vocabulary.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mod_jax.batch import Batch
+from mod_jax.batch import Array, Batch
 from mod_jax.config import ModelConfig, MoEConfig
 from mod_jax.models.decoder import Decoder
 from mod_jax.models.moe import MoEAux
@@ -20,7 +21,7 @@ from mod_jax.models.vision import VisionTower
 
 
 class Adaptor(nnx.Module):
-    """Linear, exact GELU, Linear: from the tower's width to the decoder's ("mlp2x_gelu")."""
+    """Linear, exact GELU, linear: from the tower's width to the decoder's ("mlp2x_gelu")."""
 
     def __init__(self, vision_width: int, width: int, rngs: nnx.Rngs):
         self.linear_1 = nnx.Dict(
@@ -32,40 +33,55 @@ class Adaptor(nnx.Module):
             b_o=constant((), (width,), ("embed",), 0.0),
         )
 
+    @jax.named_scope("adaptor")
     def __call__(self, features: jax.Array) -> jax.Array:
-        """f[...,Dv] -> f[...,D]."""
+        """f[..., Dv] -> f[..., D], same dtype."""
         inner = jax.nn.gelu(_linear(features, self.linear_1), approximate=False)
         return _linear(inner, self.linear_2)
 
 
 def _linear(x: jax.Array, parameters: nnx.Dict) -> jax.Array:
-    return jnp.einsum("...i,io->...o", x, parameters.w_io[...].astype(x.dtype)) + parameters.b_o[
-        ...
-    ].astype(x.dtype)
+    product = jnp.einsum("...i,io->...o", x, parameters.w_io[...].astype(x.dtype))
+    return product + parameters.b_o[...].astype(x.dtype)
 
 
 class Llava(nnx.Module):
-    """A student or a teacher."""
+    """A student or a teacher.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    Args:
+      config: Sizes of all parts.
+      rngs: Random number generators with a stream `params`.
+      with_tower: False leaves out the vision tower; features then come from another model.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, with_tower: bool = True):
         self.config = config
-        self.vision_tower = VisionTower(config.vision, config.dtype, config.remat, rngs)
+        if with_tower:
+            self.vision_tower = VisionTower(config.vision, config.dtype, config.remat, rngs)
         self.adaptor = Adaptor(config.vision.hidden_size, config.decoder.hidden_size, rngs)
         self.language_model = Decoder(config.decoder, config.dtype, config.remat, rngs)
 
-    def features(self, images: jax.Array) -> jax.Array:
-        """Feature rows of the pictures of each row: u8[B,N,H,W,3] -> f[B, N * features, Dv]. N may be 0."""
+    def features(self, images: Array) -> jax.Array:
+        """Features of the pictures of each row, one picture after the other.
+
+        Args:
+          images: u8[B,N,H,W,3]; N may be 0.
+
+        Returns:
+          f[B, N * features, Dv].
+        """
         rows, pictures = images.shape[:2]
         if pictures == 0:
             return jnp.zeros((rows, 0, self.config.vision.hidden_size), self.config.dtype)
         return self.vision_tower(images).reshape(rows, -1, self.config.vision.hidden_size)
 
-    def embed(self, tokens: jax.Array, picture_index: jax.Array, features: jax.Array) -> jax.Array:
-        """What the decoder reads: the token's embedding, or the adapted feature that `picture_index` names.
+    def embed(self, tokens: Array, picture_index: Array, features: jax.Array) -> jax.Array:
+        """Input of the decoder: the embedding of each token, or the adapted feature of a picture.
 
         Args:
-          tokens, picture_index: i32[B,S], as in Batch.
+          tokens, picture_index: i32[B,S], as in `Batch`.
           features: f[B, N * features, Dv].
+
         Returns:
           f[B,S,D].
         """
@@ -73,19 +89,20 @@ class Llava(nnx.Module):
         if features.shape[1] == 0:
             return embedded
         adapted = self.adaptor(features.astype(self.config.dtype))
-        pictures = jnp.take_along_axis(
-            adapted, jnp.maximum(picture_index, 0)[..., None], axis=1, mode="clip"
-        )
+        index = jnp.maximum(picture_index, 0)[..., None]
+        pictures = jnp.take_along_axis(adapted, index, axis=1, mode="clip")
         return jnp.where(picture_index[..., None] < 0, embedded, pictures)
 
     def __call__(self, batch: Batch, features: jax.Array | None = None) -> tuple[jax.Array, MoEAux]:
         """Hidden states of a batch.
 
         Args:
-          batch: packed rows.
-          features: from `features`; None runs the tower.
+          batch: Packed rows.
+          features: From `features`, of this model or of another one with the same tower. None runs
+            the tower.
+
         Returns:
-          hidden f[B,S,D] after the final norm, and MoEAux stacked over the sparse layers.
+          Hidden states f[B,S,D] after the final norm, and MoEAux stacked over the sparse layers.
         """
         features = self.features(batch.images) if features is None else features
         x = self.embed(batch.tokens, batch.picture_index, features)
@@ -93,10 +110,21 @@ class Llava(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _description(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple, nnx.Param]]]:
-    """The module without arrays: its structure, and name -> (path, Param of a ShapeDtypeStruct)."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llava(config, nnx.Rngs(0))))
-    return graph, {".".join(path): (path, param) for path, param in nnx.to_flat_state(state)}
+def _description(
+    config: ModelConfig, with_tower: bool = True
+) -> tuple[nnx.GraphDef, dict[str, tuple[tuple, nnx.Param]]]:
+    """The module without arrays.
+
+    Returns:
+      Its structure, and name -> (path in the module, Param of a ShapeDtypeStruct).
+    """
+    module = nnx.eval_shape(lambda: Llava(config, nnx.Rngs(0), with_tower))
+    graph, state = nnx.split(module)
+    return graph, {_name(path): (path, param) for path, param in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple) -> str:
+    return ".".join(path)
 
 
 def abstract(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -108,54 +136,58 @@ def abstract(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def axes(config: ModelConfig) -> dict[str, tuple]:
-    """Name -> logical axis of each dimension (`sharding.RULES`)."""
+    """Name -> logical axis (a key of `sharding.RULES`) of each dimension, for every parameter."""
     return {name: param.axes for name, (_, param) in _description(config)[1].items()}
 
 
 def init(config: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
-    """Fresh parameters; to be jitted with out_shardings where they are large."""
+    """Fresh parameters, name -> array; jit it with `out_shardings` if they are large."""
     state = nnx.state(Llava(config, nnx.Rngs(key)))
-    return {".".join(path): param[...] for path, param in nnx.to_flat_state(state)}
+    return {_name(path): param[...] for path, param in nnx.to_flat_state(state)}
 
 
-def bind(config: ModelConfig, params: dict[str, jax.Array]) -> Llava:
-    """The module that computes with `params`; cheap, inside a jitted function too.
+def bind(config: ModelConfig, params: Mapping[str, jax.Array], with_tower: bool = True) -> Llava:
+    """The module that computes with `params`; cheap, and usable inside a jitted function.
+
+    Args:
+      config: Configuration of the model.
+      params: Name -> array, exactly the parameters that the module has.
+      with_tower: False binds a model without its vision tower, from parameters without it. Such a
+        model can only be called with features.
 
     Raises:
-      ValueError: naming the missing and the unknown parameters.
+      ValueError: If parameters are missing or unknown; it names them.
     """
-    graph, description = _description(config)
+    graph, description = _description(config, with_tower)
     if params.keys() != description.keys():
-        missing, unknown = (
-            sorted(description.keys() - params.keys()),
-            sorted(params.keys() - description.keys()),
-        )
+        missing = sorted(description.keys() - params.keys())
+        unknown = sorted(params.keys() - description.keys())
         raise ValueError(
             f"parameters do not fit the configuration: missing {missing}, unknown {unknown}."
         )
-    return nnx.merge(
-        graph,
-        nnx.from_flat_state(
-            [(path, param.replace(params[name])) for name, (path, param) in description.items()]
-        ),
-    )
+    flat = [(path, param.replace(params[name])) for name, (path, param) in description.items()]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def head(config: ModelConfig, params: dict[str, jax.Array]) -> jax.Array:
-    """The output head f32[V,D] (the embedding table where they are tied)."""
+def head(config: ModelConfig, params: Mapping[str, jax.Array]) -> jax.Array:
+    """The output head f32[V,D]; the embedding table if the two are tied."""
     tied = config.decoder.tie_embeddings
     return params["language_model.embedding.w_vd" if tied else "language_model.head.w_vd"]
 
 
 def count(moe: MoEConfig | None, params: Mapping) -> dict[str, int]:
-    """All numbers in the parameters, and those that take part in one token: of E experts, K."""
+    """Counts parameters.
+
+    Args:
+      moe: Routing of the model's sparse layers; None for a dense model.
+      params: Name -> anything with a shape.
+
+    Returns:
+      "total": all parameters. "activated": those that take part in computing one token, for which
+      K of E experts run.
+    """
     sizes = {name: math.prod(x.shape) for name, x in params.items()}
-    experts, total = (
-        sum(size for name, size in sizes.items() if ".moe.experts." in name),
-        sum(sizes.values()),
-    )
-    return {
-        "total": total,
-        "activated": total
-        - (experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts if moe else 0),
-    }
+    total = sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    idle = experts * (moe.num_experts - moe.experts_per_token) // moe.num_experts if moe else 0
+    return {"total": total, "activated": total - idle}

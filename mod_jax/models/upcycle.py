@@ -1,6 +1,8 @@
-"""Sparse upcycling: a dense model becomes a mixture of experts that computes what it did (arXiv 2212.05055; method: MoE).
+"""Sparse upcycling: turns a dense model into a mixture of experts with the same outputs.
 
-Axes: L layers (Ld dense, Lm sparse), E experts, D width, F feed-forward.
+Sources: arXiv 2212.05055 (upcycling); arXiv 2408.15881 (LLaVA-MoD, which starts its student so).
+
+Axes: L layers (Ld dense, Lm sparse), E experts, D width, F width of the feed-forward layer.
 """
 
 import dataclasses
@@ -19,17 +21,21 @@ def upcycle(
 ) -> tuple[dict, ModelConfig]:
     """Replaces the feed-forward layers that `moe` names by mixtures of experts.
 
-    Each expert (and the residual one) is a copy of the layer it replaces. The weights of a token's experts sum to 1, so the output stays.
+    Each expert, the shared one of a residual layer included, is a copy of the dense layer. The
+    weights of a token's experts sum to 1, so the outputs do not change, except for tokens that a
+    capacity limit leaves without any expert.
 
     Args:
-      params: name -> array, of a dense model; left as they are.
-      config: of that model.
-      moe: which layers, and how they route.
-      key: of the routers, U(-1/sqrt(D), 1/sqrt(D)).
+      params: Name -> array, the parameters of a dense model; not modified.
+      config: Configuration of that model.
+      moe: Which layers become sparse, and how they route.
+      key: Random key for the routers, drawn from U(-1/sqrt(D), 1/sqrt(D)).
+
     Returns:
-      The sparse model's parameters and config.
+      The parameters and the configuration of the sparse model.
+
     Raises:
-      ConfigError: if the model is sparse already, or `moe` names layers that it lacks.
+      ConfigError: If the model is sparse already, or if `moe` names layers that it does not have.
     """
     require(
         config.decoder.moe is None,
@@ -45,21 +51,21 @@ def upcycle(
     )
     Lm, D, E = len(sparse), decoder.hidden_size, moe.num_experts
 
-    made = {name: array for name, array in params.items() if not name.startswith(LAYERS + "mlp.")}
-    made[LAYERS + "moe.router.w_de"] = jax.random.uniform(
+    upcycled = {
+        name: array for name, array in params.items() if not name.startswith(LAYERS + "mlp.")
+    }
+    upcycled[LAYERS + "moe.router.w_de"] = jax.random.uniform(
         key, (Lm, D, E), jnp.float32, -(D**-0.5), D**-0.5
     )
     for name, expert_name in EXPERTS.items():
         stack = params[f"{LAYERS}mlp.{name}"]
         copied = stack[sparse]
-        made[f"{LAYERS}moe.experts.{expert_name}"] = jnp.repeat(copied[:, None], E, axis=1)
+        upcycled[f"{LAYERS}moe.experts.{expert_name}"] = jnp.repeat(copied[:, None], E, axis=1)
         if moe.residual:
-            made[f"{LAYERS}moe.residual.{name}"] = copied
+            upcycled[f"{LAYERS}moe.residual.{name}"] = copied
         if len(dense):
-            made[f"{LAYERS}mlp.{name}"] = stack[dense]
+            upcycled[f"{LAYERS}mlp.{name}"] = stack[dense]
     if moe.residual:
-        made |= {
-            LAYERS + "moe.residual.mix.w_d2": jnp.zeros((Lm, D, 2)),
-            LAYERS + "moe.residual.mix.b_2": jnp.zeros((Lm, 2)),
-        }
-    return made, dataclasses.replace(config, decoder=decoder)
+        upcycled[LAYERS + "moe.residual.mix.w_d2"] = jnp.zeros((Lm, D, 2))
+        upcycled[LAYERS + "moe.residual.mix.b_2"] = jnp.zeros((Lm, 2))
+    return upcycled, dataclasses.replace(config, decoder=decoder)

@@ -1,21 +1,26 @@
-"""The vision tower: CLIP or SigLIP, from bytes to feature vectors.
+"""The vision tower: CLIP or SigLIP, from uint8 pixels to feature vectors.
 
-Axes: M pictures, G patches along a side, P pixels of a patch (row, column, channel), T positions, D width, N heads, H head size,
-F feed-forward, L layers.
+Axes: M pictures, G patches along a side, P values of a patch (row, column, channel), T positions,
+D width, N heads, H head size, F width of the feed-forward layer, L layers.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mod_jax.batch import Array
 from mod_jax.config import VisionConfig
 from mod_jax.models.parameters import constant, weight
 from mod_jax.models.remat import REMAT
 from mod_jax.ops.attention import attention
 
-ACTIVATIONS = {
+# Prefix of the tower's parameters in the flat dict of a multimodal model (`models/llava.py`).
+TOWER_PREFIX = "vision_tower."
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -23,7 +28,7 @@ ACTIVATIONS = {
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm over D; statistics in float32."""
+    """Layer norm over D, or a stack of them; statistics and scaling in float32."""
 
     def __init__(self, stack: tuple[int, ...], size: int, eps: float):
         self.eps = eps
@@ -31,6 +36,7 @@ class LayerNorm(nnx.Module):
         self.bias_d = constant(stack, (size,), ("embed",), 0.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """f[..., D] -> f[..., D], same dtype."""
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
@@ -38,42 +44,42 @@ class LayerNorm(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    """Every position sees every position."""
+    """Bidirectional multi-head attention with biases, or a stack of them."""
 
     def __init__(self, config: VisionConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
-        width, heads, size = (
-            config.hidden_size,
-            config.num_heads,
-            config.hidden_size // config.num_heads,
-        )
+        width, heads = config.hidden_size, config.num_heads
+        size = width // heads
 
         def projection() -> nnx.Dict:
+            shape, axes = (width, heads, size), ("embed", "heads", None)
             return nnx.Dict(
-                w_dnh=weight(
-                    rngs, stack, (width, heads, size), ("embed", "heads", None), width**-0.5
-                ),
+                w_dnh=weight(rngs, stack, shape, axes, width**-0.5),
                 b_nh=constant(stack, (heads, size), ("heads", None), 0.0),
             )
 
-        self.query, self.key, self.value = projection(), projection(), projection()
+        self.query = projection()
+        self.key = projection()
+        self.value = projection()
         self.out = nnx.Dict(
             w_nhd=weight(rngs, stack, (heads, size, width), ("heads", None, "embed"), width**-0.5),
             b_d=constant(stack, (width,), ("embed",), 0.0),
         )
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array) -> jax.Array:
-        query, key, value = (
-            jnp.einsum("mtd,dnh->mtnh", x, p.w_dnh[...].astype(x.dtype))
-            + p.b_nh[...].astype(x.dtype)
-            for p in (self.query, self.key, self.value)
-        )
-        return jnp.einsum(
-            "mtnh,nhd->mtd", attention(query, key, value), self.out.w_nhd[...].astype(x.dtype)
-        ) + self.out.b_d[...].astype(x.dtype)
+        """f[M,T,D] -> f[M,T,D]; every position attends to every position of its picture."""
+
+        def project(projection: nnx.Dict) -> jax.Array:
+            heads = jnp.einsum("mtd,dnh->mtnh", x, projection.w_dnh[...].astype(x.dtype))
+            return heads + projection.b_nh[...].astype(x.dtype)
+
+        heads = attention(project(self.query), project(self.key), project(self.value))
+        merged = jnp.einsum("mtnh,nhd->mtd", heads, self.out.w_nhd[...].astype(x.dtype))
+        return merged + self.out.b_d[...].astype(x.dtype)
 
 
 class VisionMLP(nnx.Module):
-    """Linear, activation, Linear."""
+    """Linear, activation, linear; one layer or a stack of them."""
 
     def __init__(self, config: VisionConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
@@ -87,14 +93,13 @@ class VisionMLP(nnx.Module):
             b_d=constant(stack, (width,), ("embed",), 0.0),
         )
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = jnp.einsum("mtd,df->mtf", x, self.up.w_df[...].astype(x.dtype)) + self.up.b_f[
-            ...
-        ].astype(x.dtype)
-        inner = ACTIVATIONS[self.activation](inner)
-        return jnp.einsum(
-            "mtf,fd->mtd", inner, self.down.w_fd[...].astype(x.dtype)
-        ) + self.down.b_d[...].astype(x.dtype)
+        """f[M,T,D] -> f[M,T,D]."""
+        inner = jnp.einsum("mtd,df->mtf", x, self.up.w_df[...].astype(x.dtype))
+        inner = ACTIVATIONS[self.activation](inner + self.up.b_f[...].astype(x.dtype))
+        out = jnp.einsum("mtf,fd->mtd", inner, self.down.w_fd[...].astype(x.dtype))
+        return out + self.down.b_d[...].astype(x.dtype)
 
 
 class VisionLayer(nnx.Module):
@@ -107,25 +112,30 @@ class VisionLayer(nnx.Module):
         self.mlp = VisionMLP(config, stack, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies one layer (a stack is sliced first): f[M,T,D] -> f[M,T,D]."""
         x = x + self.attention(self.norm_1(x))
         return x + self.mlp(self.norm_2(x))
 
 
 class VisionTower(nnx.Module):
-    """Features of pictures: a hidden state of CLIP or SigLIP, its CLS position dropped.
+    """Features of pictures: a hidden state of CLIP or SigLIP, without CLIP's CLS position.
 
     Args:
-      config: sizes and family.
-      dtype: of the activations, "float32" or "bfloat16".
-      remat: a key of REMAT.
-      rngs: stream `params`.
+      config: Sizes and family.
+      dtype: Dtype of the activations, "float32" or "bfloat16".
+      remat: A key of `REMAT`.
+      rngs: Random number generators with a stream `params`.
     """
 
     def __init__(self, config: VisionConfig, dtype: str, remat: str, rngs: nnx.Rngs):
-        self.config, self.dtype, self.remat = config, dtype, remat
-        width, clip, pixels = config.hidden_size, config.family == "clip", config.patch_size**2 * 3
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        width = config.hidden_size
+        pixels = config.patch_size**2 * 3
+        clip = config.family == "clip"
         projection = weight(rngs, (), (pixels, width), (None, "embed"), pixels**-0.5)
-        positions = config.num_features + int(clip)
+        positions = config.num_features + int(clip)  # CLIP has a CLS position before the patches
         self.positions = nnx.Dict(w_td=weight(rngs, (), (positions, width), (None, "embed"), 0.02))
         if clip:
             self.class_embedding_d = weight(rngs, (), (width,), ("embed",), width**-0.5)
@@ -136,58 +146,67 @@ class VisionTower(nnx.Module):
         self.layers = VisionLayer(config, (config.num_layers,), rngs)
         self.post_norm = LayerNorm((), width, config.norm_eps)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """The features of pictures.
+    @jax.named_scope("vision_tower")
+    def __call__(self, images: Array) -> jax.Array:
+        """Features of pictures.
 
         Args:
-          images: u8[..., H, W, 3], H = W = image_size.
+          images: u8[..., H, W, 3] with H = W = `image_size`.
+
         Returns:
-          f[..., features, D]: the output of layer `num_layers + 1 + feature_layer` (counted from 1), as `hidden_states[feature_layer]` of
-          transformers, without the post-norm. Later layers are not run.
+          f[..., features, D]: the output of layer `num_layers + 1 + feature_layer` (counted from 1)
+          without the post-norm, which is `hidden_states[feature_layer]` in transformers. The layers
+          after it are not run.
+
         Raises:
-          ValueError: if the pictures have another size.
+          ValueError: If the pictures have another size.
         """
         size = self.config.image_size
         if images.shape[-3:] != (size, size, 3):
             raise ValueError(
-                f"images of shape {images.shape}: expected [..., {size}, {size}, 3]; resize them to vision.image_size."
+                f"images of shape {images.shape}: expected [..., {size}, {size}, 3]. Resize them "
+                "to vision.image_size."
             )
-        x = self._embed(images.reshape(-1, size, size, 3))
-        count = self.config.num_layers + 1 + self.config.feature_layer
+        x = self._embed(jnp.asarray(images).reshape(-1, size, size, 3))
+        layers_run = self.config.num_layers + 1 + self.config.feature_layer
         layer = REMAT[self.remat](VisionLayer.__call__)
         x, _ = jax.lax.scan(
             lambda x, params: (layer(params, x), None),
             x,
-            jax.tree.map(lambda w: w[:count], self.layers),
+            jax.tree.map(lambda w: w[:layers_run], self.layers),
         )
-        features = x[:, -self.config.num_features :]
+        features = x[:, -self.config.num_features :]  # drops CLS, the first position of CLIP
         return features.reshape(*images.shape[:-3], *features.shape[1:])
 
+    @jax.named_scope("patch_embedding")
     def _embed(self, images: jax.Array) -> jax.Array:
-        """u8[M,H,W,3] -> f[M,T,D]."""
+        """Embeds normalised patches and adds the position embeddings: u8[M,H,W,3] -> f[M,T,D]."""
         config, dtype = self.config, jnp.dtype(self.dtype)
-        pixels = (images.astype(jnp.float32) / 255 - jnp.asarray(config.pixel_mean)) / jnp.asarray(
-            config.pixel_std
-        )
-        x = jnp.einsum(
-            "mtp,pd->mtd",
-            patchify(pixels.astype(dtype), config.patch_size),
-            self.patches.w_pd[...].astype(dtype),
-        )
+        pixels = images.astype(jnp.float32) / 255 - jnp.asarray(config.pixel_mean)
+        pixels = pixels / jnp.asarray(config.pixel_std)
+        patches = patchify(pixels.astype(dtype), config.patch_size)
+        x = jnp.einsum("mtp,pd->mtd", patches, self.patches.w_pd[...].astype(dtype))
         if config.family == "siglip":
             return x + self.patches.b_d[...].astype(dtype) + self.positions.w_td[...].astype(dtype)
-        class_d = jnp.broadcast_to(
-            self.class_embedding_d[...].astype(dtype), (len(x), 1, config.hidden_size)
-        )
-        return self.pre_norm(
-            jnp.concatenate([class_d, x], axis=1) + self.positions.w_td[...].astype(dtype)
-        )
+        class_d = self.class_embedding_d[...].astype(dtype)
+        class_m1d = jnp.broadcast_to(class_d, (len(x), 1, config.hidden_size))
+        x = jnp.concatenate([class_m1d, x], axis=1)
+        return self.pre_norm(x + self.positions.w_td[...].astype(dtype))
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:
-    """f[M,H,W,3] -> f[M,G*G,P], patches row by row; pixels that fill no whole patch are left out, as a strided convolution does."""
+    """Cuts pictures into patches, row by row: f[M,H,W,3] -> f[M,G*G,P].
+
+    Pixels at the right and bottom border that fill no whole patch are left out, as in a strided
+    convolution.
+
+    Args:
+      images: f[M,H,W,3] with H = W.
+      patch: Side of a patch in pixels.
+    """
     # equivalent to: the im2col of a convolution with kernel = stride = patch
-    count, side = len(images), images.shape[1] // patch
+    count = len(images)
+    side = images.shape[1] // patch
     whole = images[:, : side * patch, : side * patch]
     tiles = whole.reshape(count, side, patch, side, patch, 3).swapaxes(2, 3)
     return tiles.reshape(count, side * side, patch * patch * 3)

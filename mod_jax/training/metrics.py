@@ -1,4 +1,8 @@
-"""Metrics are (sum, count) pairs until they are read: means over steps, micro-batches and hosts are true means."""
+"""Metrics of training steps, and the files they are written to.
+
+Metrics stay (sum, count) pairs until they are read, so that means over steps, micro-batches and
+hosts are true means instead of means of means.
+"""
 
 import json
 import pathlib
@@ -8,30 +12,39 @@ from tensorboardX import SummaryWriter
 
 
 def mean(steps: list[dict]) -> dict[str, float]:
-    """Metrics of several steps, name -> (sum, count) each -> sum / count; one without a single count is left out."""
+    """Means of the metrics over several steps.
+
+    Args:
+      steps: Metrics of each step, name -> (sum, count).
+
+    Returns:
+      Name -> sum of the sums / sum of the counts. Metrics whose counts are all 0 are left out.
+    """
     read = jax.device_get(steps)
-    totals = {
-        name: (
-            sum(float(step[name][0]) for step in read),
-            sum(float(step[name][1]) for step in read),
-        )
-        for name in read[0]
-    }
-    return {name: total / count for name, (total, count) in totals.items() if count > 0}
+    means = {}
+    for name in read[0]:
+        total = sum(float(step[name][0]) for step in read)
+        count = sum(float(step[name][1]) for step in read)
+        if count > 0:
+            means[name] = total / count
+    return means
 
 
 class Writer:
-    """Appends to metrics.jsonl and to TensorBoard events (tensorboardX: clu's writers need TensorFlow).
+    """Appends metrics to metrics.jsonl and to TensorBoard event files.
+
+    The event files are written by tensorboardX, because clu's writers need TensorFlow.
 
     Args:
-      folder: of the stage.
-      step: rows past it are dropped: they belong to steps that a killed run did not save.
+      folder: Folder of the stage.
+      step: Step that training continues from. Rows of later steps are removed: a run that was
+        killed wrote them after its last checkpoint.
     """
 
     def __init__(self, folder: pathlib.Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in self._read() if json.loads(line)["step"] <= step]
+        kept = [line for line in self._complete_lines() if json.loads(line)["step"] <= step]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(self._path)
@@ -39,17 +52,20 @@ class Writer:
             str(folder / "events"), purge_step=step + 1, write_to_disk=True
         )
 
-    def _read(self):
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+    def _complete_lines(self) -> list[str]:
+        """Lines of metrics.jsonl, without one that a killed run wrote in part."""
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text().splitlines(keepends=True)
         return [line for line in lines if line.endswith("}\n")]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one row."""
+        """Writes the metrics of one step."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes the events."""
+        """Flushes and closes the event files."""
         self._events.close()

@@ -1,7 +1,8 @@
-"""What a stage trains and what it only reads: two flat dicts, told apart by name patterns."""
+"""The state of a stage: flat dicts of the parameters it trains and of those it only reads."""
 
 import dataclasses
 import fnmatch
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,12 @@ from mod_jax.config import ConfigError, OptimizerConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and all that a checkpoint keeps of the weights.
+    """All that a step changes; of the weights, a checkpoint keeps nothing else.
 
     Attributes:
       step: i32[], steps done.
-      params: name -> f32 array, the trained part of the student.
-      optimizer: optax state over `params`.
+      params: Name -> f32 array, the trained part of the student.
+      optimizer: Optax state over `params`.
     """
 
     step: jax.Array
@@ -29,33 +30,38 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What a step reads: no gradient, no optimizer state, not in the checkpoint (its origin and checksum are).
+    """What a step reads only: without gradients and optimizer state.
+
+    A checkpoint does not hold these arrays, but their origin and checksum.
 
     Attributes:
-      student: name -> array, the part of the student that the stage does not train.
-      teacher: name -> array without the vision tower (the student's features serve both); empty without a teacher.
+      student: Name -> array, the part of the student that the stage does not train.
+      teacher: Name -> array, the teacher without its vision tower, as it reads the student's
+        features; empty without a teacher.
     """
 
     student: dict
     teacher: dict
 
 
-def split_trained(names, patterns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Tells trained from frozen parameter names.
+def split_trained(names: Collection[str], patterns: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Splits parameter names into trained and frozen ones.
 
     Args:
-      names: all parameter names of the student.
-      patterns: fnmatch patterns over them.
+      names: All parameter names of the student.
+      patterns: Patterns (`fnmatch`) of the names to train.
+
     Returns:
       (trained, frozen) names.
+
     Raises:
-      ConfigError: for a pattern that matches nothing.
+      ConfigError: If a pattern matches no name.
     """
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(
-                f"trains = {pattern!r}: expected a pattern that matches a parameter name. The names are: "
-                + ", ".join(sorted(names))
+                f"trains = {pattern!r}: expected a pattern that matches a parameter name. "
+                "The names are: " + ", ".join(sorted(names))
             )
     trained = [
         name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -64,24 +70,25 @@ def split_trained(names, patterns: tuple[str, ...]) -> tuple[list[str], list[str
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up over the configured share of `steps` (from lr / warm-up steps, so the first step counts), then cosine to 0."""
+    """The learning rate of each step: a linear warm-up, then a cosine decay to 0.
+
+    The warm-up takes the configured share of `steps`, at least one step, and starts at
+    lr / (warm-up steps) instead of 0, so that the first step trains too.
+    """
     warmup = max(1, round(config.warmup_share * steps))
     ramp = optax.linear_schedule(config.lr / warmup, config.lr, max(1, warmup - 1))
-    return optax.join_schedules(
-        [ramp, optax.cosine_decay_schedule(config.lr, max(1, steps - warmup))], [warmup]
-    )
+    decay = optax.cosine_decay_schedule(config.lr, max(1, steps - warmup))
+    return optax.join_schedules([ramp, decay], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm (where configured)."""
+    """AdamW, after clipping by the global norm unless `clip_norm` is 0."""
     adamw = optax.adamw(
         make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
     )
-    return (
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-        if config.clip_norm
-        else adamw
-    )
+    if not config.clip_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
 def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
@@ -90,15 +97,18 @@ def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, params: dict, shardings: dict, replicated
+    optimizer: optax.GradientTransformation,
+    params: Mapping,
+    shardings: dict,
+    replicated,
 ) -> TrainState:
-    """Shardings of a whole TrainState: moments lie where their parameters lie.
+    """Shardings of a whole TrainState: moments are sharded like their parameters.
 
     Args:
-      optimizer: whose state is laid out.
-      params: name -> anything with shape and dtype.
-      shardings: name -> sharding of that parameter.
-      replicated: sharding of the counters.
+      optimizer: The optimizer whose state is sharded.
+      params: Name -> anything with a shape and a dtype.
+      shardings: Name -> sharding of that parameter.
+      replicated: Sharding of the counters.
     """
     shapes = jax.eval_shape(optimizer.init, params)
     moments = optax.tree_map_params(
