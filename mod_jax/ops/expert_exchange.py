@@ -1,12 +1,16 @@
-"""The routed feed-forward layer over a mesh: every token's rows go to the devices that hold its experts, and back.
+"""The routed feed-forward layer on a mesh: tokens travel to the devices of their experts, and back.
 
-Axes: B rows of the batch, S positions, D width, F feed-forward, E experts, K choices a token, n tokens of a device, P peers along the mesh
-axis `expert`, r rows received.
+Axes: B rows of the batch, S positions, D width, F width of the feed-forward layer, E experts,
+K experts per token, n tokens of a device, P peers along the mesh axis `expert`, r rows received.
 
-Inside one `jax.shard_map`: sort the n * K (token, choice) rows by expert, send each peer the rows of its E / P experts (a ragged all-to-all),
-sort what arrived by expert, SwiGLU by grouped matmul, the same way back, and the weighted sum of a token's choices in float32. Nothing is
-ever dropped, so the receive buffer is sized for the worst case, all tokens of all P peers here: r = P * n * min(K, E / P) rows of D
-(and of F within the experts), of which the grouped matmul touches only those that came.
+All of it happens inside one `jax.shard_map`: sort the n * K (token, choice) rows by expert; send
+each peer the rows of its E / P experts (a ragged all-to-all); sort what arrived by expert; SwiGLU
+by grouped matmuls; send the results back the same way; sum the results of each token, weighted, in
+float32.
+
+No token is ever dropped, so the receive buffer is sized for the worst case, in which all tokens of
+all P peers choose experts of this device: r = P * n * min(K, E / P) rows of D, and of F inside the
+experts. The grouped matmuls only touch the rows that arrived.
 """
 
 import functools
@@ -21,26 +25,36 @@ from mod_jax.ops.grouped_matmul import grouped_matmul
 from mod_jax.sharding import AXES, ROWS, RULES
 
 
-def expert_layer(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd) -> jax.Array:
-    """Sum over a token's choices of weight * expert(token), under the ambient mesh if there is one.
+def expert_layer(
+    x: jax.Array,
+    choices: jax.Array,
+    weights: jax.Array,
+    gate_w_edf: jax.Array,
+    up_w_edf: jax.Array,
+    down_w_efd: jax.Array,
+) -> jax.Array:
+    """Sums weight * expert(token) over the choices of each token, under the ambient mesh if any.
 
     Args:
       x: f[B,S,D].
-      choices: i32[B,S,K], the experts of a token, all different; E stands for none.
-      weights: f32[B,S,K], of the choices.
+      choices: i32[B,S,K], distinct experts of each token; E stands for no expert.
+      weights: f32[B,S,K], weights of the choices.
       gate_w_edf, up_w_edf: f[E,D,F].
       down_w_efd: f[E,F,D].
+
     Returns:
-      f[B,S,D] in x's dtype.
+      f[B,S,D] in the dtype of `x`.
+
     Raises:
-      ConfigError: if the experts or the rows do not divide over the mesh.
+      ConfigError: If the experts or the rows do not divide over the mesh.
     """
-    # equivalent to: expert_layer_oracle
+    # equivalent to: expert_layer_oracle(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd)
     experts = [w.astype(x.dtype) for w in (gate_w_edf, up_w_edf, down_w_efd)]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _route(x, choices, weights, *experts, peers=1)
-    peers, ways = mesh.shape["expert"], math.prod(mesh.shape[a] for a in ROWS)
+    peers = mesh.shape["expert"]
+    ways = math.prod(mesh.shape[axis] for axis in ROWS)
     require(
         len(gate_w_edf) % peers == 0,
         "moe.num_experts",
@@ -49,10 +63,8 @@ def expert_layer(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd) -> jax.A
         "Choose a smaller expert axis.",
     )
     require(len(x) % ways == 0, "rows", len(x), f"a multiple of data x fsdp x expert = {ways}")
-    rows, in_spec = (
-        PartitionSpec(ROWS),
-        PartitionSpec(*map(RULES.get, ("expert", "expert_embed", "mlp"))),
-    )
+    rows = PartitionSpec(ROWS)
+    in_spec = PartitionSpec(*map(RULES.get, ("expert", "expert_embed", "mlp")))
     out_spec = PartitionSpec(*map(RULES.get, ("expert", "mlp", "expert_embed")))
     body = functools.partial(_device, peers=peers)
     return jax.shard_map(
@@ -60,84 +72,105 @@ def expert_layer(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd) -> jax.A
     )(x, choices, weights, *experts)
 
 
-def expert_layer_oracle(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd) -> jax.Array:
-    """The same by definition: every expert sees every token, and a token keeps the sum of its own."""
-    hidden = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, gate_w_edf)) * jnp.einsum(
-        "bsd,edf->bsef", x, up_w_edf
-    )
-    outputs = jnp.einsum("bsef,efd->bsed", hidden, down_w_efd)
-    weight_of_expert = jnp.einsum(
-        "bsk,bske->bse", weights, jax.nn.one_hot(choices, len(gate_w_edf))
-    )
+def expert_layer_oracle(
+    x: jax.Array,
+    choices: jax.Array,
+    weights: jax.Array,
+    gate_w_edf: jax.Array,
+    up_w_edf: jax.Array,
+    down_w_efd: jax.Array,
+) -> jax.Array:
+    """`expert_layer` by its definition: every expert runs on every token, most of it in vain."""
+    gate = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, gate_w_edf))
+    up = jnp.einsum("bsd,edf->bsef", x, up_w_edf)
+    outputs = jnp.einsum("bsef,efd->bsed", gate * up, down_w_efd)
+    is_choice = jax.nn.one_hot(choices, len(gate_w_edf))
+    weight_of_expert = jnp.einsum("bsk,bske->bse", weights, is_choice)
     return jnp.einsum("bsed,bse->bsd", outputs, weight_of_expert).astype(x.dtype)
 
 
-def _device(x, choices, weights, *experts, peers):
-    """`_route` on one device of the mesh, with the collectives of its arguments' shardings.
+def _device(
+    x: jax.Array, choices: jax.Array, weights: jax.Array, *experts: jax.Array, peers: int
+) -> jax.Array:
+    """`_route` on one device of the mesh, with the collectives that its arguments' shardings need.
 
-    Everything is cast to vary over all mesh axes at once, so that the transposes of these casts are the sums that the gradients need: of the
-    weights over data, of the tokens over tensor.
+    All arguments are first cast to vary over all mesh axes. The transposes of these casts are then
+    the sums that the gradients need: over data for the weights, over tensor for the tokens.
     """
     varying = functools.partial(jax.lax.pcast, to="varying")
-    beside_rows = tuple(a for a in AXES if a not in ROWS)
-    x, choices, weights = (varying(a, beside_rows) for a in (x, choices, weights))
+    other_axes = tuple(axis for axis in AXES if axis not in ROWS)
+    x, choices, weights = (varying(a, other_axes) for a in (x, choices, weights))
     gate, up, down = (varying(w, "data") for w in experts)
 
-    # equivalent to: the same without checkpoint. It keeps everything but the gathered weights: the backward pass gathers them again.
+    # equivalent to: the same without checkpoint. The forward pass saves everything except the
+    # gathered weights, which the backward pass gathers again.
     @functools.partial(
         jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather"
     )
     def run(x, weights, gate, up, down):
-        full = (
-            jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
-            for w, axis in ((gate, 1), (up, 1), (down, 2))
-        )
-        return _route(x, choices, weights, *full, peers=peers)
+        with jax.named_scope("gather_weights"):
+            whole = [
+                jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+                for w, axis in ((gate, 1), (up, 1), (down, 2))
+            ]
+        return _route(x, choices, weights, *whole, peers=peers)
 
-    return jax.lax.psum(
-        run(x, weights, gate, up, down), "tensor"
-    )  # down's product is over this device's part of F
+    # The down projection only sums over this device's part of F.
+    return jax.lax.psum(run(x, weights, gate, up, down), "tensor")
 
 
-def _route(x, choices, weights, gate, up, down, *, peers):
-    """The layer of one device's tokens; with one peer no collective is needed, and none is used."""
-    (*shape, D), K, E = x.shape, choices.shape[-1], len(gate) * peers
+def _route(
+    x: jax.Array,
+    choices: jax.Array,
+    weights: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    peers: int,
+) -> jax.Array:
+    """The layer for the tokens of one device; with one peer it needs and uses no collective."""
+    *shape, D = x.shape
+    K = choices.shape[-1]
+    E = len(gate) * peers
     expert = choices.reshape(-1)
-    counts_e = jnp.sum(expert[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-    order = jnp.argsort(expert)
-    inverse = jnp.argsort(order)
-    rows = permute(jnp.repeat(x.reshape(-1, D), K, axis=0), order, inverse)
+    with jax.named_scope("sort"):
+        counts_e = jnp.sum(expert[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+        order = jnp.argsort(expert)
+        inverse = jnp.argsort(order)
+        rows = permute(jnp.repeat(x.reshape(-1, D), K, axis=0), order, inverse)
     if peers == 1:
         rows = _swiglu(rows, gate, up, down, counts_e)
     else:
-        rows = _remote(
-            rows,
-            counts_e,
-            gate,
-            up,
-            down,
-            peers,
-            capacity=peers * (len(expert) // K) * min(K, len(gate)),
+        capacity = peers * (len(expert) // K) * min(K, len(gate))
+        rows = _remote(rows, counts_e, gate, up, down, peers, capacity)
+    with jax.named_scope("combine"):
+        outputs = permute(rows, inverse, order).reshape(*shape, K, D)
+        summed = jnp.einsum(
+            "...kd,...k->...d", outputs, weights, preferred_element_type=jnp.float32
         )
-    outputs = permute(rows, inverse, order).reshape(*shape, K, D)
-    return jnp.einsum(
-        "...kd,...k->...d", outputs, weights, preferred_element_type=jnp.float32
-    ).astype(x.dtype)
+        return summed.astype(x.dtype)
 
 
-def _remote(rows, counts_e, gate, up, down, peers, capacity):
-    """`_swiglu` of rows sorted by expert, on the peers that hold the experts."""
-    counts = jax.lax.all_gather(counts_e, "expert").reshape(
-        peers, peers, -1
-    )  # [sender, receiver, expert of the receiver]
+def _remote(
+    rows: jax.Array,
+    counts_e: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    peers: int,
+    capacity: int,
+) -> jax.Array:
+    """`_swiglu` of rows sorted by expert, computed on the peers that hold the experts."""
+    # [sender, receiver, expert of the receiver]
+    counts = jax.lax.all_gather(counts_e, "expert").reshape(peers, peers, -1)
     sizes = counts.sum(2)  # [sender, receiver]
-    mine = counts[
-        :, jax.lax.axis_index("expert")
-    ]  # [sender, expert]: what arrives here, in this order
+    # [sender, expert]: rows that arrive here, in the order of arrival
+    mine = counts[:, jax.lax.axis_index("expert")]
     passed = jnp.sum(jnp.arange(capacity)[:, None] >= jnp.cumsum(mine.reshape(-1)), axis=1)
-    order = jnp.argsort(
-        jnp.where(passed < mine.size, passed % len(gate), len(gate))
-    )  # by expert, buffer places that stayed empty last
+    # by expert, with the unused rows of the buffer last
+    expert_of_row = jnp.where(passed < mine.size, passed % len(gate), len(gate))
+    order = jnp.argsort(expert_of_row)
     inverse = jnp.argsort(order)
     rows_sent = len(rows)
     rows = permute(exchange(rows, sizes, capacity), order, inverse)
@@ -145,17 +178,29 @@ def _remote(rows, counts_e, gate, up, down, peers, capacity):
     return exchange(permute(rows, inverse, order), sizes.T, rows_sent)
 
 
-def _swiglu(rows, gate, up, down, group_sizes):
-    hidden = jax.nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(
-        rows, up, group_sizes
-    )
+@jax.named_scope("swiglu")
+def _swiglu(
+    rows: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    """SwiGLU of f[r,D], rows sorted by expert, `group_sizes` i32[experts] of each expert."""
+    activated = jax.nn.silu(grouped_matmul(rows, gate, group_sizes))
+    hidden = activated * grouped_matmul(rows, up, group_sizes)
     return grouped_matmul(hidden, down, group_sizes)
 
 
 @jax.custom_vjp
 def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x f[n,D] in the order i32[n], a permutation; `inverse` i32[n] is its inverse."""
-    # equivalent to: x[order], whose gradient would be a scatter; knowing the inverse it is a gather
+    """Reorders rows.
+
+    Args:
+      x: f[n,D].
+      order: i32[n], a permutation.
+      inverse: i32[n], the inverse of `order`.
+
+    Returns:
+      x[order].
+    """
+    # equivalent to: x[order], whose gradient would be a scatter; with the inverse it is a gather
     return x[order]
 
 
@@ -164,20 +209,24 @@ permute.defvjp(
 )
 
 
+@jax.named_scope("exchange")
 def exchange(rows: jax.Array, sizes: jax.Array, capacity: int) -> jax.Array:
-    """A ragged all-to-all over the mesh axis `expert`, within `jax.shard_map`.
+    """A ragged all-to-all over the mesh axis `expert`, for use inside `jax.shard_map`.
 
     Args:
-      rows: f[n,D], what this device sends: the rows for peer 0, then for peer 1, ...
+      rows: f[n,D], what this device sends: the rows for peer 0, then for peer 1, and so on.
       sizes: i32[P,P], rows from each sender to each receiver, the same on all peers.
-      capacity: rows of the result, at least the sum of any column of `sizes`.
+      capacity: Rows of the result, at least the largest column sum of `sizes`.
+
     Returns:
-      f[capacity,D], what arrived: from peer 0, then from peer 1, ...; 0 past them.
+      f[capacity,D], what arrived: from peer 0, then from peer 1, and so on, then zeros.
     """
     rows_sent = len(rows)
-    native, emulated = (functools.partial(path, capacity=capacity) for path in (_native, _emulated))
+    native = functools.partial(_native, capacity=capacity)
+    emulated = functools.partial(_emulated, capacity=capacity)
 
-    # equivalent to: _native's own gradient; this one also serves the emulation, and keeps nothing but the sizes
+    # equivalent to: the gradient that _native has by itself. This one serves the emulation too, and
+    # saves nothing but the sizes.
     @jax.custom_vjp
     def send(rows, sizes):
         return jax.lax.platform_dependent(
@@ -192,7 +241,11 @@ def exchange(rows: jax.Array, sizes: jax.Array, capacity: int) -> jax.Array:
 
 
 def _limited_routing() -> bool:
-    """TPU v5e above 4x4, where XLA refuses: "Ragged all-to-all is currently not supported in limited ICI routing settings"."""
+    """Whether the mesh is TPU v5e with more than 4x4 chips.
+
+    XLA refuses there: "Ragged all-to-all is currently not supported in limited ICI routing
+    settings".
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return (
         mesh.abstract_device is not None
@@ -201,23 +254,30 @@ def _limited_routing() -> bool:
     )
 
 
-def _starts(sizes, axis=0):
+def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
+    """Where each part starts, if parts of these sizes lie one after the other."""
     return jnp.cumsum(sizes, axis) - sizes
 
 
-def _native(rows, sizes, capacity):
+def _native(rows: jax.Array, sizes: jax.Array, capacity: int) -> jax.Array:
+    """`exchange` by XLA's ragged all-to-all."""
     me = jax.lax.axis_index("expert")
     empty = jnp.zeros_like(rows, shape=(capacity, rows.shape[1]))
     offsets = (_starts(sizes[me]), sizes[me], _starts(sizes)[me], sizes[:, me])
     return jax.lax.ragged_all_to_all(rows, empty, *offsets, axis_name="expert")
 
 
-def _emulated(rows, sizes, capacity):
-    """Equal to `_native` where that does not exist: every pair of peers exchanges n * min(K, E / P) rows, whatever the routing."""
+def _emulated(rows: jax.Array, sizes: jax.Array, capacity: int) -> jax.Array:
+    """`exchange` by a dense all-to-all, where the ragged one does not exist.
+
+    Every pair of peers exchanges n * min(K, E / P) rows, whatever the routing.
+    """
     me = jax.lax.axis_index("expert")
     longest = min(len(rows), capacity)
-    sent = rows.at[_starts(sizes[me])[:, None] + jnp.arange(longest)].get(mode="fill", fill_value=0)
-    came = jax.lax.all_to_all(sent, "expert", 0, 0)  # [sender, place, D]
-    place = jnp.arange(capacity)
-    sender = jnp.sum(place[:, None] >= jnp.cumsum(sizes[:, me]), axis=1)
-    return came.at[sender, place - _starts(sizes[:, me])[sender]].get(mode="fill", fill_value=0)
+    indices = _starts(sizes[me])[:, None] + jnp.arange(longest)
+    sent = rows.at[indices].get(mode="fill", fill_value=0)
+    received = jax.lax.all_to_all(sent, "expert", 0, 0)  # [sender, row of the sender, D]
+    row = jnp.arange(capacity)
+    sender = jnp.sum(row[:, None] >= jnp.cumsum(sizes[:, me]), axis=1)
+    row_of_sender = row - _starts(sizes[:, me])[sender]
+    return received.at[sender, row_of_sender].get(mode="fill", fill_value=0)

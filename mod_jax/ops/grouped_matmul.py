@@ -1,10 +1,14 @@
 """A matrix product whose rows come in groups, each group with a weight of its own.
 
-Axes: n rows, D width in, F width out, E groups (experts), t rows of a block.
+Axes: n rows, D input width, F output width, E groups (experts), t rows of a block.
 
-Two fast paths behind one function, chosen for the platform the program is compiled for (not the one that compiles it):
-`jax.lax.ragged_dot` on accelerators; on CPU, where that does the dense work once a group, a loop over blocks of rows.
+One function with two fast paths. The choice depends on the platform that the program is compiled
+for, which may differ from the one that compiles it: accelerators use `jax.lax.ragged_dot`. On CPU
+`ragged_dot` would multiply all rows with every group's weight, so there a loop runs over blocks of
+rows.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,108 +18,115 @@ BLOCK = 256  # rows of a block on CPU
 
 @jax.custom_vjp
 def grouped_matmul(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Multiplies each group of rows with its weight.
+    """Multiplies each group of rows with the weight of that group.
 
     Args:
-      x: f[n,D], sorted by group; the rows past sum(group_sizes) belong to none.
-      w_edf: f[E,D,F].
-      group_sizes: i32[E], their sum at most n.
+      x: f[n,D], sorted by group. Rows past sum(group_sizes) belong to no group.
+      w_edf: f[E,D,F], one weight per group.
+      group_sizes: i32[E], rows of each group; they sum to at most n.
+
     Returns:
-      f[n,F] in x's dtype, accumulated in float32; 0 in the rows of no group.
+      f[n,F] in the dtype of `x`, accumulated in float32; 0 in the rows of no group.
     """
-    # equivalent to: grouped_matmul_oracle
+    # equivalent to: grouped_matmul_oracle(x, w_edf, group_sizes)
     return jax.lax.platform_dependent(x, w_edf, group_sizes, cpu=_blocks, default=_ragged)
 
 
-def _forward(x, w_edf, group_sizes):
+def _forward(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array):
     return grouped_matmul(x, w_edf, group_sizes), (x, w_edf, group_sizes)
 
 
-def _backward(saved, dy):
-    return *jax.lax.platform_dependent(
+def _backward(saved: tuple, dy: jax.Array):
+    dx, dw_edf = jax.lax.platform_dependent(
         *saved, dy, cpu=_blocks_gradients, default=_ragged_gradients
-    ), None
+    )
+    return dx, dw_edf, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
 def grouped_matmul_oracle(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """The same by definition: every row times every weight, of which its own is kept."""
+    """`grouped_matmul` by its definition: every row times every weight, of which one is kept."""
     group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
     one_hot_ne = jax.nn.one_hot(group, len(w_edf), dtype=x.dtype)
-    return jnp.einsum(
-        "nd,edf,ne->nf", x, w_edf, one_hot_ne, preferred_element_type=jnp.float32
-    ).astype(x.dtype)
+    y = jnp.einsum("nd,edf,ne->nf", x, w_edf, one_hot_ne, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
 
 
-def _ragged(x, w_edf, group_sizes):
-    y = jax.lax.ragged_dot(x, w_edf, group_sizes, preferred_element_type=jnp.float32).astype(
-        x.dtype
-    )
+def _ragged(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """`grouped_matmul` by `ragged_dot`."""
+    y = jax.lax.ragged_dot(x, w_edf, group_sizes, preferred_element_type=jnp.float32)
+    y = y.astype(x.dtype)
     grouped = jnp.arange(len(x)) < group_sizes.sum()
-    return jnp.where(grouped[:, None], y, 0)  # a kernel may leave the rows of no group unwritten
+    return jnp.where(grouped[:, None], y, 0)  # kernels may leave rows of no group uninitialised
 
 
-def _ragged_gradients(x, w_edf, group_sizes, dy):
-    return jax.vjp(lambda x, w_edf: _ragged(x, w_edf, group_sizes), x, w_edf)[1](dy)
+def _ragged_gradients(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, dy: jax.Array):
+    _, pull = jax.vjp(lambda x, w_edf: _ragged(x, w_edf, group_sizes), x, w_edf)
+    return pull(dy)
 
 
-def _each_block(body, start, rows, group_sizes):
-    """`body(carry, group, first_row, mine bool[t,1])` over blocks that cover every group and nothing else.
+def _each_block(body: Callable, start: jax.Array, rows: int, group_sizes: jax.Array) -> jax.Array:
+    """Loops over blocks of rows that cover all groups, and nothing else.
 
-    A block ends where its group does or after `t` rows; one that would pass the last row is moved back, hence `mine`.
+    A block holds rows of one group only: it ends with its group, or after t rows. A block that
+    would reach past the last row is moved back; `mine` then excludes the rows that are not its own.
+
+    Args:
+      body: (carry, group, first row, mine bool[t,1]) -> carry, called for each block.
+      start: Initial carry.
+      rows: n.
+      group_sizes: i32[E].
     """
     t = min(BLOCK, rows)
     blocks_e = -(-group_sizes // t)
-    last_block_e, last_row_e = jnp.cumsum(blocks_e), jnp.cumsum(group_sizes)
+    last_block_e = jnp.cumsum(blocks_e)
+    last_row_e = jnp.cumsum(group_sizes)
 
     def step(block, carry):
         group = jnp.sum(block >= last_block_e)
-        begin = (
-            last_row_e[group]
-            - group_sizes[group]
-            + (block - last_block_e[group] + blocks_e[group]) * t
-        )
+        group_start = last_row_e[group] - group_sizes[group]
+        block_of_group = block - last_block_e[group] + blocks_e[group]
+        begin = group_start + block_of_group * t
         first_row = jnp.minimum(begin, rows - t)
         row = first_row + jnp.arange(t)
-        return body(carry, group, first_row, ((row >= begin) & (row < last_row_e[group]))[:, None])
+        mine = (row >= begin) & (row < last_row_e[group])
+        return body(carry, group, first_row, mine[:, None])
 
     return jax.lax.fori_loop(0, last_block_e[-1], step, start)
 
 
-def _block_product(equation, x, w, group_sizes, width):
+def _block_product(
+    equation: str, x: jax.Array, w: jax.Array, group_sizes: jax.Array, width: int
+) -> jax.Array:
+    """Multiplies the rows of `x` with `w[group]`: f[n, width], 0 in the rows of no group."""
     t = min(BLOCK, len(x))
 
     def body(y, group, first_row, mine):
-        product = jnp.einsum(
-            equation,
-            jax.lax.dynamic_slice_in_dim(x, first_row, t),
-            w[group],
-            preferred_element_type=jnp.float32,
-        )
+        block = jax.lax.dynamic_slice_in_dim(x, first_row, t)
+        product = jnp.einsum(equation, block, w[group], preferred_element_type=jnp.float32)
         others = jax.lax.dynamic_slice_in_dim(y, first_row, t)
-        return jax.lax.dynamic_update_slice_in_dim(
-            y, jnp.where(mine, product.astype(x.dtype), others), first_row, 0
-        )
+        merged = jnp.where(mine, product.astype(x.dtype), others)
+        return jax.lax.dynamic_update_slice_in_dim(y, merged, first_row, 0)
 
     return _each_block(body, jnp.zeros_like(x, shape=(len(x), width)), len(x), group_sizes)
 
 
-def _blocks(x, w_edf, group_sizes):
+def _blocks(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """`grouped_matmul` by a loop over blocks of rows."""
     return _block_product("td,df->tf", x, w_edf, group_sizes, w_edf.shape[2])
 
 
-def _blocks_gradients(x, w_edf, group_sizes, dy):
+def _blocks_gradients(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, dy: jax.Array):
     t = min(BLOCK, len(x))
 
     def body(dw_edf, group, first_row, mine):
         x_td, dy_tf = (
             jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, first_row, t), 0) for a in (x, dy)
         )
-        return dw_edf.at[group].add(
-            jnp.einsum("td,tf->df", x_td, dy_tf, preferred_element_type=jnp.float32)
-        )
+        product = jnp.einsum("td,tf->df", x_td, dy_tf, preferred_element_type=jnp.float32)
+        return dw_edf.at[group].add(product)
 
     dx = _block_product("tf,df->td", dy, w_edf, group_sizes, x.shape[1])
     dw_edf = _each_block(body, jnp.zeros_like(w_edf, dtype=jnp.float32), len(x), group_sizes)
