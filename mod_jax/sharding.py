@@ -1,26 +1,26 @@
-"""Mesh axes, and the one table from the logical axes of parameters and activations to them.
+"""The mesh, and the table that maps logical axes of parameters and activations to mesh axes.
 
-Mesh axes: data (replicas, across slices), fsdp, expert, tensor. Rows are split over data x fsdp x expert.
+Mesh axes: data (replicas, across slices), fsdp, expert, tensor. Rows of a batch are split over
+data x fsdp x expert.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mod_jax.config import ConfigError, MeshConfig, require
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
 
-# Logical axis of a parameter -> mesh axes. None: replicated.
-RULES = {
+# Logical axis of a parameter -> mesh axes; None is replicated.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "layers": None,
     "vocab": "tensor",
-    "embed": (
-        "fsdp",
-        "expert",
-    ),  # dense weights: no expert axis of their own, so it serves as a second fsdp
+    # Dense weights have no expert axis of their own, so `expert` serves as a second fsdp for them.
+    "embed": ("fsdp", "expert"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -30,61 +30,70 @@ RULES = {
 }
 
 
-def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run.
 
+    Args:
+      config: Devices along each axis.
+      devices: Devices of the mesh; all devices by default.
+
     Raises:
-      ConfigError: if the axes' product is not the number of devices.
+      ConfigError: If the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
-    free = [axis for axis, n in zip(AXES, shape) if n == -1]
-    known = math.prod(n for n in shape if n != -1)
-    asked = dict(zip(AXES, shape))
+    sizes = dict(zip(AXES, shape))
+    free = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in shape if size != -1)
     require(
-        len(free) <= 1 and all(n > 0 or n == -1 for n in shape),
+        len(free) <= 1 and all(size > 0 or size == -1 for size in shape),
         "mesh",
-        asked,
-        "positive sizes, at most one of them -1 (the rest)",
+        sizes,
+        "positive sizes, at most one of them -1 (all devices that are left)",
     )
     if free:
         require(
             len(devices) % known == 0,
             "mesh",
-            asked,
+            sizes,
             f"sizes whose product divides the {len(devices)} devices",
         )
         shape[AXES.index(free[0])] = len(devices) // known
     require(
         math.prod(shape) == len(devices),
         "mesh",
-        asked,
+        sizes,
         f"sizes with the product {len(devices)}, the number of devices",
-        "Set one axis to -1 to take what is left.",
+        "Set one axis to -1 to give it the devices that are left.",
     )
     return jax.make_mesh(
         tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
 
 
-def parameter_shardings(mesh: Mesh, shapes: dict, axes: dict) -> dict:
-    """Sharding of every parameter.
+def parameter_shardings(
+    mesh: Mesh, shapes: Mapping, axes: Mapping[str, tuple]
+) -> dict[str, Sharding]:
+    """The sharding of each parameter.
 
     Args:
-      mesh: from make_mesh.
-      shapes: name -> anything with .shape.
-      axes: name -> logical axis of each dimension.
+      mesh: From `make_mesh`.
+      shapes: Name -> anything with a shape.
+      axes: Name -> logical axis of each dimension, for at least the names in `shapes`.
+
+    Returns:
+      Name -> sharding, for the names in `shapes`.
+
     Raises:
-      ConfigError: naming every parameter dimension that does not divide.
+      ConfigError: If dimensions do not divide over the mesh; it names each of them.
     """
-    wrong, shardings = [], {}
+    wrong = []
+    shardings: dict[str, Sharding] = {}
     for name, array in shapes.items():
         spec = [RULES[axis] for axis in axes[name]]
         for size, axis, mesh_axes in zip(array.shape, axes[name], spec, strict=True):
-            ways = math.prod(
-                mesh.shape[a]
-                for a in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ())
-            )
+            split_over = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+            ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in split_over)
             if size % ways:
                 wrong.append(f"{name}: {axis} of size {size} over {mesh_axes} = {ways} devices")
         shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
@@ -96,18 +105,27 @@ def parameter_shardings(mesh: Mesh, shapes: dict, axes: dict) -> dict:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays whose first axis is the rows of a batch."""
+    """The sharding of arrays whose first axis is the rows of a batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of scalars and counters."""
+    """The sharding of scalars and counters."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_rows(mesh: Mesh, rows: int, accumulation: int) -> None:
-    """Raises ConfigError unless every micro-batch splits evenly over the row axes of the mesh."""
-    ways = math.prod(mesh.shape[a] for a in ROWS)
+    """Checks that micro-batches split evenly over the devices.
+
+    Args:
+      mesh: From `make_mesh`.
+      rows: Rows of the global batch.
+      accumulation: Micro-batches per step.
+
+    Raises:
+      ConfigError: If the rows of a micro-batch do not divide over the row axes of the mesh.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in ROWS)
     require(
         (rows // accumulation) % ways == 0,
         "rows / accumulation",
@@ -117,7 +135,10 @@ def check_rows(mesh: Mesh, rows: int, accumulation: int) -> None:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keeps activations split by rows under the ambient mesh (`jax.set_mesh`); the identity without one."""
+    """Keeps activations split by rows under the ambient mesh (`jax.set_mesh`).
+
+    Without an ambient mesh it returns `x` unchanged.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
