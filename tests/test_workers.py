@@ -1,4 +1,4 @@
-"""Worker processes: what they read is what threads read; one that is killed stops the run; none outlives it."""
+"""Worker processes read what threads read, end the run if one is killed, and never outlive it."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from PIL import Image
 from mod_jax.batch import Batch
 from mod_jax.config import DataConfig, ModelConfig, SourceConfig, VisionConfig
 from mod_jax.data.batches.pipeline import Batches
-from mod_jax.data.batches.workers import WorkerDied, in_process
+from mod_jax.data.batches.workers import WorkerDied, WorkerIterator
 from mod_jax.data.samples.tokenizer import scenes_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,22 +35,21 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Chats about pictures, one of which is not there; one question would forge a special token."""
-    folder, rng = tmp_path_factory.mktemp("chats"), np.random.default_rng(0)
+    """Chats about pictures; one picture is missing, and one question forges a special token."""
+    folder = tmp_path_factory.mktemp("chats")
+    rng = np.random.default_rng(0)
     for number in set(range(20)) - {7}:
-        Image.fromarray(rng.integers(0, 256, (30, 20 + number, 3), np.uint8)).save(
-            folder / f"{number}.png"
-        )
-    asked = lambda i: "<image> how many?" + " <|endoftext|>" * (i == 3)
-    turns = lambda i: [
-        {"from": "human", "value": asked(i)},
-        {"from": "gpt", "value": "one " * (1 + i % 5)},
-    ]
-    (folder / "chats.json").write_text(
-        json.dumps(
-            [{"id": f"r{i}", "image": f"{i}.png", "conversations": turns(i)} for i in range(20)]
-        )
-    )
+        pixels = rng.integers(0, 256, (30, 20 + number, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    chats = []
+    for number in range(20):
+        forged = " <|endoftext|>" if number == 3 else ""
+        turns = [
+            {"from": "human", "value": "<image> how many?" + forged},
+            {"from": "gpt", "value": "one " * (1 + number % 5)},
+        ]
+        chats.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
+    (folder / "chats.json").write_text(json.dumps(chats))
     source = SourceConfig("chat", str(folder / "chats.json"), str(folder))
     return DataConfig(
         (source,),
@@ -75,11 +74,13 @@ def assert_equal(a: Batch, b: Batch):
 
 
 def test_processes_read_what_threads_read_and_a_killed_one_stops_the_run(config):
-    threads, processes = make(config, 0), make(config, 2)
+    threads = make(config, 0)
+    processes = make(config, 2)
     for _ in range(4):
         assert_equal(next(processes), next(threads))
     assert processes.get_state() == threads.get_state()
-    assert processes.skips.total == threads.skips.total and processes.skips.total.bad == 1
+    assert processes.skips.total == threads.skips.total
+    assert processes.skips.total.bad == 1
     processes.set_state(threads.get_state())
     assert_equal(next(processes), next(threads))
     workers = multiprocessing.active_children()
@@ -96,7 +97,7 @@ def test_processes_read_what_threads_read_and_a_killed_one_stops_the_run(config)
 
 @dataclasses.dataclass
 class Breaks:
-    """Pickles, and cannot be unpickled."""
+    """A source that can be pickled, but not unpickled."""
 
     def __reduce__(self):
         return int, ("no number",)
@@ -108,16 +109,17 @@ class Breaks:
         return index
 
 
-def test_workers_that_cannot_begin_stop_the_run():
+def test_a_worker_that_cannot_start_stops_the_run():
     numbers = grain.MapDataset.source(Breaks()).to_iter_dataset()
     with pytest.raises(ValueError, match="no number"):
-        next(iter(in_process(numbers, 1)))
+        next(WorkerIterator(numbers, 1, 1))
 
 
 @pytest.mark.parametrize("workers, processes", [(1, 1), (3, 3), (9, 4)])
 def test_streams_are_dealt_to_the_workers(config, workers, processes):
-    """No worker goes without a stream; here there are four."""
-    alone, dealt = make(config, 0), make(config, workers)
+    """There are four streams, and every worker gets at least one."""
+    alone = make(config, 0)
+    dealt = make(config, workers)
     for _ in range(2):
         assert_equal(next(dealt), next(alone))
     assert len(multiprocessing.active_children()) == processes
@@ -128,18 +130,17 @@ def test_streams_are_dealt_to_the_workers(config, workers, processes):
 SCRIPT = """
 import multiprocessing, time
 import grain
-from mod_jax.data.batches.workers import in_process
+from mod_jax.data.batches.workers import WorkerIterator
 
 if __name__ == "__main__":
-    numbers = iter(in_process(grain.MapDataset.range(9).to_iter_dataset(), 1))
+    numbers = WorkerIterator(grain.MapDataset.range(9).to_iter_dataset(), 1, 1)
     next(numbers)
     print(multiprocessing.active_children()[0].pid, flush=True)
     time.sleep(600)
 """
 
 
-def test_workers_end_with_the_process_they_work_for(tmp_path):
-    """Also if that is killed."""
+def test_workers_end_when_their_parent_process_is_killed(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     process = subprocess.Popen(
         [sys.executable, tmp_path / "script.py"],

@@ -18,7 +18,7 @@ from mod_jax.data.batches.order import visits
 from mod_jax.data.batches.packing import Room, to_batch
 from mod_jax.data.batches.skips import Skips, longest_bad_run
 from mod_jax.data.batches.streams import RoundRobin, Row, Stream
-from mod_jax.data.batches.workers import in_process, worker_failures
+from mod_jax.data.batches.workers import WorkerIterator
 from mod_jax.data.samples.pixels import FITS
 from mod_jax.data.samples.sample import Samples
 from mod_jax.data.samples.tokens import chat_format
@@ -133,9 +133,9 @@ class Batches:
             stream: Stream.beginning() for stream in range(first_stream, first_stream + own_streams)
         }
         self.skips = Skips(config.max_bad_share, self._states)
-        self._readers: list[grain.DatasetIterator[Row]] = []
+        self._readers: list[grain.DatasetIterator[Row] | WorkerIterator[Row]] = []
 
-    def _read(self) -> list[grain.DatasetIterator[Row]]:
+    def _read(self) -> list[grain.DatasetIterator[Row] | WorkerIterator[Row]]:
         """Returns iterators over the rows: one per worker process, or a single one without workers.
 
         Of W workers, each has every W-th stream, and takes a block of rows from each in turn.
@@ -158,7 +158,7 @@ class Batches:
         workers = min(config.workers, len(streams))
         groups = [streams[worker::workers] for worker in range(workers)]
         return [
-            iter(in_process(RoundRobin(group, self._block), self._block * len(group)))
+            WorkerIterator(RoundRobin(group, self._block), self._block * len(group), config.workers)
             for group in groups
         ]
 
@@ -179,10 +179,10 @@ class Batches:
         rows = []
         for index in range(len(self._states)):
             for _ in range(self._block):
-                with worker_failures(self._config.workers):
-                    row = next(self._readers[index % len(self._readers)])
+                row = next(self._readers[index % len(self._readers)])
                 self._states[row.stream] = row.state
-                self.skips.note(row)
+                if row.skipped:
+                    self.skips.note(row)
                 rows.append(row.samples)
         return to_batch(rows, self._room, self._image_size, self._padding_id)
 
@@ -203,8 +203,8 @@ class Batches:
           states: The state of each stream, by number; may include streams of other processes.
         """
         self.close()
-        self._states = {stream: states[stream] for stream in self._states}
-        self.skips.restore(self._states)
+        for stream in self._states:
+            self._states[stream] = states[stream]
 
     def close(self) -> None:
         """Stops the reading threads or worker processes."""

@@ -32,11 +32,11 @@ def longest_bad_run(max_bad_share: float) -> int:
 
 
 class Skips:
-    """Counts the good and bad records that this process's streams have read.
+    """Judges the bad records that this process's streams have read.
 
     Args:
       max_bad_share: Share of bad records above which the run stops.
-      states: Initial state of each stream, by number.
+      states: State of each stream, by number. The owner keeps it up to date.
     """
 
     def __init__(self, max_bad_share: float, states: Mapping[int, dict[str, Any]]):
@@ -44,16 +44,12 @@ class Skips:
         self._give_up_after = longest_bad_run(max_bad_share)
         self._last: collections.deque[str] = collections.deque(maxlen=5)
         self._named: set[int] = set()
-        self.restore(states)
-
-    def restore(self, states: Mapping[int, dict[str, Any]]) -> None:
-        """Replaces the counts by those in the states of the streams."""
-        self._counts = {number: counts_of(state) for number, state in states.items()}
+        self._states = states
 
     @property
     def total(self) -> Counts:
         """Sum of the counts of this process's streams."""
-        counts = self._counts.values()
+        counts = [counts_of(state) for state in self._states.values()]
         return Counts(
             seen=sum(count.seen for count in counts),
             truncated=sum(count.truncated for count in counts),
@@ -67,7 +63,6 @@ class Skips:
           TooManyBadSamples: If the share of bad records exceeds the limit, or the stream has given
             up because its last records were all bad.
         """
-        self._counts[row.stream] = counts_of(row.state)
         for skipped in row.skipped:
             self._last.append(str(skipped))
             if skipped.number not in self._named:

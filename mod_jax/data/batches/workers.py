@@ -23,20 +23,43 @@ def allow_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def in_process(dataset: grain.IterDataset[T], buffer: int) -> grain.IterDataset[T]:
-    """Returns the same dataset, whose elements are made in a worker process of their own.
+class WorkerIterator(Iterator[T]):
+    """Iterates over a dataset whose elements are made in a worker process of their own.
 
     Args:
       dataset: The dataset; it is pickled and sent to the process.
       buffer: Number of elements that are made ahead.
+      workers: Number of all worker processes, for the error message.
     """
-    allow_flags()
-    options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=buffer)
-    # Grain starts a process when its first element is requested. A thread per process requests it,
-    # so that several processes start at the same time.
-    return ThreadPrefetchIterDataset(
-        dataset.mp_prefetch(options, begin_worker), prefetch_buffer_size=1
-    )
+
+    def __init__(self, dataset: grain.IterDataset[T], buffer: int, workers: int):
+        allow_flags()
+        options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=buffer)
+        # Grain starts a process when its first element is requested. A thread per process requests
+        # it, so that several processes start at the same time.
+        self._elements = iter(
+            ThreadPrefetchIterDataset(
+                dataset.mp_prefetch(options, begin_worker), prefetch_buffer_size=1
+            )
+        )
+        self._workers = workers
+
+    def __next__(self) -> T:
+        """Returns the next element.
+
+        Raises:
+          WorkerDied: If the process was killed.
+        """
+        with worker_failures(self._workers):
+            return next(self._elements)
+
+    def start_prefetch(self) -> None:
+        """Starts the process."""
+        self._elements.start_prefetch()
+
+    def close(self) -> None:
+        """Stops the process."""
+        self._elements.close()
 
 
 @contextlib.contextmanager
