@@ -80,7 +80,7 @@ def expert_layer_oracle(
     up_w_edf: jax.Array,
     down_w_efd: jax.Array,
 ) -> jax.Array:
-    """`expert_layer` by its definition: every expert runs on every token, most of it in vain."""
+    """`expert_layer` by its definition: every expert runs on every token."""
     gate = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, gate_w_edf))
     up = jnp.einsum("bsd,edf->bsef", x, up_w_edf)
     outputs = jnp.einsum("bsef,efd->bsed", gate * up, down_w_efd)
