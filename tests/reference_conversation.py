@@ -1,7 +1,11 @@
-"""The oracle of conversations: the algorithm of LLaVA-MoD, read from its code (llavamod/data/data_utils.py, conversation.py, mm_utils.py at 82afd21).
+"""Oracle for conversations: LLaVA-MoD's algorithm, written down from its code.
 
-A conversation is written as one string and tokenised, around its pictures, as a whole. Which tokens are answers is then found by splitting the string
-into rounds and tokenising the parts of each again, to count. Where the counts do not add up, the sample is kept but nothing of it is learnt.
+The code is llavamod/data/data_utils.py, conversation.py and mm_utils.py at commit 82afd21.
+
+A conversation is written as one string and tokenized as a whole, split at its pictures only. To
+find the answer tokens, the string is then split into rounds, and the parts of each round are
+tokenized again and counted. If the counts do not add up, the sample is kept, but nothing of it is
+learnt.
 """
 
 import dataclasses
@@ -9,40 +13,54 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-IGNORED, PICTURE = -100, -200
+IGNORED = -100  # label of a token that is not learnt
+PICTURE = -200  # id that stands for a picture
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-ASKS, SAYS = "USER", "ASSISTANT"
+USER = "USER"
+ASSISTANT = "ASSISTANT"
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Token ids, a picture as one PICTURE, and the labels: the ids of answers, else IGNORED."""
+    """Tokens with labels.
+
+    Attributes:
+      ids: Token ids; each picture is a single PICTURE.
+      labels: The ids of answer tokens, IGNORED elsewhere.
+    """
 
     ids: list[int]
     labels: list[int]
 
 
 def write(turns: Sequence[tuple[str, str]], end: str) -> str:
-    """The conversation as a string; an empty message is taken for one that is to come."""
+    """Writes the conversation as a string. An empty message counts as one that is still to come."""
     text = SYSTEM + " "
     for question, answer in turns:
-        text += f"{ASKS}: {question} " if question else f"{ASKS}:"
-        text += f"{SAYS}: {answer}{end}" if answer else f"{SAYS}:"
+        text += f"{USER}: {question} " if question else f"{USER}:"
+        text += f"{ASSISTANT}: {answer}{end}" if answer else f"{ASSISTANT}:"
     return text
 
 
 def ids_of(text: str, tokenizer: PreTrainedTokenizerFast, pictures: bool) -> list[int]:
-    """Ids of a text; with pictures, each of its pieces is tokenised as a text of its own and only the first keeps its bos token."""
+    """Tokenizes a text.
+
+    With pictures, each piece between them is tokenized as a text of its own, and only the first
+    piece keeps its bos token.
+    """
     if not pictures:
         return tokenizer(text).input_ids
     ids = []
     for number, piece in enumerate(text.split("<image>")):
-        some = tokenizer(piece).input_ids
-        begun = number > 0 and some[:1] == [tokenizer.bos_token_id]
-        ids += [PICTURE] * (number > 0) + some[begun:]
+        piece_ids = tokenizer(piece).input_ids
+        if number > 0:
+            ids.append(PICTURE)
+            if piece_ids[:1] == [tokenizer.bos_token_id]:
+                piece_ids = piece_ids[1:]
+        ids += piece_ids
     return ids
 
 
@@ -50,32 +68,37 @@ def label(
     turns: Sequence[tuple[str, str]],
     tokenizer: PreTrainedTokenizerFast,
     pictures: bool,
-    longest: int = 10**9,
+    max_length: int = 10**9,
 ) -> Labelled:
-    """A conversation with its labels.
+    """Tokenizes a conversation and labels its answers.
 
     Args:
-      turns: (question, answer) each.
-      tokenizer: its end token ends answers. One that begins texts (bos) is counted by the rule of version v1, else by that of version qwen.
-      pictures: whether the record has any; without, `<image>` is a word.
-      longest: the most tokens, counted with a picture as one.
+      turns: (question, answer) of each turn.
+      tokenizer: Its end token ends answers. If it begins texts with a bos token, the reference's
+        counting rule for version "v1" applies, otherwise the rule for version "qwen".
+      pictures: Whether the record has pictures. If not, `<image>` is ordinary text.
+      max_length: Largest number of tokens, where a picture counts as one.
     """
-    end, bos = tokenizer.eos_token, tokenizer.bos_token_id is not None
-    count = lambda text: len(ids_of(text, tokenizer, pictures))
+    end = tokenizer.eos_token
+    has_bos = tokenizer.bos_token_id is not None
+
+    def count(text: str) -> int:
+        return len(ids_of(text, tokenizer, pictures))
+
     text = write(turns, end)
     ids = ids_of(text, tokenizer, pictures)
     labels = ids.copy()
-    done = int(bos)
+    done = int(has_bos)
     labels[:done] = [IGNORED] * done
     for part in text.split(end):
-        asked, *answers = part.split(f" {SAYS}: ")
-        if len(answers) != 1:  # so ends every conversation, in an empty part
+        asked, *answers = part.split(f" {ASSISTANT}: ")
+        if len(answers) != 1:  # the empty part at the end of every conversation
             break
-        length = count(part) + (not bos)  # the end token; a part's own bos token stands for it
-        prompt = count(f"{asked} {SAYS}: ") - 1 - bos  # the last space begins the answer
+        length = count(part) + (not has_bos)  # the end token; a part's own bos token stands for it
+        prompt = count(f"{asked} {ASSISTANT}: ") - 1 - has_bos  # the last space begins the answer
         labels[done : done + prompt] = [IGNORED] * len(labels[done : done + prompt])
         done += length
     labels[done:] = [IGNORED] * len(labels[done:])
-    if done < longest and done != len(ids):
+    if done < max_length and done != len(ids):
         labels = [IGNORED] * len(ids)
-    return Labelled(ids[:longest], labels[:longest])
+    return Labelled(ids[:max_length], labels[:max_length])

@@ -1,4 +1,7 @@
-"""Conversations are what the reference makes of them: the same ids, the same tokens learnt; and where it loses a sample, what is done instead."""
+"""Compares conversations with the reference: the ids and the learnt tokens are the same.
+
+Where the reference loses a sample, the tests show what is done instead.
+"""
 
 import functools
 
@@ -15,7 +18,8 @@ from mod_jax.data.samples.tokens import ChatFormat, Tokens, tokenize
 from mod_jax.data.sources.record import Record
 
 PATCHES = 3
-# The reference's rule for a tokenizer without and with a bos token; of Llama's the kind that LLaVA-1.5 had.
+# One for each of the reference's rules, without and with a bos token. Llama's is of the kind that
+# LLaVA-1.5 used.
 KINDS = {"qwen": small_tokenizers.qwen, "llama": small_tokenizers.llama}
 
 
@@ -75,30 +79,33 @@ CONVERSATIONS = {
 encoder_of = functools.cache(text_encoder)
 
 
-def ours(turns, tokenizer, longest: int = 10**9) -> Tokens:
+def ours(turns, tokenizer, max_length: int = 10**9) -> Tokens:
+    """Tokenizes a conversation with our code."""
     chat = ChatFormat(
         "qwen", PATCHES, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
     )
-    return tokenize(Record("r", (), turns), encoder_of(tokenizer), chat, longest)
+    return tokenize(Record("r", (), turns), encoder_of(tokenizer), chat, max_length)
 
 
-def theirs(turns, tokenizer, longest: int = 10**9) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels, the picture's positions filled in."""
-    labelled = reference.label(
-        turns, tokenizer, any("<image>" in question for question, _ in turns), longest
-    )
-    ids, repeats = np.array(labelled.ids), np.where(np.array(labelled.ids) == PICTURE, PATCHES, 1)
+def theirs(turns, tokenizer, max_length: int = 10**9) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the reference's ids and labels, with PATCHES picture tokens for each picture."""
+    pictures = any("<image>" in question for question, _ in turns)
+    labelled = reference.label(turns, tokenizer, pictures, max_length)
+    ids = np.array(labelled.ids)
+    repeats = np.where(ids == PICTURE, PATCHES, 1)
     ids[ids == PICTURE] = tokenizer.convert_tokens_to_ids("<image>")
     return np.repeat(ids, repeats), np.repeat(labelled.labels, repeats)
 
 
 def assert_same(made: Tokens, ids: np.ndarray, labels: np.ndarray) -> None:
-    """With the one shift that the reference leaves to its model."""
-    assert made.tokens.tolist() == ids[:-1].tolist() and made.targets.tolist() == ids[1:].tolist()
+    """Targets are shifted by one token, which the reference leaves to its model."""
+    assert made.tokens.tolist() == ids[:-1].tolist()
+    assert made.targets.tolist() == ids[1:].tolist()
     assert made.loss_weights.tolist() == (labels[1:] != IGNORED).tolist()
 
 
 def answers_learnt(made: Tokens, tokenizer) -> list[str]:
+    """Returns the learnt targets as texts, one for each run of them."""
     runs = np.split(made.targets, np.flatnonzero(np.diff(made.loss_weights, prepend=0)))
     return [tokenizer.decode(run) for run in runs[1::2]]
 
@@ -139,26 +146,25 @@ def test_any_texts_are_the_reference_s(kind, data):
             "\u00a0",
         ]
     )
-    text = lambda some: st.lists(some, min_size=1, max_size=6).map("".join)
-    turns = st.lists(
-        st.tuples(text(words | st.just("<image>")), text(words)), min_size=1, max_size=3
-    ).map(tuple)
-    turns = data.draw(turns)
+
+    def text_of(parts):
+        return st.lists(parts, min_size=1, max_size=6).map("".join)
+
+    turn = st.tuples(text_of(words | st.just("<image>")), text_of(words))
+    turns = data.draw(st.lists(turn, min_size=1, max_size=3).map(tuple))
     assert_same(ours(turns, tokenizer), *theirs(turns, tokenizer))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("longest", [60, 100, 333])
-def test_a_text_that_is_too_long_is_cut_where_the_reference_cuts_it(kind, longest):
-    """It counts the token that is only a target, too."""
+@pytest.mark.parametrize("max_length", [60, 100, 333])
+def test_a_text_that_is_too_long_is_cut_where_the_reference_cuts_it(kind, max_length):
+    """The reference also counts the last token, which is only a target."""
     tokenizer = small_tokenizers.loaded(KINDS[kind])
-    long = CONVERSATIONS["many turns"]
-    assert_same(ours(long, tokenizer, longest), *theirs(long, tokenizer, longest + 1))
+    turns = CONVERSATIONS["many turns"]
+    assert_same(ours(turns, tokenizer, max_length), *theirs(turns, tokenizer, max_length + 1))
 
 
-# Where the reference is off
-
-
+# Conversations that the reference keeps, but from which it learns nothing.
 LOST = {
     "the answerer's name in a question": only("Who says ASSISTANT: here?", "You."),
     "in an answer": only("Who?", "It says ASSISTANT: and stops."),
@@ -176,7 +182,10 @@ LOST = {
 @pytest.mark.parametrize("name", LOST)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_reference_keeps_without_learning_it_is_learnt(kind, name):
-    """It finds rounds and answers by searching the text for names and ends; ours come from construction, and the ends in a text are text."""
+    """The reference finds rounds and answers by searching the text for names and end tokens.
+
+    Our code knows them by construction, and an end token that is written in a text is text.
+    """
     tokenizer = small_tokenizers.loaded(KINDS[kind])
     turns = tuple(
         (
@@ -198,24 +207,26 @@ def test_what_the_reference_keeps_without_learning_it_is_learnt(kind, name):
 def test_a_question_that_ends_in_the_answerer_s_name_makes_the_reference_learn_the_template(kind):
     tokenizer = small_tokenizers.loaded(KINDS[kind])
     turns = only("Who speaks? ASSISTANT:", "Yes.")
-    made, (ids, labels) = ours(turns, tokenizer), theirs(turns, tokenizer)
+    made = ours(turns, tokenizer)
+    ids, labels = theirs(turns, tokenizer)
+    answer = f"Yes.{tokenizer.eos_token}"
     assert made.targets.tolist() == ids[1:].tolist()
-    assert (
-        tokenizer.decode(labels[labels != IGNORED]).strip()
-        == f"ASSISTANT: Yes.{tokenizer.eos_token}"
-    )
-    assert [text.strip() for text in answers_learnt(made, tokenizer)] == [
-        f"Yes.{tokenizer.eos_token}"
-    ]
+    assert tokenizer.decode(labels[labels != IGNORED]).strip() == f"ASSISTANT: {answer}"
+    assert [text.strip() for text in answers_learnt(made, tokenizer)] == [answer]
 
 
 def test_a_tokenizer_that_marks_only_a_text_s_beginning_is_miscounted_by_the_reference():
-    """Llama's as newer libraries make it: a round or a piece behind a picture, tokenised alone, begins with a mark that it has not within the whole."""
+    """Newer libraries make such a tokenizer for Llama.
+
+    A round, or a piece after a picture, that is tokenized by itself begins with a mark which it
+    does not have within the whole text.
+    """
     tokenizer = small_tokenizers.loaded(small_tokenizers.llama_first)
     turns = CONVERSATIONS["turns"]
     ids, labels = theirs(turns, tokenizer)
     made = ours(turns, tokenizer)
-    assert made.targets.tolist() == ids[1:].tolist() and (labels == IGNORED).all()
+    assert made.targets.tolist() == ids[1:].tolist()
+    assert (labels == IGNORED).all()
     assert [text.strip() for text in answers_learnt(made, tokenizer)] == [
         answer + "</s>" for _, answer in turns
     ]
@@ -231,6 +242,7 @@ def test_the_reference_cuts_before_it_knows_how_long_a_picture_is():
     tokenizer = small_tokenizers.loaded(small_tokenizers.qwen)
     turns = only("<image>\nWhat is it?", "Cats purr. " * 20)
     ids, _ = theirs(turns, tokenizer, 100)
-    assert len(ids) == 100 + PATCHES - 1, "longer than it may be"
+    assert len(ids) == 100 + PATCHES - 1, "longer than allowed"
     made = ours(turns, tokenizer, 100)
-    assert made.tokens.tolist() == ids[:100].tolist() and made.truncated
+    assert made.tokens.tolist() == ids[:100].tolist()
+    assert made.truncated

@@ -1,4 +1,4 @@
-"""One stream: every sample once, none waits for ever, and it goes on exactly where its state says."""
+"""A stream takes every sample once, keeps none waiting forever, and resumes at its state."""
 
 import itertools
 import json
@@ -15,13 +15,15 @@ from mod_jax.data.batches.packing import Room
 from mod_jax.data.batches.streams import READ_AHEAD, RoundRobin, Stream, counts_of
 from mod_jax.data.samples.sample import Skipped
 
-ROOM, LOOK_AHEAD, RECORDS = Room(20, 4, 4), 6, 5000
+ROOM = Room(20, 4, 4)
+LOOK_AHEAD = 6
+RECORDS = 5000
 BAD = {3, 4, 17, 90}
 SIZES = np.random.default_rng(0).integers((2, 0), (15, 3), (RECORDS, 2))
 
 
 class Sized(NamedTuple):
-    """A sample that is nothing but its size."""
+    """A sample that consists of its size alone."""
 
     number: int
     size: tuple[int, int]
@@ -32,7 +34,8 @@ class Read:
     """A random-access source of visits that remembers which records were read."""
 
     def __init__(self, bad=BAD):
-        self.bad, self.numbers = bad, []
+        self.bad = bad
+        self.numbers = []
 
     def __len__(self):
         return RECORDS
@@ -41,7 +44,8 @@ class Read:
         self.numbers.append(number)
         if number in self.bad:
             return Visit(Skipped(number, f"r{number}", "why"), number < 100)
-        sample = Sized(number, tuple(map(int, SIZES[number])), number % 10 == 0)
+        positions, pictures = SIZES[number].tolist()
+        sample = Sized(number, (positions, pictures), number % 10 == 0)
         return Visit(sample, number < 100)
 
 
@@ -58,29 +62,30 @@ def rows_of(stream, rows):
     return [[sample.number for sample in next(stream).samples] for _ in range(rows)]
 
 
-def test_every_sample_comes_once_but_the_bad_ones():
+def test_every_good_sample_comes_once():
     rows = rows_of(stream(), 600)
     taken = [number for row in rows for number in row]
     assert len(taken) == len(set(taken))
     assert set(range(max(taken) - 3 * LOOK_AHEAD)) - set(taken) == BAD
 
 
-def test_rows_keep_their_limits_and_take_who_waits_longest_first():
-    waiting = set()
+def test_rows_keep_their_limits_and_take_the_sample_that_has_waited_longest_first():
     made = stream()
     for _ in range(200):
         before = made.get_state()["waiting"]
         row = [sample.number for sample in next(made).samples]
         assert not before or row[0] == before[0]
-        assert len(row) <= ROOM.samples and (SIZES[row].sum(0) <= ROOM[:2]).all()
+        assert len(row) <= ROOM.samples
+        assert (SIZES[row].sum(0) <= ROOM[:2]).all()
         waiting = set(made.get_state()["waiting"])
-        assert not waiting & set(row) and len(waiting) < LOOK_AHEAD
+        assert not waiting & set(row)
+        assert len(waiting) < LOOK_AHEAD
 
 
-def test_what_follows_is_read_ahead_and_no_more():
+def test_exactly_the_following_samples_are_read_ahead():
     read = Read()
     made = stream(read)
-    assert not read.numbers, "nothing before it is asked for"
+    assert not read.numbers, "nothing is read before the first row is requested"
     for _ in range(20):
         next(made)
         following = made.get_state()["next"]
@@ -90,21 +95,22 @@ def test_what_follows_is_read_ahead_and_no_more():
 
 
 def wait_until(condition):
-    """Reading happens in a thread of its own, so that it may lag behind."""
+    """Waits for the condition, at most 20 s: the thread that reads may lag behind."""
     deadline = time.monotonic() + 20
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 7, 40])
-def test_it_goes_on_where_its_state_says(after):
-    whole, resumed = stream(), stream()
+def test_a_stream_resumes_where_its_state_says(after):
+    whole = stream()
+    resumed = stream()
     rows_of(whole, after)
     state = json.loads(json.dumps(whole.get_state()))
     ahead = rows_of(whole, 30)
     rows_of(resumed, 3)
     resumed.set_state(state)
-    assert resumed.get_state() == state, "before anything is read again, too"
+    assert resumed.get_state() == state, "also before anything is reread"
     assert rows_of(resumed, 30) == ahead
     assert resumed.get_state() == whole.get_state()
 
@@ -114,9 +120,11 @@ def test_a_row_carries_the_state_that_follows_it():
     assert all(next(made).state == made.get_state() for _ in range(10))
 
 
-def test_a_state_of_a_state():
-    """A run that is stopped again before it has made a row."""
-    whole, second, third = stream(), stream(), stream()
+def test_the_state_of_a_resumed_stream_is_that_from_which_it_resumed():
+    """A run may be stopped again before it has made a row."""
+    whole = stream()
+    second = stream()
+    third = stream()
     rows_of(whole, 9)
     second.set_state(whole.get_state())
     second.start_prefetch()
@@ -129,19 +137,22 @@ def test_records_are_counted_at_their_first_visit_and_once_through_resumption():
     made = stream(read)
     for _ in range(60):
         made.set_state(next(made).state)
-    assert counts_of(made.get_state()).seen == 100 and counts_of(made.get_state()).bad == len(BAD)
-    assert counts_of(made.get_state()).truncated == len(set(range(0, 100, 10)) - BAD)
-    assert set(read.numbers) > set(range(101)), "later ones were read too"
+    counts = counts_of(made.get_state())
+    assert counts.seen == 100
+    assert counts.bad == len(BAD)
+    assert counts.truncated == len(set(range(0, 100, 10)) - BAD)
+    assert set(read.numbers) > set(range(101)), "later records were read too"
 
 
-def test_bad_records_come_with_the_row_that_they_precede():
+def test_bad_records_are_reported_with_the_row_that_follows_them():
     made = stream()
     skipped = [(record.number, number) for number in range(60) for record in next(made).skipped]
     assert [record for record, _ in skipped] == sorted(BAD)
 
 
-def test_what_has_gone_bad_since_the_state_was_saved_is_left_out():
-    whole, resumed = stream(), stream(Read(BAD | set(range(20, 60))))
+def test_waiting_records_that_have_become_bad_since_the_state_was_saved_are_left_out():
+    whole = stream()
+    resumed = stream(Read(BAD | set(range(20, 60))))
     rows_of(whole, 10)
     state = whole.get_state()
     assert set(state["waiting"]) & set(range(20, 60))
@@ -150,9 +161,10 @@ def test_what_has_gone_bad_since_the_state_was_saved_is_left_out():
 
 
 def test_a_stream_without_a_good_record_gives_up():
-    """It returns an empty row, and says how many bad records it has met."""
+    """It returns an empty row with the number of bad records that it has read."""
     row = next(iter(dataset(Read(set(range(RECORDS))), give_up_after=70)))
-    assert not row.samples and row.bad_run == 70
+    assert not row.samples
+    assert row.bad_run == 70
     assert [record.number for record in row.skipped] == list(range(70))
 
 
@@ -160,8 +172,10 @@ def test_streams_take_turns_in_blocks_of_rows():
     together = iter(RoundRobin([dataset(number=number) for number in (4, 7)], block=3))
     alone = {number: iter(dataset(number=number)) for number in (4, 7)}
     for number in itertools.islice(itertools.cycle([4, 4, 4, 7, 7, 7]), 20):
-        row, expected = next(together), next(alone[number])
-        assert row.stream == number and row == expected
-    state, ahead = together.get_state(), [next(together) for _ in range(9)]
+        row = next(together)
+        assert row.stream == number
+        assert row == next(alone[number])
+    state = together.get_state()
+    ahead = [next(together) for _ in range(9)]
     together.set_state(state)
     assert [next(together) for _ in range(9)] == ahead

@@ -1,6 +1,12 @@
-"""Tokenizers out of the folders that people have: tokenizer.json, vocab.json with merges.txt, tokenizer.model."""
+"""Loading of tokenizers from every kind of folder, and encoding texts piece by piece.
+
+The folders have tokenizer.json, vocab.json with merges.txt, or tokenizer.model.
+"""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
@@ -14,18 +20,22 @@ TEXTS = ["What is it? Two cats.", " a naïve\n\n  café 猫 🐈", "USER: 12 'ti
 
 
 def write(folder, **files):
-    """Files by name, an underscore for the dot."""
+    """Writes files, given by name with an underscore for the dot, and returns the folder."""
     for name, content in files.items():
         stem, _, ending = name.rpartition("_")
-        text = content if isinstance(content, str | bytes) else json.dumps(content)
-        (folder / f"{stem}.{ending}").write_bytes(
-            text if isinstance(text, bytes) else text.encode()
-        )
+        if not isinstance(content, str | bytes):
+            content = json.dumps(content)
+        if isinstance(content, str):
+            content = content.encode()
+        (folder / f"{stem}.{ending}").write_bytes(content)
     return folder
 
 
 def qwen_files(**config) -> dict:
-    """A Qwen folder without tokenizer.json: the special tokens are in tokenizer_config.json alone."""
+    """Makes the files of a Qwen folder without tokenizer.json.
+
+    Only tokenizer_config.json names the special tokens.
+    """
     model = json.loads(small_tokenizers.qwen().backend_tokenizer.to_str())["model"]
     merges = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"])
     added = {
@@ -48,15 +58,16 @@ def test_the_picture_token_of_qwen2_is_151646(tmp_path):
         zip((*QWEN_SPECIALS, "<image>"), range(151643, 151647))
     )
     assert tokenizer("a<image>b").input_ids.count(151646) == 1
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (151643, 151643)
+    assert tokenizer.eos_token_id == 151643
+    assert tokenizer.pad_token_id == 151643
 
 
-def test_a_picture_token_that_is_there_stays_where_it_is(tmp_path):
+def test_an_existing_picture_token_keeps_its_id(tmp_path):
     scenes_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).get_added_vocab() == scenes_tokenizer().get_added_vocab()
 
 
-def test_without_a_token_to_pad_with_the_end_token_pads(tmp_path):
+def test_the_end_token_pads_if_there_is_no_padding_token(tmp_path):
     small_tokenizers.llama().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("</s>", "</s>")
@@ -64,14 +75,14 @@ def test_without_a_token_to_pad_with_the_end_token_pads(tmp_path):
 
 
 def test_vocabulary_and_merges_are_qwen_s(tmp_path):
-    tokenizer, whole = load_tokenizer(write(tmp_path, **qwen_files())), small_tokenizers.qwen()
+    tokenizer = load_tokenizer(write(tmp_path, **qwen_files()))
+    whole = small_tokenizers.qwen()
     assert [tokenizer(text).input_ids for text in TEXTS] == [
         whole(text).input_ids for text in TEXTS
     ]
     assert tokenizer.get_added_vocab() == whole.get_added_vocab() | {"<image>": len(whole)}
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>"), (
-        "an instructed Qwen ends its turns so"
-    )
+    assert tokenizer.eos_token == "<|im_end|>", "which ends the turns of an instruction-tuned Qwen"
+    assert tokenizer.pad_token == "<|endoftext|>"
 
 
 @pytest.mark.parametrize(
@@ -83,16 +94,13 @@ def test_a_sentencepiece_model_is_llama_s(tmp_path, config):
         write(tmp_path, tokenizer_model=small_tokenizers.sentencepiece_model(), **files)
     )
     stock = sentencepiece.SentencePieceProcessor(model_proto=small_tokenizers.sentencepiece_model())
-    texts = [
-        text.strip() for text in TEXTS
-    ]  # legacy=False marks no second beginning before a space
+    # With legacy=False, the tokenizer adds no second word mark before a leading space.
+    texts = [text.strip() for text in TEXTS]
     assert [tokenizer(text).input_ids for text in texts] == [
         [stock.bos_id(), *stock.encode(text)] for text in texts
     ]
-    assert (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<image>")) == (
-        stock.eos_id(),
-        stock.vocab_size(),
-    )
+    assert tokenizer.eos_token_id == stock.eos_id()
+    assert tokenizer.convert_tokens_to_ids("<image>") == stock.vocab_size()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +128,8 @@ def test_a_tokenizer_that_ends_every_text_is_refused():
     [
         (
             {},
-            "tokenizer = .*: expected a folder with tokenizer.json, with merges.txt and vocab.json, or with tokenizer.model",
+            "tokenizer = .*: expected a folder with tokenizer.json, "
+            "with merges.txt and vocab.json, or with tokenizer.model",
         ),
         ({"tokenizer_json": "{"}, "tokenizer = .*: expected a folder with tokenizer.json"),
         (
@@ -133,7 +142,8 @@ def test_a_tokenizer_that_ends_every_text_is_refused():
         ),
         (
             qwen_files(tokenizer_class="GPT2Tokenizer"),
-            "tokenizer_class = 'GPT2Tokenizer': expected Qwen2TokenizerFast, which reads merges.txt",
+            "tokenizer_class = 'GPT2Tokenizer': expected Qwen2TokenizerFast, "
+            "which reads merges.txt",
         ),
         (
             qwen_files(added_tokens_decoder={"900": {"content": "<|im_end|>"}}),
@@ -145,12 +155,12 @@ def test_a_tokenizer_that_ends_every_text_is_refused():
         ),
     ],
 )
-def test_folders_that_cannot_be_read_say_why(tmp_path, files, message):
+def test_the_error_says_why_a_folder_cannot_be_read(tmp_path, files, message):
     with pytest.raises(ConfigError, match=message):
         load_tokenizer(write(tmp_path, **files))
 
 
-def test_a_folder_that_is_not_there_is_no_name_on_a_hub():
+def test_the_name_of_a_missing_folder_is_not_looked_up_on_a_hub():
     with pytest.raises(ConfigError, match="tokenizer = 'gpt2': expected a folder"):
         load_tokenizer("gpt2")
 
@@ -160,7 +170,24 @@ def test_a_folder_that_is_not_there_is_no_name_on_a_hub():
 )
 def test_no_piece_of_a_text_can_forge_a_special_token(make):
     tokenizer = make()
-    encoder, special = text_encoder(tokenizer), set(tokenizer.all_special_ids)
+    encoder = text_encoder(tokenizer)
+    special = set(tokenizer.all_special_ids)
     for piece in (encoder.first, encoder.later):
         for token in tokenizer.all_special_tokens:
-            assert not special & set(piece.encode(f"{token} {token}", add_special_tokens=False).ids)
+            ids = piece.encode(f"{token} {token}", add_special_tokens=False).ids
+            assert not special & set(ids)
+
+
+def test_transformers_says_nothing_where_there_is_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; "  # importing or finding it fails
+        "from mod_jax.data.samples import tokenizer; tokenizer.scenes_tokenizer(); "
+        "import transformers; assert not transformers.utils.is_torch_available()"
+    )
+    # The switch that our own import of transformers has set in this process is not inherited.
+    environment = dict(os.environ)
+    environment.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS", None)
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
