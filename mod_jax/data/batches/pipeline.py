@@ -120,10 +120,9 @@ class Batches:
         streams = count_streams(config, rows, processes)
         own_streams = streams // processes
         first_stream = process * own_streams
-        samples = open_samples(config, tokenizer, model)
-        self.sources = [source.source for source in samples]
+        self._samples = open_samples(config, tokenizer, model)
+        self.sources = [samples.source for samples in self._samples]
         self._config = config
-        self._order = visits(config, samples)
         self._num_streams = streams
         self._block = rows // streams  # rows that a stream gives to a batch
         self._room = Room(config.sequence_length, config.images_per_row, config.samples_per_row)
@@ -135,16 +134,17 @@ class Batches:
         self.skips = Skips(config.max_bad_share, self._states)
         self._readers: list[grain.DatasetIterator[Row] | WorkerIterator[Row]] = []
 
-    def _read(self) -> list[grain.DatasetIterator[Row] | WorkerIterator[Row]]:
+    def _rows(self) -> list[grain.DatasetIterator[Row] | WorkerIterator[Row]]:
         """Returns iterators over the rows: one per worker process, or a single one without workers.
 
         Of W workers, each has every W-th stream, and takes a block of rows from each in turn.
         """
         config = self._config
+        order = visits(config, self._samples)
         streams = [
             Stream(
                 number,
-                self._order[number :: self._num_streams],
+                order[number :: self._num_streams],
                 self._room,
                 config.look_ahead,
                 max(1, THREADS // len(self._states)),
@@ -173,7 +173,7 @@ class Batches:
           WorkerDied: If a worker process was killed.
         """
         if not self._readers:
-            self._readers = self._read()
+            self._readers = self._rows()
             for reader in self._readers:
                 reader.start_prefetch()
         rows = []

@@ -8,7 +8,7 @@ from mod_jax.data.sources.json_offsets import KEY, SEPARATORS, index_records
 from mod_jax.data.sources.llava_form import Reader, read_chat, read_pair
 from mod_jax.data.sources.local_file import LocalFile
 from mod_jax.data.sources.pictures import open_pictures
-from mod_jax.data.sources.record import BadSample, Record, printable
+from mod_jax.data.sources.record import BadSample, Picture, Record, printable
 
 
 class JsonSource:
@@ -49,11 +49,10 @@ class JsonSource:
     def __getitem__(self, number: int) -> Record:
         entry = self._entry(number)
         files = _picture_files(entry)
-        turns, rejected = self._read(entry, len(files))
-        images: tuple[bytes | pathlib.Path, ...] = ()
+        images: tuple[Picture, ...] = ()
         if self._pictures is not None:
             images = tuple(self._pictures[file] for file in files)
-        return Record(_name(entry, number), images, turns, rejected)
+        return self._read(entry, _name(entry, number), images)
 
     def _entry(self, number: int) -> dict:
         start, end = self._offsets[number : number + 2].tolist()

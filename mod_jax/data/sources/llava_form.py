@@ -1,6 +1,6 @@
-"""Parses the forms in which LLaVA's family of data sets writes conversations and preference pairs.
+"""Reads the forms in which LLaVA's family of data sets writes conversations and preference pairs.
 
-The readers take a dict of texts, from whatever file format it comes:
+The readers turn a dict of texts, from whatever file format it comes, into a record:
 
 - chat: {conversations: [{from: human | gpt, value}, ...]}
 - pair: {chosen: [{from, value}, ...], rejected: [...]}, which differ in the last answer only
@@ -10,10 +10,10 @@ The readers take a dict of texts, from whatever file format it comes:
 from collections.abc import Callable
 from typing import Any
 
-from mod_jax.data.sources.record import MARKER, BadSample
+from mod_jax.data import MARKER
+from mod_jax.data.sources.record import BadSample, Picture, Record, Turns
 
-Turns = tuple[tuple[str, str], ...]
-Reader = Callable[[dict, int], tuple[Turns, str]]  # read_chat or read_pair
+Reader = Callable[[dict, str, tuple[Picture, ...]], Record]  # read_chat or read_pair
 
 
 def parse_turns(messages: Any) -> Turns:
@@ -37,45 +37,43 @@ def parse_turns(messages: Any) -> Turns:
     return tuple(zip(texts[::2], texts[1::2]))
 
 
-def read_chat(entry: dict, pictures: int) -> tuple[Turns, str]:
+def read_chat(entry: dict, name: str, images: tuple[Picture, ...]) -> Record:
     """Reads a chat.
 
     Args:
       entry: The chat.
-      pictures: Unused; readers of chats and of pairs have the same signature.
-    Returns:
-      The turns, and "" as there is no rejected answer.
+      name: Id of the record.
+      images: Its pictures.
     Raises:
       BadSample: If the entry is not a chat.
     """
-    return parse_turns(entry.get("conversations")), ""
+    return Record(name, images, parse_turns(entry.get("conversations")))
 
 
-def read_pair(entry: dict, pictures: int) -> tuple[Turns, str]:
+def read_pair(entry: dict, name: str, images: tuple[Picture, ...]) -> Record:
     """Reads a pair or a plain pair.
 
     Args:
       entry: The pair.
-      pictures: Number of its pictures. If the question of a plain pair has no markers, one marker
-        per picture is put in front of it, each on a line of its own, as the reference code does.
-    Returns:
-      The turns, whose last answer is the chosen one, and the rejected last answer.
+      name: Id of the record.
+      images: Its pictures. If the question of a plain pair has no markers, one marker per picture
+        is put in front of it, each on a line of its own, as the reference code does.
     Raises:
       BadSample: If the entry is not a pair, an answer is empty, or chosen and rejected differ in
         more than their last answer.
     """
     if "question" in entry:
-        return _read_plain(entry, pictures)
+        return _read_plain(entry, name, images)
     chosen = parse_turns(entry.get("chosen"))
     rejected = parse_turns(entry.get("rejected"))
     if not chosen or not rejected or not rejected[-1][1]:
         raise BadSample("chosen or rejected without an answer text")
     if (chosen[:-1], chosen[-1][0]) != (rejected[:-1], rejected[-1][0]):
         raise BadSample("chosen and rejected have different human turns")
-    return chosen, rejected[-1][1]
+    return Record(name, images, chosen, rejected[-1][1])
 
 
-def _read_plain(entry: dict, pictures: int) -> tuple[Turns, str]:
+def _read_plain(entry: dict, name: str, images: tuple[Picture, ...]) -> Record:
     try:
         texts = [entry[key].strip() for key in ("question", "chosen", "rejected")]
     except (KeyError, AttributeError):
@@ -84,5 +82,5 @@ def _read_plain(entry: dict, pictures: int) -> tuple[Turns, str]:
     if not chosen or not rejected:
         raise BadSample("chosen or rejected without an answer text")
     if MARKER not in question:
-        question = (MARKER + "\n") * pictures + question
-    return ((question, chosen),), rejected
+        question = (MARKER + "\n") * len(images) + question
+    return Record(name, images, ((question, chosen),), rejected)

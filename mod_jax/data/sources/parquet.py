@@ -79,8 +79,7 @@ class RlaifSource:
             raise BadSample(f"unreadable row: {error}") from None
         picture = (row.get("image") or {}).get("bytes")
         images = (picture,) if picture else ()
-        turns, rejected = read_pair(row, len(images))
-        return Record(self.name(number), images, turns, rejected)
+        return read_pair(row, self.name(number), images)
 
     def _row(self, number: int) -> dict:
         part = _part(self._first, number)

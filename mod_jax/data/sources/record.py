@@ -5,6 +5,9 @@ import pathlib
 
 from mod_jax.data import MARKER
 
+Picture = bytes | pathlib.Path  # an encoded picture, or its file
+Turns = tuple[tuple[str, str], ...]  # (question, answer) of each
+
 
 class BadSample(ValueError):
     """A record that cannot be used; the message is the reason.
@@ -27,8 +30,8 @@ class Record:
     """
 
     id: str
-    images: tuple[bytes | pathlib.Path, ...]
-    turns: tuple[tuple[str, str], ...]
+    images: tuple[Picture, ...]
+    turns: Turns
     rejected: str = ""
 
     @property

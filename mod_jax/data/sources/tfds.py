@@ -62,7 +62,7 @@ class _Form(NamedTuple):
       keys: The features that hold the texts.
       fits: Whether a feature has the type that this form needs.
       convert: Turns the value of such a feature into texts.
-      read: Reads the turns from the converted texts.
+      read: Makes a record of the converted texts.
     """
 
     keys: tuple[str, ...]
@@ -144,8 +144,7 @@ class TfdsSource:
             entry = {key: self._form.convert(fields[key]) for key in self._form.keys}
         except UnicodeDecodeError as error:
             raise BadSample(f"text is not UTF-8: {error}") from None
-        turns, rejected = self._form.read(entry, len(images))
-        return Record(_name(fields, number), images, turns, rejected)
+        return self._form.read(entry, _name(fields, number), images)
 
 
 def _name(fields: dict, number: int) -> str:
