@@ -194,3 +194,12 @@ def test_a_vocabulary_that_is_large_enough_stays():
     before = pretrained(DENSE)
     after = with_vocabulary(before, Vocabulary(DENSE.decoder.vocab_size))
     assert after.config.decoder == DENSE.decoder and after.params == before.params
+
+
+def test_a_relative_path_is_a_folder_below_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = pretrained(SPARSE)
+    save_native("model", wanted)
+    with open_native("model") as found:
+        assert_same(found, wanted)
+    assert (tmp_path / "model").is_dir()

@@ -59,10 +59,12 @@ class Tensor(Protocol):
     """
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Size of each dimension."""
 
     @property
-    def dtype(self) -> np.dtype | str: ...
+    def dtype(self) -> np.dtype | str:
+        """Type of the numbers."""
 
     def __getitem__(self, index) -> np.ndarray: ...
 

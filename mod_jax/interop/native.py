@@ -32,6 +32,7 @@ from mod_jax.interop.folder import copy_processor
 from mod_jax.interop.pretrained import PARTS, Config, Parameter, Pretrained
 from mod_jax.models import llava
 from mod_jax.sharding import parameter_shardings
+from mod_jax.storage.place import absolute, is_remote
 
 ABOUT = "model.json"
 PARAMS = "params"
@@ -84,7 +85,7 @@ def open_native(path) -> Iterator[Pretrained[Config]]:
     Raises:
       ConfigError: If the folder was written by another version of the format.
     """
-    folder = epath.Path(path)
+    folder = absolute(path)
     about = json.loads((folder / ABOUT).read_text())
     require(
         about["format"] == FORMAT,
@@ -118,7 +119,7 @@ def save_native(path, pretrained: Pretrained[Config], mesh: Mesh | None = None) 
     Raises:
       ConfigError: If the folder exists, or a dimension does not divide over the mesh.
     """
-    folder = epath.Path(path)
+    folder = absolute(path)
     require(
         not folder.exists() or not any(folder.iterdir()),
         "target",
@@ -126,9 +127,8 @@ def save_native(path, pretrained: Pretrained[Config], mesh: Mesh | None = None) 
         "a folder that does not exist yet",
         "Remove it or choose another.",
     )
-    is_remote = "://" in str(path)
     is_first_host = jax.process_index() == 0
-    work = folder if is_remote else folder.with_name(folder.name + ".unfinished")
+    work = folder if is_remote(path) else folder.with_name(folder.name + ".unfinished")
     if is_first_host and work.exists():
         work.rmtree()
     _wait("emptied")
@@ -146,7 +146,7 @@ def save_native(path, pretrained: Pretrained[Config], mesh: Mesh | None = None) 
         if is_first_host and work.exists():
             work.rmtree()
         raise
-    if is_first_host and not is_remote:
+    if is_first_host and not is_remote(path):
         if folder.exists():
             folder.rmdir()  # it is empty, see above
         work.rename(folder)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
+from typing import Self
 
 import jax
 import numpy as np
@@ -188,7 +189,7 @@ class Log:
         self._logged = step
         self._since = now
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 

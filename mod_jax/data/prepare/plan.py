@@ -21,6 +21,7 @@ from mod_jax.config import ConfigError, SourceConfig, require
 from mod_jax.data.sources.kinds import Source, open_source
 from mod_jax.data.sources.prepared import FORMAT, INDEX
 from mod_jax.storage.atomic import write_json
+from mod_jax.storage.place import is_remote
 
 RECORDS_PER_SHARD = 4096  # by default; 0.4 GB with LLaVA's pictures
 SETTINGS = "preparing.json"  # holds the settings of a folder that has no index yet
@@ -109,11 +110,6 @@ def make_plan(
     )
     shards = shards or -(-len(source) // RECORDS_PER_SHARD)  # rounded up
     return Plan(config, output, len(source), shards, seed, describe(config)), source
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is in a bucket."""
-    return "://" in path
 
 
 def describe(config: SourceConfig) -> dict:

@@ -18,7 +18,6 @@ from mod_jax.data.prepare.plan import (
     Plan,
     describe,
     differences,
-    is_remote,
     writing,
 )
 from mod_jax.data.samples.pixels import decode, picture_faults
@@ -26,6 +25,7 @@ from mod_jax.data.sources.kinds import Source
 from mod_jax.data.sources.prepared import encode_record
 from mod_jax.data.sources.record import BadSample
 from mod_jax.storage.atomic import write_json
+from mod_jax.storage.place import is_remote
 
 # A group of its own for each record allows random access. Pictures are already compressed.
 OPTIONS = "group_size:1,uncompressed"
@@ -131,7 +131,7 @@ def _write(path: pathlib.Path, waiting: BinaryIO, places: list[tuple[int, int]])
 
 
 def _put(path: pathlib.Path, target: epath.Path) -> None:
-    if is_remote(str(target)):
+    if is_remote(target):
         epath.Path(path).copy(target, overwrite=True)
     else:
         path.replace(target)
