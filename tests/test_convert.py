@@ -1,4 +1,7 @@
-"""The convert command: sources and parts in, folders out, errors in one line. What the folders compute is held in test_families.py."""
+"""The convert command: sources and parts, folders that it writes, and errors on one line.
+
+What the models in the folders compute is tested in test_families.py.
+"""
 
 import dataclasses
 import json
@@ -16,7 +19,7 @@ from mod_jax.interop import huggingface, loading
 from mod_jax.interop.native import open_native, save_native
 from mod_jax.interop.pretrained import InMemory, Pretrained
 
-# as a config.json names the sparse layers: by number
+# A config.json gives the sparse layers by number.
 READ = dataclasses.replace(
     SPARSE,
     decoder=dataclasses.replace(SPARSE.decoder, moe=MoEConfig(layers=SPARSE.decoder.sparse_layers)),
@@ -24,45 +27,38 @@ READ = dataclasses.replace(
 
 
 def run(monkeypatch, *arguments) -> None:
+    """Runs the command."""
     monkeypatch.setattr("sys.argv", ["convert", *map(str, arguments)])
     convert.cli()
 
 
 def error_of(monkeypatch, *arguments) -> str:
+    """Runs the command, and returns its error message, which is one line."""
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *arguments)
-    assert (
-        isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
-    )  # printed, with exit code 1
+    # Python prints a string, and exits with code 1.
+    assert isinstance(stopped.value.code, str)
+    assert "\n" not in stopped.value.code
     return stopped.value.code
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A tower and a language model with its tokenizer, as plain folders."""
+    """Folder with a vision tower, and a language model with its tokenizer."""
     folder = tmp_path_factory.mktemp("parts")
     hf_models.build(hf_models.clip()).save_pretrained(folder / "tower")
-    vocabulary = len(scenes_tokenizer())
-    hf_models.build(
-        hf_models.qwen2(vocab_size=vocabulary, eos_token_id=0, pad_token_id=0)
-    ).save_pretrained(folder / "text")
+    text = hf_models.qwen2(vocab_size=len(scenes_tokenizer()), eos_token_id=0, pad_token_id=0)
+    hf_models.build(text).save_pretrained(folder / "text")
     scenes_tokenizer().save_pretrained(folder / "text")
     return folder
 
 
-def test_parts_become_a_student_and_the_student_a_folder_of_theirs(
-    parts, tmp_path, monkeypatch, capsys
-):
-    run(
-        monkeypatch,
-        "import",
-        f"--language-model={parts / 'text'}",
-        f"--vision-tower={parts / 'tower'}",
-        "--seed=1",
-        tmp_path / "student",
-    )
+def test_a_student_of_parts_is_imported_and_exported(parts, tmp_path, monkeypatch, capsys):
+    options = [f"--language-model={parts / 'text'}", f"--vision-tower={parts / 'tower'}"]
+    run(monkeypatch, "import", *options, "--seed=1", tmp_path / "student")
     with open_native(tmp_path / "student") as student:
-        config, params = student.config, {name: np.asarray(x) for name, x in student.params.items()}
+        config = student.config
+        params = {name: np.asarray(x) for name, x in student.params.items()}
     assert (config.image_token_id, config.end_token_id) == (1, 0)
     for part in ("tower", "text"):
         for name, array in hf_models.load(parts / part)[1].items():
@@ -79,21 +75,15 @@ def test_parts_become_a_student_and_the_student_a_folder_of_theirs(
         "generation_config.json",
         "README.md",
     } <= {path.name for path in (tmp_path / "theirs").iterdir()}
-    run(
-        monkeypatch,
-        "import",
-        f"--language-model={parts / 'text'}",
-        f"--vision-tower={parts / 'tower'}",
-        f"--adaptor={tmp_path / 'theirs'}",
-        tmp_path / "same",
-    )
-    with open_native(tmp_path / "same") as same:  # the adaptor of that folder instead of a new one
+    # The adaptor is that of the exported folder instead of a new one.
+    run(monkeypatch, "import", *options, f"--adaptor={tmp_path / 'theirs'}", tmp_path / "same")
+    with open_native(tmp_path / "same") as same:
         assert all(np.array_equal(np.asarray(same.params[name]), params[name]) for name in params)
     assert "imported" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["tower", "text"])
-def test_a_part_goes_in_and_out_alone(part, parts, tmp_path, monkeypatch):
+def test_a_part_is_imported_and_exported_alone(part, parts, tmp_path, monkeypatch):
     run(monkeypatch, "import", parts / part, tmp_path / "ours")
     run(monkeypatch, "export", tmp_path / "ours", tmp_path / "theirs")
     original = load_file(parts / part / "model.safetensors")
@@ -108,19 +98,21 @@ def test_a_part_goes_in_and_out_alone(part, parts, tmp_path, monkeypatch):
 
 @pytest.fixture
 def sparse(tmp_path):
-    """A sparse model of the scenes' vocabulary as a folder of theirs."""
-    huggingface.save(
-        tmp_path / "sparse", SPARSE, params_of(SPARSE), others=scenes_tokenizer().save_pretrained
-    )
-    return tmp_path / "sparse"
+    """Hugging Face folder with a sparse model that has the vocabulary of the scenes."""
+    folder = tmp_path / "sparse"
+    save_tokenizer = scenes_tokenizer().save_pretrained
+    huggingface.save(folder, SPARSE, params_of(SPARSE), others=save_tokenizer)
+    return folder
 
 
 def test_dtypes_and_shards_of_an_export(sparse, tmp_path, monkeypatch):
     run(monkeypatch, "export", sparse, tmp_path / "out", "--dtype=bfloat16", "--shard-gb=1e-5")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     with loading.open_pretrained(tmp_path / "out") as found:
-        assert found.dtype == "bfloat16" and found.config == READ
-    run(monkeypatch, "export", tmp_path / "out", tmp_path / "again")  # as it is stored
+        assert found.dtype == "bfloat16"
+        assert found.config == READ
+    # The default dtype is the stored one.
+    run(monkeypatch, "export", tmp_path / "out", tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -133,26 +125,22 @@ def test_an_import_onto_a_mesh_is_the_same_model(sparse, tmp_path, monkeypatch):
         )
 
 
-def test_a_student_trained_with_a_capacity_goes_out_only_where_that_is_exact_or_asked_for(
+def test_a_student_with_a_capacity_is_exported_only_if_that_is_exact_or_asked_for(
     tmp_path, monkeypatch
 ):
+    scenes_tokenizer().save_pretrained(tmp_path / "files")
+    params = {name: InMemory(x) for name, x in params_of(SPARSE).items()}
+
     def student(factor):
         decoder = dataclasses.replace(SPARSE.decoder, moe=MoEConfig(capacity_factor=factor))
-        params = {name: InMemory(x) for name, x in params_of(SPARSE).items()}
-        (tmp_path / "files").mkdir(exist_ok=True)
-        scenes_tokenizer().save_pretrained(tmp_path / "files")
-        save_native(
-            tmp_path / f"at {factor}",
-            Pretrained(
-                dataclasses.replace(SPARSE, decoder=decoder), params, "here", tmp_path / "files"
-            ),
-        )
-        return tmp_path / f"at {factor}"
+        config = dataclasses.replace(SPARSE, decoder=decoder)
+        folder = tmp_path / f"at {factor}"
+        save_native(folder, Pretrained(config, params, "here", tmp_path / "files"))
+        return folder
 
-    tight, wide = (
-        student(1.5),
-        student(2.0),
-    )  # four experts, two a token: at 2.0 every expert has room for every token
+    # With 4 experts, 2 per token, and a factor of 2.0, every expert can take all tokens.
+    tight = student(1.5)
+    wide = student(2.0)
     assert "capacity_factor" in error_of(monkeypatch, "export", tight, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run(monkeypatch, "export", tight, tmp_path / "out", "--dropless")
@@ -160,19 +148,19 @@ def test_a_student_trained_with_a_capacity_goes_out_only_where_that_is_exact_or_
     assert hf_models.load(tmp_path / "out")[0] == hf_models.load(tmp_path / "wide")[0] == READ
 
 
-def test_what_is_asked_for_wrongly_is_one_line(parts, sparse, tmp_path, monkeypatch):
+def test_errors_are_one_line(parts, sparse, tmp_path, monkeypatch):
     assert "one source and a target" in error_of(monkeypatch, "import", tmp_path / "target")
     assert "--adaptor" in error_of(
         monkeypatch, "import", sparse, tmp_path / "target", f"--adaptor={sparse}"
     )
     assert "--mesh" in error_of(monkeypatch, "import", sparse, tmp_path / "target", "--mesh=rows=2")
-    assert "It holds a vision tower" in error_of(
-        monkeypatch,
-        "import",
+    options = [
         f"--language-model={parts / 'tower'}",
         f"--vision-tower={parts / 'tower'}",
         f"--tokenizer={parts / 'text'}",
-        tmp_path / "target",
+    ]
+    assert "It holds a vision tower" in error_of(
+        monkeypatch, "import", *options, tmp_path / "target"
     )
     assert "--stage" in error_of(
         monkeypatch, "export", sparse, tmp_path / "target", "--stage=sparse_mimic"

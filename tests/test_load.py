@@ -1,4 +1,7 @@
-"""mod_jax.load: a folder's model and processor, as one asks it in a notebook. That it computes what transformers computes is held in test_families.py."""
+"""mod_jax.load: the model and the processor of a folder, as they are used in a notebook.
+
+test_families.py tests that they compute what transformers computes.
+"""
 
 import dataclasses
 import io
@@ -44,32 +47,31 @@ def model(folder):
 
 
 def near(found, wanted) -> bool:
+    """Whether logits differ by rounding only."""
     return (
         found.shape == wanted.shape
         and np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
     )
 
 
-def said_by_stock(prompt: str, pictures) -> str:
+def stock_answer(prompt: str, pictures) -> str:
     """The greedy answer of transformers' model and processor."""
     inputs = STOCK.processor(text=prompt, images=pictures or None, return_tensors="pt")
-    how = GenerationConfig(
+    options = GenerationConfig(
         max_new_tokens=NEW,
         do_sample=False,
         eos_token_id=STOCK.tokenizer.eos_token_id,
         pad_token_id=STOCK.tokenizer.eos_token_id,
     )
     with torch.no_grad():
-        ids = STOCK.model.generate(**inputs, generation_config=how)
-    return STOCK.processor.decode(
-        ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    ).strip()
+        ids = STOCK.model.generate(**inputs, generation_config=options)
+    answer = ids[0, inputs["input_ids"].shape[1] :]
+    return STOCK.processor.decode(answer, skip_special_tokens=True).strip()
 
 
 def test_importing_the_package_imports_no_jax():
-    subprocess.run(
-        [sys.executable, "-c", "import mod_jax, sys; assert 'jax' not in sys.modules"], check=True
-    )
+    code = "import mod_jax, sys; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Logits
@@ -90,7 +92,8 @@ def test_logits_are_those_of_transformers_a_picture_taking_a_position_for_each_f
 
 
 def test_a_text_of_a_batch_stands_at_the_end_of_its_row(model):
-    texts, pictures = ["<image> A cat", "Two cats, I am sure.", "No"], [[SEEN], [], []]
+    texts = ["<image> A cat", "Two cats, I am sure.", "No"]
+    pictures = [[SEEN], [], []]
     batch = model.logits(texts, pictures)
     alone = [model.logits(text, shown) for text, shown in zip(texts, pictures)]
     assert batch.shape == (3, max(map(len, alone)), alone[0].shape[1])
@@ -105,23 +108,24 @@ def test_how_far_lengths_are_padded_changes_no_logits(model, monkeypatch):
         assert near(model.logits("<image> A cat", [SEEN]), padded)
 
 
-def test_nothing_is_padded_where_an_expert_has_places_for_a_share_of_all_positions(model):
+def test_nothing_is_padded_if_experts_have_a_capacity(model):
+    """The capacity is a share of all positions, padding included."""
     decoder = dataclasses.replace(model.config.decoder, moe=MoEConfig(capacity_factor=0.5))
     config = dataclasses.replace(model.config, decoder=decoder)
     tight = chat.Chat(config, small.params_of(config), model.processor)
-    wanted = generation.logits(
-        config, tight.params, model.processor.prompts(["How many cats are there?"], [[]])
-    )
+    prompts = model.processor.prompts(["How many cats are there?"], [[]])
+    wanted = generation.logits(config, tight.params, prompts)
     np.testing.assert_array_equal(tight.logits("How many cats are there?"), wanted[0])
 
 
 def encoded(image: Image.Image) -> bytes:
+    """The picture as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
-def test_a_picture_may_be_pillow_s_an_array_bytes_or_a_file(model, tmp_path):
+def test_a_picture_may_be_an_image_an_array_bytes_or_a_file(model, tmp_path):
     SEEN.save(tmp_path / "seen.png")
     forms = [
         SEEN,
@@ -148,6 +152,7 @@ CONVERSATION = [
         ],
     },
 ]
+# Name -> (question or conversation, pictures that it does not carry).
 ASKED = {
     "a question": ("What is it?", []),
     "pictures where they are marked": ("Is <image> like <image>?", [SEEN, OTHER]),
@@ -162,35 +167,34 @@ def test_an_answer_is_what_stock_transformers_says_to_the_same_messages(asked, m
     prompt = STOCK.processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False
     )
-    wanted = said_by_stock(prompt, [*images, OTHER] if messages is CONVERSATION else images)
-    assert model.generate(text, images, NEW) == wanted and wanted
+    wanted = stock_answer(prompt, [*images, OTHER] if messages is CONVERSATION else images)
+    assert wanted
+    assert model.generate(text, images, NEW) == wanted
 
 
-def test_pictures_without_marks_come_before_the_question(model):
-    assert model.generate("Which?", [SEEN, OTHER], NEW) == model.generate(
-        "<image>\n<image>\nWhich?", [SEEN, OTHER], NEW
-    )
+def test_pictures_without_markers_come_before_the_question(model):
+    found = model.generate("Which?", [SEEN, OTHER], NEW)
+    assert found == model.generate("<image>\n<image>\nWhich?", [SEEN, OTHER], NEW)
 
 
 def test_an_answer_ends_at_the_end_token(model):
-    prompts = model.processor.prompts(
-        [model.processor.render([{"role": "user", "content": "What is it?"}])], [[]], chat.MULTIPLE
-    )
+    text = model.processor.render([{"role": "user", "content": "What is it?"}])
+    prompts = model.processor.prompts([text], [[]], chat.MULTIPLE)
     ids = np.asarray(generation.generate(model.config, model.params, prompts, NEW))[0].tolist()
     end = next(token for token in ids if token != ids[0])
     ended = dataclasses.replace(model, config=dataclasses.replace(model.config, end_token_id=end))
-    assert (
-        ended.generate("What is it?", max_new_tokens=NEW)
-        == model.processor.tokenizer.decode(ids[: ids.index(end)]).strip()
-    )
+    wanted = model.processor.tokenizer.decode(ids[: ids.index(end)]).strip()
+    assert ended.generate("What is it?", max_new_tokens=NEW) == wanted
 
 
 def test_the_next_question_compiles_nothing(model):
-    ask = lambda text: (model.generate(text, [SEEN], NEW), model.logits("<image> " + text, [SEEN]))
-    ask("Why?")
-    programs = generation.generate._cache_size(), generation.logits._cache_size()
-    ask("How many?")
-    assert (generation.generate._cache_size(), generation.logits._cache_size()) == programs
+    def ask(text: str) -> tuple[int, int]:
+        """Runs both programs, and returns how many of each are compiled."""
+        model.generate(text, [SEEN], NEW)
+        model.logits("<image> " + text, [SEEN])
+        return generation.generate._cache_size(), generation.logits._cache_size()
+
+    assert ask("Why?") == ask("How many?")
 
 
 # Folders
@@ -200,13 +204,10 @@ def test_an_imported_folder_is_the_same_model(folder, model, tmp_path):
     options = convert.parser().parse_args(["import", str(folder), str(tmp_path / "ours")])
     options.run(options)
     ours = mod_jax.load(tmp_path / "ours")
-    assert (
-        ours.config == model.config
-        and ours.processor.chat_template == model.processor.chat_template
-    )
-    assert ours.params.keys() == model.params.keys() and all(
-        np.array_equal(ours.params[name], x) for name, x in model.params.items()
-    )
+    assert ours.config == model.config
+    assert ours.processor.chat_template == model.processor.chat_template
+    assert ours.params.keys() == model.params.keys()
+    assert all(np.array_equal(ours.params[name], x) for name, x in model.params.items())
     assert ours.generate("Which?", [SEEN], NEW) == model.generate("Which?", [SEEN], NEW)
 
 
@@ -217,25 +218,21 @@ def test_activations_are_float32_or_bfloat16(folder, model):
     assert 0 < difference < 0.1 * np.abs(model.logits("What is it?")).max()
 
 
-def test_a_template_can_be_named_and_llava_s_is_taken_where_there_is_none(folder, tmp_path):
+def test_a_template_can_be_named_and_is_qwen_if_there_is_none(folder, tmp_path):
     assert mod_jax.load(folder, template="brief").processor.chat_template == chat_template("brief")
-    saved_by_transformers(
-        dataclasses.replace(
-            STOCK, processor=families.FAMILIES["CLIP + Qwen1.5, 2, 2.5"].processor(template=None)
-        ),
-        tmp_path,
-    )
+    processor = families.FAMILIES["CLIP + Qwen1.5, 2, 2.5"].processor(template=None)
+    saved_by_transformers(dataclasses.replace(STOCK, processor=processor), tmp_path)
     assert not (tmp_path / "chat_template.jinja").exists()
     assert mod_jax.load(tmp_path).processor.chat_template == chat_template("qwen")
     with pytest.raises(ConfigError, match=f"template = 'morse'.*{next(iter(TEMPLATES))}"):
         mod_jax.load(folder, template="morse")
 
 
-# What cannot be
+# Errors
 
 
 @pytest.mark.parametrize("ask", ["logits", "generate"])
-def test_another_number_of_pictures_than_marks_is_refused(ask, model):
+def test_another_number_of_pictures_than_markers_is_refused(ask, model):
     with pytest.raises(ValueError, match=r"'<image> or <image>' .*2 picture.*expected 1"):
         getattr(model, ask)("<image> or <image>", [SEEN])
 
@@ -254,15 +251,14 @@ def test_a_picture_that_cannot_be_read_is_refused(ask, picture, message, model):
 @pytest.mark.parametrize(
     "pictures", ["seen.png", SEEN, np.asarray(SEEN)], ids=["a name", "Pillow's", "an array"]
 )
-def test_one_picture_in_the_place_of_a_list_is_refused(ask, pictures, model):
+def test_a_picture_instead_of_a_list_is_refused(ask, pictures, model):
     with pytest.raises(ConfigError, match="images = .*expected a list of pictures"):
         getattr(model, ask)("<image>", pictures)
 
 
-def test_more_positions_than_a_model_was_made_for_are_refused(model):
-    config = dataclasses.replace(
-        model.config, decoder=dataclasses.replace(model.config.decoder, max_positions=50)
-    )
+def test_more_positions_than_a_model_supports_are_refused(model):
+    decoder = dataclasses.replace(model.config.decoder, max_positions=50)
+    config = dataclasses.replace(model.config, decoder=decoder)
     short = dataclasses.replace(model, config=config)
     with pytest.raises(ConfigError, match=r"positions = \d+: expected at most 50"):
         short.generate("What is it?", max_new_tokens=50)

@@ -1,4 +1,4 @@
-"""Conversations in transformers' form: their pictures in order, and contents as a chat template shows them."""
+"""Conversations in transformers' form: the order of pictures, and contents for a chat template."""
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -7,31 +7,46 @@ from mod_jax.config import ConfigError
 from mod_jax.inference.messages import for_template, pictures_shown
 from mod_jax.interop.processor import chat_template
 
-IMAGE, TEXT = {"type": "image"}, lambda text: {"type": "text", "text": text}
-# What the folders of others have: LLaVA-1.5's shows parts only, Qwen2's strings only.
+IMAGE = {"type": "image"}
+
+
+def text_part(text: str) -> dict:
+    """A part of a message's content."""
+    return {"type": "text", "text": text}
+
+
+# Templates of other projects. LLaVA-1.5's can only show parts, Qwen2's only strings.
 LLAVA_HF = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}"
+    "{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] + ' ' }}"
+    "{% endfor %}"
+    "{% endfor %}"
 )
-CHATML = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-CARELESS = CHATML.replace(
-    "+ message['content'] +", "~ message['content'] ~"
-)  # writes parts as Python does
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+)
+# Writes the Python representation of parts.
+CARELESS = CHATML.replace("+ message['content'] +", "~ message['content'] ~")
 PARTS = [
-    {"role": "user", "content": [IMAGE, TEXT("Which?"), IMAGE]},
+    {"role": "user", "content": [IMAGE, text_part("Which?"), IMAGE]},
     {"role": "assistant", "content": "This."},
     {"role": "user", "content": "And <image>?"},
 ]
 
 
 def shown(jinja: str, messages: list[dict]) -> str:
-    def render(messages):
-        return (
-            ImmutableSandboxedEnvironment()
-            .from_string(jinja)
-            .render(messages=messages, eos_token="</s>", add_generation_prompt=False)
-        )
+    """The text of messages whose contents are brought to the form that the template shows."""
+    template = ImmutableSandboxedEnvironment().from_string(jinja)
+
+    def render(messages: list[dict]) -> str:
+        return template.render(messages=messages, eos_token="</s>", add_generation_prompt=False)
 
     return render(for_template(messages, render))
 
@@ -42,7 +57,7 @@ def test_pictures_are_those_of_the_parts_and_of_the_list_in_the_order_they_are_s
             "role": "user",
             "content": [
                 {"type": "image", "image": "a"},
-                TEXT("<image> is no picture"),
+                text_part("<image> is no picture"),
                 IMAGE,
                 {"type": "image", "path": "c"},
             ],
@@ -61,10 +76,9 @@ def test_pictures_are_those_of_the_parts_and_of_the_list_in_the_order_they_are_s
     ],
 )
 def test_pictures_that_are_missing_or_too_many_are_refused(images, message):
+    content = [IMAGE, {"type": "image", "image": "own"}, IMAGE]
     with pytest.raises(ConfigError, match=message):
-        pictures_shown(
-            [{"role": "user", "content": [IMAGE, {"type": "image", "image": "own"}, IMAGE]}], images
-        )
+        pictures_shown([{"role": "user", "content": content}], images)
 
 
 def test_a_part_of_another_type_is_refused():
@@ -82,7 +96,9 @@ def test_a_part_of_another_type_is_refused():
         (LLAVA_HF, "USER: <image>\n<image>\nWhich? ASSISTANT: This. USER: <image>\nAnd  ? "),
         (
             CHATML,
-            "<|im_start|>user\n<image>\nWhich?\n<image><|im_end|>\n<|im_start|>assistant\nThis.<|im_end|>\n<|im_start|>user\nAnd <image>?<|im_end|>\n",
+            "<|im_start|>user\n<image>\nWhich?\n<image><|im_end|>\n"
+            "<|im_start|>assistant\nThis.<|im_end|>\n"
+            "<|im_start|>user\nAnd <image>?<|im_end|>\n",
         ),
     ],
     ids=["ours", "llava-hf", "chatml"],
@@ -91,16 +107,19 @@ def test_contents_are_brought_to_the_form_that_a_template_shows(jinja, expected)
     assert shown(jinja, PARTS) == expected
 
 
-def test_a_template_that_writes_parts_as_python_does_is_given_strings():
+def test_a_template_that_writes_parts_as_python_does_gets_strings():
     assert shown(CARELESS, PARTS) == shown(CHATML, PARTS)
 
 
 @pytest.mark.parametrize("jinja", [chat_template("qwen"), LLAVA_HF, CHATML])
 def test_a_picture_token_in_a_text_part_does_not_become_a_picture(jinja):
-    text = shown(jinja, [{"role": "user", "content": [IMAGE, TEXT("What does <image> mean?")]}])
-    assert text.count("<image>") == 1 and "What does < image> mean?" in text
+    content = [IMAGE, text_part("What does <image> mean?")]
+    text = shown(jinja, [{"role": "user", "content": content}])
+    assert text.count("<image>") == 1
+    assert "What does < image> mean?" in text
 
 
 def test_a_string_without_pictures_stays_as_it_is():
-    assert shown(LLAVA_HF, [{"role": "user", "content": "Hello\n you "}]) == "USER: Hello\n you  "
-    assert "Hello\n you " in shown(CHATML, [{"role": "user", "content": "Hello\n you "}])
+    messages = [{"role": "user", "content": "Hello\n you "}]
+    assert shown(LLAVA_HF, messages) == "USER: Hello\n you  "
+    assert "Hello\n you " in shown(CHATML, messages)

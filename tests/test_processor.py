@@ -1,4 +1,7 @@
-"""The processor of a folder: what ours reads and writes is what stock transformers does with the same messages and pictures."""
+"""The processor of a folder: what it reads and writes is what stock transformers does.
+
+Both get the same messages and pictures.
+"""
 
 import dataclasses
 import json
@@ -46,7 +49,7 @@ TOWERS = {
     "siglip": VisionConfig("siglip", 30, 14, 16, 32, 2, 2, pixel_mean=GRAY, pixel_std=GRAY),
 }
 VISION_CONFIGS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
-# A folder each: tokenizer, tower, and the text model that config.json names.
+# Kind of folder -> (function that makes the tokenizer, tower, class of the text configuration).
 FOLDERS = {
     "qwen": (
         lambda: small_tokenizers.qwen(small_tokenizers.QWEN_VOCABULARY),
@@ -67,7 +70,14 @@ FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Both:
-    """A written folder as ours and theirs read it, and the encoder that training has."""
+    """A folder as our processor and theirs read it.
+
+    Attributes:
+      folder: The folder.
+      ours: Our processor.
+      theirs: Processor of transformers.
+      encoder: Encoder that training tokenizes texts with.
+    """
 
     folder: pathlib.Path
     ours: Processor
@@ -76,9 +86,11 @@ class Both:
 
 
 def write_folder(folder, kind: str, template: str) -> ModelConfig:
+    """Writes a processor and a config.json for transformers; returns our configuration."""
     make, tower, text_config = FOLDERS[kind]
     make().save_pretrained(folder / "source")
-    tokenizer, vision = load_tokenizer(folder / "source"), TOWERS[tower]
+    tokenizer = load_tokenizer(folder / "source")
+    vision = TOWERS[tower]
     config = ModelConfig(
         vision, DecoderConfig(), tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
     )
@@ -92,35 +104,37 @@ def write_folder(folder, kind: str, template: str) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Kind -> Both, made when it is first asked for."""
+    """Function: kind -> Both, which is made once."""
     made = {}
 
-    def of(kind: str) -> Both:
+    def get(kind: str) -> Both:
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
             config = write_folder(folder, kind, chat_template("qwen"))
             ours = read_processor(folder, config)
-            made[kind] = Both(
-                folder, ours, AutoProcessor.from_pretrained(folder), text_encoder(ours.tokenizer)
-            )
+            theirs = AutoProcessor.from_pretrained(folder)
+            made[kind] = Both(folder, ours, theirs, text_encoder(ours.tokenizer))
         return made[kind]
 
-    return of
+    return get
 
 
 def ask(*parts) -> dict:
-    """A user's message: a string as it is, or parts, of which None is a picture."""
-    in_parts = [
+    """A message of the user: one string, or several parts, of which None is a picture."""
+    if len(parts) == 1:
+        return {"role": "user", "content": parts[0]}
+    content = [
         {"type": "image"} if text is None else {"type": "text", "text": text} for text in parts
     ]
-    return {"role": "user", "content": parts[0] if len(parts) == 1 else in_parts}
+    return {"role": "user", "content": content}
 
 
 def say(text: str) -> dict:
+    """A message of the assistant."""
     return {"role": "assistant", "content": text}
 
 
-# Each with the questions as `conversation` has them (None where it has no such conversation).
+# Name -> (messages, the questions as records have them; None if no record has such messages).
 CONVERSATIONS = {
     "one picture": ([ask(None, "What is it?")], ["<image>\nWhat is it?"]),
     "several pictures": (
@@ -158,126 +172,107 @@ CONVERSATIONS = {
 
 
 def stock_ids(stock: LlavaProcessor, text: str) -> list[int]:
-    pictures = text.count("<image>")
-    return list(
-        stock(text=text, images=[Image.new("RGB", (20, 10))] * pictures if pictures else None)[
-            "input_ids"
-        ][0]
-    )
+    """Token ids of a text, by the processor of transformers."""
+    pictures = [Image.new("RGB", (20, 10))] * text.count("<image>")
+    return list(stock(text=text, images=pictures or None)["input_ids"][0])
+
+
+def answers_in(messages: list[dict]) -> list[str]:
+    """The answers of a conversation."""
+    return [message["content"] for message in messages if message["role"] == "assistant"]
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_prompt_s_ids_are_those_of_stock_and_of_training(both, kind, name):
-    ours, theirs = both(kind).ours, both(kind).theirs
+def test_ids_of_a_prompt_are_those_of_stock_and_of_training(both, kind, name):
+    ours = both(kind).ours
+    theirs = both(kind).theirs
     messages, questions = CONVERSATIONS[name]
     text = ours.render(messages)
     ids, is_picture = ours.encode(text)
     assert text == theirs.apply_chat_template(messages, add_generation_prompt=True)
     assert ids.tolist() == stock_ids(theirs, text)
-    assert (
-        text.endswith(" ASSISTANT:")
-        and is_picture.sum() == text.count("<image>") * ours.config.vision.num_features
-    )
+    assert text.endswith(" ASSISTANT:")
+    assert is_picture.sum() == text.count("<image>") * ours.config.vision.num_features
+    # The tokens that begin a text are there once.
     begin = both(kind).encoder.begin
-    assert tuple(ids[: len(begin)]) == begin and not np.isin(ids[len(begin) :], begin).any(), (
-        "begun once"
-    )
+    assert tuple(ids[: len(begin)]) == begin
+    assert not np.isin(ids[len(begin) :], begin).any()
     if questions:
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        prompt, marks = tokenize_prompt(
-            tuple(zip(questions, (*answers, None))),
-            both(kind).encoder,
-            chat_format("qwen", ours.config, ours.tokenizer),
-        )
-        assert ids.tolist() == prompt.tolist() and is_picture.tolist() == marks.tolist()
+        turns = tuple(zip(questions, (*answers_in(messages), None)))
+        chat = chat_format("qwen", ours.config, ours.tokenizer)
+        prompt, marks = tokenize_prompt(turns, both(kind).encoder, chat)
+        assert ids.tolist() == prompt.tolist()
+        assert is_picture.tolist() == marks.tolist()
 
 
 @pytest.mark.parametrize(
     "name", [name for name, (_, questions) in CONVERSATIONS.items() if questions]
 )
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_an_answered_conversation_s_ids_are_those_of_stock_and_of_training(both, kind, name):
-    ours, theirs = both(kind).ours, both(kind).theirs
+def test_ids_of_an_answered_conversation_are_those_of_stock_and_of_training(both, kind, name):
+    ours = both(kind).ours
+    theirs = both(kind).theirs
     messages, questions = CONVERSATIONS[name]
     messages = [*messages, say("It is so.")]
     text = ours.render(messages, add_generation_prompt=False)
-    assert text == theirs.apply_chat_template(messages) and text.endswith(
-        f" ASSISTANT: It is so.{theirs.tokenizer.eos_token}"
-    )
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    learnt = tokenize(
-        Record("r", (), tuple(zip(questions, answers))),
-        both(kind).encoder,
-        chat_format("qwen", ours.config, ours.tokenizer),
-        10**5,
-    )
-    assert (
-        ours.encode(text)[0].tolist()
-        == stock_ids(theirs, text)
-        == [*learnt.tokens, learnt.targets[-1]]
-    )
+    assert text == theirs.apply_chat_template(messages)
+    assert text.endswith(f" ASSISTANT: It is so.{theirs.tokenizer.eos_token}")
+    record = Record("r", (), tuple(zip(questions, answers_in(messages))))
+    chat = chat_format("qwen", ours.config, ours.tokenizer)
+    learnt = tokenize(record, both(kind).encoder, chat, 10**5)
+    ids = ours.encode(text)[0].tolist()
+    assert ids == stock_ids(theirs, text)
+    assert ids == [*learnt.tokens, learnt.targets[-1]]
 
 
 def test_stock_tokenizes_a_template_in_one_step_to_the_same_ids(both):
-    messages = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": Image.new("RGB", (20, 10))},
-                {"type": "text", "text": "What?"},
-            ],
-        }
+    content = [
+        {"type": "image", "image": Image.new("RGB", (20, 10))},
+        {"type": "text", "text": "What?"},
     ]
+    messages = [{"role": "user", "content": content}]
     for kind in FOLDERS:
-        ids = both(kind).theirs.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True
-        )
-        assert both(kind).ours.encode(both(kind).ours.render(messages))[0].tolist() == ids[0]
+        ours = both(kind).ours
+        theirs = both(kind).theirs
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        assert ours.encode(ours.render(messages))[0].tolist() == ids[0]
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_stock_knows_the_special_tokens(both, kind):
-    ours, tokenizer = both(kind).ours, both(kind).theirs.tokenizer
-    assert (
-        tokenizer.image_token == "<image>"
-        and tokenizer.image_token_id == ours.config.image_token_id
-    )
-    specials = [
-        (t.bos_token, t.eos_token, t.pad_token, t.unk_token, t.padding_side)
-        for t in (tokenizer, ours.tokenizer)
-    ]
-    assert specials[0][:4] == specials[1][:4] and specials[0][4] == "left"
+    ours = both(kind).ours
+    tokenizer = both(kind).theirs.tokenizer
+    assert tokenizer.image_token == "<image>"
+    assert tokenizer.image_token_id == ours.config.image_token_id
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        assert getattr(tokenizer, name) == getattr(ours.tokenizer, name)
+    assert tokenizer.padding_side == "left"
     generation = GenerationConfig.from_pretrained(both(kind).folder)
-    ids = (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id)
-    assert (
-        ids == (tokenizer.bos_token_id, ours.config.end_token_id, tokenizer.pad_token_id)
-        and not generation.do_sample
-    )
-    text = "What is it? Two cats."
-    assert tokenizer.decode(
-        ours.encode(text)[0], skip_special_tokens=True
-    ) == ours.tokenizer.decode(ours.encode(text)[0], skip_special_tokens=True)
+    assert generation.bos_token_id == tokenizer.bos_token_id
+    assert generation.eos_token_id == ours.config.end_token_id
+    assert generation.pad_token_id == tokenizer.pad_token_id
+    assert not generation.do_sample
+    ids = ours.encode("What is it? Two cats.")[0]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == ours.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_stock_reads_a_plain_language_model_s_tokenizer_as_it_is_written(both, tmp_path):
-    """transformers 5 makes Qwen's tokenizer of whatever a plain qwen2 folder holds; every other family's is read."""
-    for kind, text_config in {
-        "qwen": Qwen2Config,
-        "words": Qwen2MoeConfig,
-        "llama": LlamaConfig,
-    }.items():
+def test_stock_reads_the_tokenizer_of_a_plain_language_model_as_it_is_written(both, tmp_path):
+    """In transformers 5, a folder with a plain qwen2 always has Qwen's tokenizer.
+
+    The tokenizer of every other family is read as it is.
+    """
+    text = "USER: What is it? ASSISTANT: It's a cat — 猫."
+    text_configs = {"qwen": Qwen2Config, "words": Qwen2MoeConfig, "llama": LlamaConfig}
+    for kind, text_config in text_configs.items():
+        ours = both(kind).ours
         folder = tmp_path / kind
         folder.mkdir()
-        write_processor(
-            folder, both(kind).ours.config, both(kind).ours.tokenizer, chat_template("qwen")
-        )
+        write_processor(folder, ours.config, ours.tokenizer, chat_template("qwen"))
         text_config().save_pretrained(folder)
-        text = "USER: What is it? ASSISTANT: It's a cat — 猫."
-        assert (
-            AutoTokenizer.from_pretrained(folder)(text).input_ids
-            == both(kind).ours.encode(text)[0].tolist()
-        )
+        ids = AutoTokenizer.from_pretrained(folder)(text).input_ids
+        assert ids == ours.encode(text)[0].tolist()
 
 
 # Templates
@@ -285,32 +280,28 @@ def test_stock_reads_a_plain_language_model_s_tokenizer_as_it_is_written(both, t
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_renders_what_is_tokenised_for_training(both, name):
-    template, known = TEMPLATES[name], both("instructed" if TEMPLATES[name].end else "llama")
-    ours = dataclasses.replace(known.ours, chat_template=chat_template(name))
-    encoder, chat = known.encoder, chat_format(name, ours.config, ours.tokenizer)
-    messages, turns = (
-        [ask("<image>\nWhat?"), say("A cat."), ask("Sure?")],
-        (("<image>\nWhat?", "A cat."), ("Sure?", None)),
-    )
-    assert (
-        ours.encode(ours.render(messages))[0].tolist()
-        == tokenize_prompt(turns, encoder, chat)[0].tolist()
-    )
-    learnt = tokenize(Record("r", (), turns[:1]), encoder, chat, 1000)
+    template = TEMPLATES[name]
+    folder = both("instructed" if template.end else "llama")
+    ours = dataclasses.replace(folder.ours, chat_template=chat_template(name))
+    chat = chat_format(name, ours.config, ours.tokenizer)
+    messages = [ask("<image>\nWhat?"), say("A cat."), ask("Sure?")]
+    turns = (("<image>\nWhat?", "A cat."), ("Sure?", None))
+    prompt, _ = tokenize_prompt(turns, folder.encoder, chat)
+    assert ours.encode(ours.render(messages))[0].tolist() == prompt.tolist()
+    learnt = tokenize(Record("r", (), turns[:1]), folder.encoder, chat, 1000)
     text = ours.render(messages[:2], False)
     assert text.endswith(template.after_answer)
-    assert ours.encode(text.removesuffix(template.after_answer))[0].tolist() == [
-        *learnt.tokens,
-        learnt.targets[-1],
-    ]
+    ids = ours.encode(text.removesuffix(template.after_answer))[0].tolist()
+    assert ids == [*learnt.tokens, learnt.targets[-1]]
 
 
 @pytest.mark.parametrize("system", [None, "Be brief.", ""])
-def test_chatml_is_an_instructed_qwen_s_own(both, system):
-    """As Qwen2's tokenizer_config.json has it; ids of the markers included."""
+def test_chatml_is_the_template_of_an_instructed_qwen(both, system):
+    """Text and ids are as in the template of Qwen2's tokenizer_config.json."""
     ours = dataclasses.replace(both("instructed").ours, chat_template=chat_template("chatml"))
-    said = [] if system is None else [{"role": "system", "content": system}]
-    messages = [*said, ask(None, "What is it?"), say(" A cat.\n"), ask("\nSure?"), say("Yes")]
+    messages = [ask(None, "What is it?"), say(" A cat.\n"), ask("\nSure?"), say("Yes")]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
     texts = [
         "You are a helpful assistant." if system is None else system,
         "<image>\nWhat is it?",
@@ -323,16 +314,18 @@ def test_chatml_is_an_instructed_qwen_s_own(both, system):
     assert ours.render(messages, add_generation_prompt=False) == written
     assert ours.render(messages[:-1]) == written.removesuffix("Yes<|im_end|>\n")
     ids = ours.encode(written)[0].tolist()
-    assert (ids.count(151644), ids.count(151645)) == (5, 5) and ids[0] == 151644
+    assert (ids.count(151644), ids.count(151645)) == (5, 5)  # <|im_start|>, <|im_end|>
+    assert ids[0] == 151644
     assert ids == stock_ids(both("instructed").theirs, written)
 
 
 def test_a_template_of_another_model_is_refused(both, tmp_path):
     ours = both("qwen").ours
-    with pytest.raises(
-        ConfigError,
-        match=r"template = 'chatml': expected one for this model, whose answers end with <\|endoftext\|>",
-    ):
+    message = (
+        r"template = 'chatml': expected one for this model, whose answers end with "
+        r"<\|endoftext\|>"
+    )
+    with pytest.raises(ConfigError, match=message):
         dataclasses.replace(ours, chat_template=chat_template("chatml"))
     with pytest.raises(ConfigError, match="template = 'chatml'"):
         write_processor(tmp_path, ours.config, ours.tokenizer, chat_template("chatml"))
@@ -372,12 +365,11 @@ def test_what_a_template_cannot_show_is_refused(both):
         chat_template("other")
 
 
-def test_a_template_is_known_again():
-    assert all(
-        TEMPLATES[template_of(chat_template(name))] == template
-        for name, template in TEMPLATES.items()
-    )
-    assert template_of(chat_template("qwen") + "\n") is None and template_of(None) is None
+def test_a_template_is_recognised_by_its_text():
+    for name, template in TEMPLATES.items():
+        assert TEMPLATES[template_of(chat_template(name))] == template
+    assert template_of(chat_template("qwen") + "\n") is None
+    assert template_of(None) is None
 
 
 @pytest.mark.parametrize(
@@ -399,31 +391,36 @@ def test_a_template_is_known_again():
         ({}, None),
     ],
 )
-def test_a_folder_s_template_is_in_one_of_three_files(tmp_path, files, expected):
+def test_the_template_of_a_folder_is_in_one_of_three_files(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert read_template(tmp_path) == expected
 
 
-def test_a_template_that_begins_the_text_itself_has_one_beginning(both):
-    """Mistral's writes <s>."""
-    own = "{{ bos_token }}" + chat_template("brief")
-    ours, messages = dataclasses.replace(both("llama").ours, chat_template=own), [ask("Hi")]
-    ids = both("llama").theirs.apply_chat_template(
-        messages, own, add_generation_prompt=True, tokenize=True
-    )[0]
-    assert ours.encode(ours.render(messages))[0].tolist() == ids and ids.count(ids[0]) == 1
+def test_a_text_has_one_bos_token_if_its_template_writes_it(both):
+    """As the template of Mistral does."""
+    template = "{{ bos_token }}" + chat_template("brief")
+    ours = dataclasses.replace(both("llama").ours, chat_template=template)
+    messages = [ask("Hi")]
+    (ids,) = both("llama").theirs.apply_chat_template(
+        messages, template, add_generation_prompt=True, tokenize=True
+    )
+    assert ours.encode(ours.render(messages))[0].tolist() == ids
+    assert ids.count(ids[0]) == 1
 
 
 # Pictures
 
 
 def pictures() -> dict[str, Image.Image]:
+    """Pictures of all sizes and colour modes, by name."""
     rng = np.random.default_rng(0)
-    colours = lambda *shape: rng.integers(0, 256, shape, np.uint8)
-    photo = Image.fromarray(colours(9, 12, 3)).resize(
-        (200, 150), Image.Resampling.BICUBIC
-    )  # smooth
+
+    def colours(*shape: int) -> np.ndarray:
+        return rng.integers(0, 256, shape, np.uint8)
+
+    # Enlarged, so that it is smooth.
+    photo = Image.fromarray(colours(9, 12, 3)).resize((200, 150), Image.Resampling.BICUBIC)
     return {
         "wide": photo.resize((300, 40)),
         "tall": photo.resize((40, 301)),
@@ -441,24 +438,25 @@ def pictures() -> dict[str, Image.Image]:
 
 
 def normalised(pixels: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """u8[N,H,W,3] as the tower computes with it, f32[N,3,H,W]."""
-    return (
-        (pixels.astype(np.float32) / 255 - np.float32(vision.pixel_mean))
-        / np.float32(vision.pixel_std)
-    ).transpose(0, 3, 1, 2)
+    """Normalises pixels u8[N,H,W,3] as the vision tower does; f32[N,3,H,W]."""
+    centred = pixels.astype(np.float32) / 255 - np.float32(vision.pixel_mean)
+    return (centred / np.float32(vision.pixel_std)).transpose(0, 3, 1, 2)
+
+
+def assert_same_pixels(ours: Processor, theirs) -> None:
+    """Asserts that our processor prepares all pictures as the image processor `theirs` does."""
+    shown = pictures()
+    found = normalised(ours.pixels(shown.values()), ours.config.vision)
+    for (name, picture), pixels in zip(shown.items(), found, strict=True):
+        wanted = theirs(picture)["pixel_values"][0]
+        np.testing.assert_allclose(pixels, wanted, rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["qwen", "bytes"])
 def test_pixels_are_those_of_the_stock_processor(both, kind):
-    shown, ours = pictures(), both(kind).ours
     theirs = AutoImageProcessor.from_pretrained(both(kind).folder, backend="pil")
     assert isinstance(theirs, LlavaImageProcessorPil)
-    for (name, picture), pixels in zip(
-        shown.items(), normalised(ours.pixels(shown.values()), ours.config.vision), strict=True
-    ):
-        np.testing.assert_allclose(
-            pixels, theirs(picture)["pixel_values"][0], rtol=0, atol=1e-6, err_msg=name
-        )
+    assert_same_pixels(both(kind).ours, theirs)
 
 
 CLIP = {"image_mean": TOWERS["clip"].pixel_mean, "image_std": TOWERS["clip"].pixel_std}
@@ -472,13 +470,16 @@ STOCK_FITS = {
 
 @pytest.mark.parametrize("fit", STOCK_FITS)
 @pytest.mark.parametrize("layout", ["4.x", "5.x"])
-def test_a_stock_folder_s_own_fit_is_kept(both, tmp_path, fit, layout):
-    """llava-1.5-hf crops as CLIP does; LLaVA models with SigLIP stretch. 5.x writes one processor_config.json, 4.x two files."""
-    theirs, shown = STOCK_FITS[fit](28), pictures()
-    known = both("llama")
+def test_the_fit_of_a_stock_folder_is_kept(both, tmp_path, fit, layout):
+    """llava-1.5-hf crops as CLIP does; LLaVA models with SigLIP stretch.
+
+    transformers 5.x writes one processor_config.json, 4.x two files.
+    """
+    theirs = STOCK_FITS[fit](28)
+    folder = both("llama")
     LlavaProcessor(
         theirs,
-        known.theirs.tokenizer,
+        folder.theirs.tokenizer,
         14,
         "default",
         chat_template="{{ messages }}",
@@ -488,17 +489,12 @@ def test_a_stock_folder_s_own_fit_is_kept(both, tmp_path, fit, layout):
         whole = json.loads((tmp_path / "processor_config.json").read_text())
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(whole.pop("image_processor")))
         (tmp_path / "processor_config.json").write_text(json.dumps(whole))
-    ours = read_processor(tmp_path, known.ours.config)
+    ours = read_processor(tmp_path, folder.ours.config)
     assert (ours.fit, ours.chat_template) == (fit, "{{ messages }}")
-    for (name, picture), pixels in zip(
-        shown.items(), normalised(ours.pixels(shown.values()), ours.config.vision), strict=True
-    ):
-        np.testing.assert_allclose(
-            pixels, theirs(picture)["pixel_values"][0], rtol=0, atol=1e-6, err_msg=name
-        )
-    assert ours.encode("<image>\nWhat?")[0].tolist() == stock_ids(
-        AutoProcessor.from_pretrained(tmp_path), "<image>\nWhat?"
-    )
+    assert_same_pixels(ours, theirs)
+    text = "<image>\nWhat?"
+    stock = AutoProcessor.from_pretrained(tmp_path)
+    assert ours.encode(text)[0].tolist() == stock_ids(stock, text)
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
@@ -516,38 +512,37 @@ def test_without_an_image_processor_pictures_are_padded(both, tmp_path):
     assert read_processor(tmp_path, ours.config).fit == "pad"
 
 
-# Batches, and what is refused
+# Batches, and errors
 
 
 def test_prompts_are_padded_on_the_left(both):
     ours = both("llama").ours
-    shown = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
+    red, green, blue = (Image.new("RGB", (20, 10), name) for name in ("red", "green", "blue"))
     texts = ["<image>\nWhat is it?", "Hi", "<image> or <image>?"]
-    prompts = ours.prompts(texts, [shown[:1], [], shown[1:]])
+    shown = [[red], [], [green, blue]]
+    prompts = ours.prompts(texts, shown)
     assert prompts.images.shape == (3, 2, 28, 28, 3)
-    for row, (text, pixels) in enumerate(zip(texts, (shown[:1], [], shown[1:]))):
+    for row, (text, pixels) in enumerate(zip(texts, shown)):
         ids, is_picture = ours.encode(text)
         padding = prompts.tokens.shape[1] - len(ids)
         assert prompts.tokens[row, padding:].tolist() == ids.tolist()
         assert prompts.segment_ids[row].tolist() == [0] * padding + [1] * len(ids)
         index = prompts.picture_index[row]
-        assert (index[:padding] == -1).all() and ((index[padding:] >= 0) == is_picture).all()
+        assert (index[:padding] == -1).all()
+        assert ((index[padding:] >= 0) == is_picture).all()
         assert index[index >= 0].tolist() == list(range(4 * len(pixels)))
         np.testing.assert_array_equal(prompts.images[row, : len(pixels)], ours.pixels(pixels))
-    with pytest.raises(
-        ValueError, match=r"text '<image> and <image>' marks 2 pictures with <image>, expected 1"
-    ):
-        ours.prompts(["<image> and <image>"], [shown[:1]])
+    message = "text '<image> and <image>' marks 2 pictures with <image>, expected 1"
+    with pytest.raises(ValueError, match=message):
+        ours.prompts(["<image> and <image>"], [[red]])
     with pytest.raises(BadSample, match="unreadable"):
         ours.prompts(["<image>"], [[b"no picture"]])
 
 
 def test_a_tokenizer_of_another_model_is_refused(both, tmp_path):
     config = both("qwen").ours.config
-    with pytest.raises(
-        ConfigError,
-        match=r"id of <image> in the tokenizer of .* = \d+: expected the model's, 151646",
-    ):
+    message = r"id of <image> in the tokenizer of .* = \d+: expected the model's, 151646"
+    with pytest.raises(ConfigError, match=message):
         read_processor(both("llama").folder, config)
     with pytest.raises(ConfigError, match="expected the model's, 151646"):
         write_processor(tmp_path, config, both("llama").ours.tokenizer, chat_template("qwen"))
@@ -571,9 +566,8 @@ def test_pictures_prepared_in_another_way_are_refused(both, tmp_path, change):
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps(image_processor_to_json(ours.config.vision) | change)
     )
-    with pytest.raises(
-        ConfigError, match="image processor = .*: expected one of .*pad.*crop.*stretch"
-    ):
+    message = "image processor = .*: expected one of .*pad.*crop.*stretch"
+    with pytest.raises(ConfigError, match=message):
         read_processor(tmp_path, ours.config)
 
 

@@ -1,8 +1,11 @@
-"""What stock transformers, 4.57 or 5.x, makes of a folder that we exported. Needs torch, transformers, numpy and Pillow, and nothing of ours.
+"""Compares what stock transformers (4.57 or 5.x) computes from an exported folder with ours:
 
-    python tests/stock/check.py FOLDER      FOLDER: what write.py left; prints the differences, and fails if one is too large
+    python tests/stock/check.py FOLDER
 
-Axes: B texts, S positions, V vocabulary, T new tokens, N pictures, C H W their channels, height and width.
+FOLDER was written by write.py. The differences are printed; the exit code is 1 if one is too large.
+This script needs torch, transformers, numpy and Pillow, but nothing of mod_jax.
+
+Axes: B texts, S positions, V vocabulary, T new tokens.
 """
 
 import contextlib
@@ -18,11 +21,15 @@ import transformers
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-NEW_TOKENS, NOTHING = 32, -1  # no token has the id -1, so nothing ends an answer
-TOLERANCE = 1e-5  # max |ours - theirs| / max |theirs| of logits in float32
+NEW_TOKENS = 32
+# An end token that no token has the id of, so that nothing ends an answer.
+NOTHING = -1
+# Of logits in float32: max |ours - theirs| / max |theirs|.
+TOLERANCE = 1e-5
+# Of normalised pixels: max |ours - theirs|.
 PIXEL_TOLERANCE = 1e-6
 
-# Texts, and the (width, height) of their pictures in px.
+# Name -> (text, (width, height) of its pictures in px).
 INPUTS = {
     "a picture first": ("<image>\nWhat is it?", [(20, 30)]),
     "in the middle": ("USER: Is it <image> a cat? ASSISTANT:", [(31, 9)]),
@@ -38,31 +45,31 @@ CONVERSATION = [
 
 
 def inputs(with_pictures: bool = True) -> tuple[list[str], list[list[Image.Image]]]:
-    """The texts, and the pictures of each."""
+    """The texts, and the pictures of each.
+
+    Args:
+      with_pictures: If not, there are no pictures, and their markers are replaced by a word.
+    """
     rng = np.random.default_rng(0)
-    drawn = [
-        [
-            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-            for width, height in sizes
-        ]
-        for _, sizes in INPUTS.values()
-    ]
     texts = [text for text, _ in INPUTS.values()]
-    return (
-        (texts, drawn)
-        if with_pictures
-        else ([text.replace("<image>", "cat") for text in texts], [[] for _ in texts])
-    )
+    if not with_pictures:
+        return [text.replace("<image>", "cat") for text in texts], [[] for _ in texts]
+    pictures = []
+    for _, sizes in INPUTS.values():
+        arrays = [rng.integers(0, 256, (height, width, 3), np.uint8) for width, height in sizes]
+        pictures.append([Image.fromarray(array) for array in arrays])
+    return texts, pictures
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a model makes of `inputs`.
+    """What a model computes from `inputs`.
 
     Attributes:
-      alone: f32[S,V] of each text.
-      left, right: f32[B,S,V] of all as a batch, padded on that side.
-      answers: i32[B,T], greedy, with nothing to end them.
+      alone: Logits f32[S,V] of each text.
+      left: Logits f32[B,S,V] of all texts as a batch that is padded on the left.
+      right: The same, padded on the right.
+      answers: Greedy answers i32[B,T], which do not end.
     """
 
     alone: list[np.ndarray]
@@ -73,7 +80,14 @@ class Results:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """max |ours - theirs| / max |theirs| of the logits of each text, the largest of all texts; and the share of the answers' tokens that are the same."""
+    """Differences between two results.
+
+    Attributes:
+      alone: max |ours - theirs| / max |theirs| of the logits of a text, the largest of all texts.
+      left: The same for the batch that is padded on the left.
+      right: The same for the batch that is padded on the right.
+      same: Share of the answers' tokens that are equal.
+    """
 
     alone: float
     left: float
@@ -82,49 +96,52 @@ class Difference:
 
 
 def difference(found: Results, wanted: Results) -> Difference:
-    """At the positions of the texts; what is padding means nothing."""
-    lengths, vocabulary = [len(row) for row in wanted.alone], wanted.left.shape[-1]
-    assert [len(row) for row in found.alone] == lengths and found.left.shape[
-        :2
-    ] == wanted.left.shape[:2]
+    """Compares results at the positions of the texts, as the logits of padding are meaningless."""
+    lengths = [len(row) for row in wanted.alone]
+    vocabulary = wanted.left.shape[-1]
+    assert [len(row) for row in found.alone] == lengths
+    assert found.left.shape[:2] == wanted.left.shape[:2]
 
-    def largest(ours, theirs, first=lambda row, length: row):
-        pairs = [
-            (first(a, n)[:, :vocabulary], first(b, n))
-            for a, b, n in zip(ours, theirs, lengths, strict=True)
+    def largest(ours, theirs) -> float:
+        differences = [
+            np.abs(a[:, :vocabulary] - b).max() / np.abs(b).max()
+            for a, b in zip(ours, theirs, strict=True)
         ]
-        return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+        return float(max(differences))
+
+    def at_end(rows) -> list[np.ndarray]:
+        return [row[-length:] for row, length in zip(rows, lengths, strict=True)]
+
+    def at_start(rows) -> list[np.ndarray]:
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
     return Difference(
         alone=largest(found.alone, wanted.alone),
-        left=largest(found.left, wanted.left, lambda row, length: row[-length:]),
-        right=largest(found.right, wanted.right, lambda row, length: row[:length]),
+        left=largest(at_end(found.left), at_end(wanted.left)),
+        right=largest(at_start(found.right), at_start(wanted.right)),
         same=float((found.answers == wanted.answers).mean()),
     )
 
 
 def load(folder: pathlib.Path) -> tuple[torch.nn.Module, LlavaProcessor]:
-    """What transformers loads; it finds every tensor in the files, and no other. (A shared expert of size 0 has no numbers, and is in no file.)"""
-    options = {"attn_implementation": "eager", "dtype": torch.float32}
-    model, said = LlavaForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True, **options
+    """Loads a folder, and asserts that its files hold the tensors of the model and no others.
+
+    A shared expert of size 0 has no numbers, so that its tensors are in no file.
+    """
+    model, loading_info = LlavaForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
     empty = {name for name, parameter in model.named_parameters() if parameter.numel() == 0}
-    assert (
-        not set(said["missing_keys"]) - empty
-        and not said["unexpected_keys"]
-        and not said["mismatched_keys"]
-    ), said
+    assert not set(loading_info["missing_keys"]) - empty, loading_info
+    assert not loading_info["unexpected_keys"], loading_info
+    assert not loading_info["mismatched_keys"], loading_info
     return model.eval(), AutoProcessor.from_pretrained(folder, **pil())
 
 
 def pil() -> dict:
-    """How this version is asked for the image processor that works with Pillow."""
-    return (
-        {"backend": "pil"}
-        if int(transformers.__version__.partition(".")[0]) >= 5
-        else {"use_fast": False}
-    )
+    """Options by which this version of transformers loads the image processor for Pillow."""
+    major = int(transformers.__version__.partition(".")[0])
+    return {"backend": "pil"} if major >= 5 else {"use_fast": False}
 
 
 def read(
@@ -133,54 +150,54 @@ def read(
     pictures: list[list[Image.Image]],
     side: str = "left",
 ) -> dict:
-    """A padded batch."""
+    """Makes a batch of texts that is padded on one side."""
     processor.tokenizer.padding_side = side
-    return processor(
-        text=texts,
-        images=[picture for shown in pictures for picture in shown] or None,
-        padding=True,
-        return_tensors="pt",
-    )
+    images = [picture for shown in pictures for picture in shown]
+    return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
 
 
 def theirs(
     model: torch.nn.Module, processor: LlavaProcessor, with_pictures: bool = True
 ) -> Results:
-    """By transformers. Rounding decides nothing: the best two logits of each step of the answers are not that near."""
+    """Computes the results with transformers.
+
+    Asserts that the two largest logits differ enough at each step of the answers, so that rounding
+    changes no token.
+    """
     texts, pictures = inputs(with_pictures)
 
-    def logits(texts, pictures, side="left"):
+    def logits(texts, pictures, side="left") -> np.ndarray:
         return model(**read(processor, texts, pictures, side)).logits.numpy()
 
     with torch.no_grad():
-        options = {
-            "max_new_tokens": NEW_TOKENS,
-            "do_sample": False,
-            "eos_token_id": NOTHING,
-            "return_dict_in_generate": True,
-            "output_logits": True,
-        }
-        said = model.generate(
+        generated = model.generate(
             **read(processor, texts, pictures),
-            **options,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=NOTHING,
+            return_dict_in_generate=True,
+            output_logits=True,
             pad_token_id=processor.tokenizer.pad_token_id,
         )
-        best = torch.stack(said.logits).topk(2).values
+        best = torch.stack(generated.logits).topk(2).values
         assert (best[..., 0] - best[..., 1]).min() > 2 * TOLERANCE * best.abs().max(), (
-            "the best two logits are within rounding: choose another seed"
+            "the two largest logits are within rounding: choose another seed"
         )
-        alone = [logits([text], [shown])[0] for text, shown in zip(texts, pictures)]
         return Results(
-            alone,
-            logits(texts, pictures),
-            logits(texts, pictures, "right"),
-            said.sequences[:, -NEW_TOKENS:].numpy(),
+            alone=[logits([text], [shown])[0] for text, shown in zip(texts, pictures)],
+            left=logits(texts, pictures),
+            right=logits(texts, pictures, "right"),
+            answers=generated.sequences[:, -NEW_TOKENS:].numpy(),
         )
 
 
-def said_by_card(folder: pathlib.Path) -> str:
-    """What the code in the model's card prints, about a picture.png of the first of `inputs`."""
-    inputs()[1][0][0].save(folder / "picture.png")
+def answer_of_card(folder: pathlib.Path) -> str:
+    """Runs the code in the model's card, and returns what it prints.
+
+    It asks about picture.png, which is the first picture of `inputs`.
+    """
+    _, pictures = inputs()
+    pictures[0][0].save(folder / "picture.png")
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     (folder / "use.py").write_text(code)
     printed = io.StringIO()
@@ -190,53 +207,60 @@ def said_by_card(folder: pathlib.Path) -> str:
 
 
 def wrong_with(folder: pathlib.Path) -> tuple[Difference, list[str]]:
-    """How far a model of `folder` is from what we computed, and what is not as it should be."""
+    """Returns how far transformers is from what we computed, and the names of what is wrong."""
     model, processor = load(folder / "model")
-    (texts, pictures), ours = inputs(), dict(np.load(folder / "expected.npz"))
+    texts, pictures = inputs()
+    ours = dict(np.load(folder / "expected.npz"))
     computed = Results(
-        [ours[f"alone_{number}"] for number in range(len(texts))],
-        ours["left"],
-        ours["right"],
-        ours["answers"],
+        alone=[ours[f"alone_{number}"] for number in range(len(texts))],
+        left=ours["left"],
+        right=ours["right"],
+        answers=ours["answers"],
     )
     found = difference(computed, theirs(model, processor))
     ids = [
         processor(text=[text], images=shown or None).input_ids[0]
         for text, shown in zip(texts, pictures)
     ]
-    pixels = np.abs(read(processor, texts, pictures)["pixel_values"].numpy() - ours["pixels"]).max()
-    rendered, said = (
-        processor.apply_chat_template(CONVERSATION, add_generation_prompt=True),
-        said_by_card(folder / "model"),
-    )
+    same_ids = all(row == ours[f"ids_{number}"].tolist() for number, row in enumerate(ids))
+    pixels = read(processor, texts, pictures)["pixel_values"].numpy()
+    pixel_difference = np.abs(pixels - ours["pixels"]).max()
+    rendered = processor.apply_chat_template(CONVERSATION, add_generation_prompt=True)
+    answer = answer_of_card(folder / "model")
     wrong = {
         f"logits (more than {TOLERANCE:g})": max(found.alone, found.left, found.right) > TOLERANCE,
         "greedy tokens": found.same < 1,
-        f"pixels (by {pixels:.1e})": pixels > PIXEL_TOLERANCE,
-        "ids": any(row != ours[f"ids_{number}"].tolist() for number, row in enumerate(ids)),
+        f"pixels (by {pixel_difference:.1e})": pixel_difference > PIXEL_TOLERANCE,
+        "ids": not same_ids,
         f"chat template ({rendered!r})": rendered != ours["rendered"].item(),
-        f"answer of the card's code ({said!r})": said != ours["said"].item(),
+        f"answer of the card's code ({answer!r})": answer != ours["said"].item(),
     }
-    return found, [what for what, is_wrong in wrong.items() if is_wrong]
+    return found, [name for name, is_wrong in wrong.items() if is_wrong]
 
 
 def main() -> None:
-    """Checks every model; exit code 1 if something is wrong."""
-    transformers.logging.set_verbosity_error()  # it warns of shared experts, which have no numbers
+    """Checks every model; exits with code 1 if anything is wrong."""
+    # transformers would warn about the shared experts, which have no numbers.
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}\n")
-    print(
-        "| model | alone | padded left | padded right | same tokens | wrong |\n|---|---|---|---|---|---|"
-    )
-    bad = False
-    for folder in sorted(path.parent for path in pathlib.Path(sys.argv[1]).glob("*/expected.npz")):
+    print("| model | alone | padded left | padded right | same tokens | wrong |")
+    print("|---|---|---|---|---|---|")
+    has_faults = False
+    for expected in sorted(pathlib.Path(sys.argv[1]).glob("*/expected.npz")):
+        folder = expected.parent
         found, wrong = wrong_with(folder)
-        bad |= bool(wrong)
-        print(
-            f"| {folder.name} | {found.alone:.1e} | {found.left:.1e} | {found.right:.1e} | {found.same:.0%} | {'; '.join(wrong) or 'nothing'} |",
-            flush=True,
-        )
-    sys.exit(int(bad))
+        has_faults |= bool(wrong)
+        cells = [
+            folder.name,
+            f"{found.alone:.1e}",
+            f"{found.left:.1e}",
+            f"{found.right:.1e}",
+            f"{found.same:.0%}",
+            "; ".join(wrong) or "nothing",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    sys.exit(int(has_faults))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Small random students of ours, exported, and what we compute with them, for check.py: python -m stock.write FOLDER, with tests/ on the path."""
+"""Exports small random students, with what we compute with them, for check.py:
+
+    python -m stock.write FOLDER
+
+tests/ has to be on the path.
+"""
 
 import pathlib
 import shutil
@@ -8,7 +13,7 @@ import families
 
 
 def main() -> None:
-    """Writes them all; what was in the folder is lost."""
+    """Writes all students; the previous contents of the folder are deleted."""
     target = pathlib.Path(sys.argv[1]).absolute()
     shutil.rmtree(target, ignore_errors=True)
     for name in families.STUDENTS:
