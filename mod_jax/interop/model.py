@@ -4,16 +4,19 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from mod_jax.config import ModelConfig, ModelSource, require
 from mod_jax.data.sources.record import MARKER
 from mod_jax.interop import huggingface, loading
 from mod_jax.interop.pretrained import read
 from mod_jax.models import llava
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Model:
         }
 
 
-def check_tokenizer(config: ModelConfig, origin: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_tokenizer(config: ModelConfig, origin: str, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Checks that a model knows the ids of a tokenizer.
 
     Args:
@@ -75,7 +78,7 @@ def check_tokenizer(config: ModelConfig, origin: str, tokenizer: PreTrainedToken
 
 
 def load_model(
-    source: ModelSource, tokenizer: PreTrainedTokenizerFast, dtype: str, remat: str
+    source: ModelSource, tokenizer: "PreTrainedTokenizerFast", dtype: str, remat: str
 ) -> Model:
     """Makes the model that a configuration names: a folder, parts, or sizes with random weights.
 
