@@ -1,4 +1,4 @@
-"""Pictures as the tower takes them; whatever else comes as a picture is handled, or refused by name."""
+"""Pictures become the tower's squares; odd files are read, or refused with the reason."""
 
 import io
 import struct
@@ -20,27 +20,24 @@ from mod_jax.data.sources.record import BadSample
 
 CLIP_FILL = (122, 116, 104)
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Corrupt EXIF", "ignore:Image size"
-)  # pytest takes away the filters that `images` sets
+# pytest replaces the filters that `pixels` sets.
+pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Image size")
 
 
 def photo(height, width, seed=0):
-    """Smooth colours with a little noise, u8[H,W,3]."""
+    """Makes smooth colours with a little noise, u8[H,W,3]."""
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / 7), np.cos(y / 5), np.sin((x + y) / 11)], -1)
-    return (
-        (128 + 90 * waves + np.random.default_rng(seed).normal(0, 8, waves.shape))
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
+    noise = np.random.default_rng(seed).normal(0, 8, waves.shape)
+    return (128 + 90 * waves + noise).clip(0, 255).astype(np.uint8)
 
 
 def encoded(image, form="PNG", **options):
+    """Encodes a Pillow image or an array."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
-        file, form, **options
-    )
+    image.save(file, form, **options)
     return file.getvalue()
 
 
@@ -48,7 +45,7 @@ def tower(size, mean=CLIP_MEAN):
     return VisionConfig(image_size=size, patch_size=1, pixel_mean=mean)
 
 
-STOCK = {
+STOCK = {  # fit -> the processor of transformers that does the same
     "pad": lambda size, mean: LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": size}, image_mean=list(mean), **square(size)
     ),
@@ -85,13 +82,13 @@ def square(size):
     ],
 )
 def test_agrees_with_the_processor_of_transformers(shape, fit, mean):
-    """Their PIL backend; a SigLIP tower's padding is gray."""
+    """With its PIL backend. The second mean is SigLIP's, whose padding is gray."""
     source = photo(*shape)
-    expected = np.asarray(STOCK[fit](28, mean)(Image.fromarray(source)).pixel_values[0]).transpose(
-        1, 2, 0
-    )
+    pixel_values = STOCK[fit](28, mean)(Image.fromarray(source)).pixel_values[0]
+    expected = np.asarray(pixel_values).transpose(1, 2, 0)
     made = load_image(encoded(source), tower(28, mean), fit)
-    assert made.shape == (28, 28, 3) and made.dtype == np.uint8
+    assert made.shape == (28, 28, 3)
+    assert made.dtype == np.uint8
     np.testing.assert_array_equal(made, expected)
 
 
@@ -107,28 +104,32 @@ def test_padding_strip_by_strip_is_padding_at_once(shape, monkeypatch):
 
 @pytest.mark.parametrize("width, height", [(20_000, 300), (2, 8000), (30_000, 1)])
 def test_a_panorama_is_padded_without_a_square_of_its_side(width, height, monkeypatch):
-    made, sizes = Image.new, []
-    monkeypatch.setattr(
-        Image, "new", lambda mode, size, *color: sizes.append(size) or made(mode, size, *color)
-    )
-    picture = load_image(made("RGB", (width, height), "red"), tower(28)).astype(int)
+    panorama = Image.new("RGB", (width, height), "red")
+    new = Image.new
+    sizes = []
+
+    def recorded(mode, size, *color):
+        sizes.append(size)
+        return new(mode, size, *color)
+
+    monkeypatch.setattr(Image, "new", recorded)
+    picture = load_image(panorama, tower(28)).astype(int)
     assert max(w * h for w, h in sizes) <= pixels.STRIP_PIXELS
-    band = picture if width > height else picture.transpose(1, 0, 2)
-    assert (band[:10] == CLIP_FILL).all() and (band[-10:] == CLIP_FILL).all()
-    wanted = 28 * min(width, height) / max(width, height)  # rows of the band
-    assert (
-        abs(((band - CLIP_FILL) / (np.array([255, 0, 0]) - CLIP_FILL)).mean((1, 2)).sum() - wanted)
-        < 0.03
-    )
+    rows = picture if width > height else picture.transpose(1, 0, 2)
+    assert (rows[:10] == CLIP_FILL).all()
+    assert (rows[-10:] == CLIP_FILL).all()
+    red_share = (rows - CLIP_FILL) / (np.array([255, 0, 0]) - CLIP_FILL)
+    expected = 28 * min(width, height) / max(width, height)  # red rows, which may be less than one
+    assert abs(red_share.mean((1, 2)).sum() - expected) < 0.03
 
 
-def test_a_line_of_a_picture_is_too_long_to_be_cropped():
+def test_a_picture_of_a_single_row_may_be_too_long_to_be_cropped():
     assert load_image(np.zeros((1, 30_000, 3), np.uint8), tower(8), "crop").shape == (8, 8, 3)
     with pytest.raises(BadSample, match="picture too long: 30000 x 1 px"):
         load_image(np.zeros((1, 30_000, 3), np.uint8), tower(336), "crop")
 
 
-def test_another_fit_is_refused():
+def test_an_unknown_fit_is_refused():
     with pytest.raises(ConfigError, match="fit = 'squeeze': expected one of .*pad"):
         load_image(encoded(photo(8, 8)), tower(8), "squeeze")
 
@@ -141,31 +142,25 @@ def test_a_picture_of_the_right_size_is_untouched():
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_white(mode):
-    """As transformers 5 does with a picture that it is handed."""
-    source = np.concatenate(
-        [photo(20, 30), np.linspace(0, 255, 600, dtype=np.uint8).reshape(20, 30, 1)], -1
-    )
-    image = (
-        Image.fromarray(source).convert(mode)
-        if mode != "P"
-        else Image.fromarray(source[..., 0], "L").convert("P")
-    )
+    """transformers 5 does the same with a Pillow image."""
+    alpha = np.linspace(0, 255, 600, dtype=np.uint8).reshape(20, 30, 1)
+    source = np.concatenate([photo(20, 30), alpha], -1)
     if mode == "P":
+        image = Image.fromarray(source[..., 0], "L").convert("P")
         image.info["transparency"] = 77
-    expected = np.asarray(
-        STOCK["pad"](24, CLIP_MEAN)(image, do_convert_rgb=True).pixel_values[0]
-    ).transpose(1, 2, 0)
+    else:
+        image = Image.fromarray(source).convert(mode)
+    pixel_values = STOCK["pad"](24, CLIP_MEAN)(image, do_convert_rgb=True).pixel_values[0]
+    expected = np.asarray(pixel_values).transpose(1, 2, 0)
     np.testing.assert_array_equal(load_image(image, tower(24)), expected)
     np.testing.assert_array_equal(load_image(encoded(image), tower(24)), expected)
 
 
 def test_padding_is_centred_and_has_the_mean_colour():
     made = load_image(encoded(np.zeros((10, 40, 3), np.uint8)), tower(40))
-    assert (
-        (made[:15] == CLIP_FILL).all()
-        and (made[25:] == CLIP_FILL).all()
-        and (made[15:25] == 0).all()
-    )
+    assert (made[:15] == CLIP_FILL).all()
+    assert (made[25:] == CLIP_FILL).all()
+    assert (made[15:25] == 0).all()
 
 
 def test_colour_modes_become_rgb():
@@ -197,13 +192,8 @@ UPRIGHT = {  # EXIF's orientation -> what turns the picture upright
 def test_the_camera_s_rotation_is_applied(orientation, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    lossless = (
-        {"quality": 100, "subsampling": 0}
-        if form == "JPEG"
-        else {"lossless": True}
-        if form == "WEBP"
-        else {}
-    )
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    lossless = options.get(form, {})
     made = load_image(encoded(photo(16, 16), form, exif=exif, **lossless), tower(16)).astype(int)
     np.testing.assert_allclose(
         made, UPRIGHT[orientation](photo(16, 16)), atol=4 if form == "JPEG" else 0
@@ -215,7 +205,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width, height, *, depth=8, colour=2, chunks=b"", row=b"") -> bytes:
-    """A PNG that claims a size and has `height` times the bytes of a row, or none."""
+    """Makes a PNG that claims a size. It has `height` times the bytes of `row`, or no pixels."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -227,7 +217,7 @@ def png(width, height, *, depth=8, colour=2, chunks=b"", row=b"") -> bytes:
 
 
 def tiff(width, height) -> bytes:
-    """A TIFF that claims a size and has no pixels."""
+    """Makes a TIFF that claims a size, but has no pixels."""
     tags = {
         256: width,
         257: height,
@@ -244,6 +234,7 @@ def tiff(width, height) -> bytes:
 
 
 def gif(width, height, frame_width, frame_height) -> bytes:
+    """Makes a GIF that claims a size of its screen and of its frame, but has a single pixel."""
     screen = struct.pack("<HH", width, height) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
     return (
         b"GIF89a"
@@ -255,12 +246,12 @@ def gif(width, height, frame_width, frame_height) -> bytes:
 
 
 def in_png(*chunks: bytes) -> bytes:
-    """A photo of 32 x 24 px with further chunks in front of its pixels."""
+    """Makes a PNG of PHOTO with further chunks before its pixels."""
     whole = encoded(PHOTO)
     return whole[:33] + b"".join(chunks) + whole[33:]
 
 
-PHOTO = Image.fromarray(photo(24, 32))
+PHOTO = Image.fromarray(photo(24, 32))  # 32 px wide
 RGB = np.asarray(PHOTO)
 
 
@@ -269,11 +260,11 @@ def jpeg(**options) -> bytes:
 
 
 def two_frames(form, **options) -> bytes:
-    """The photo, then itself upside down."""
+    """Encodes PHOTO, then the same upside down."""
     return encoded(RGB, form, save_all=True, append_images=[PHOTO.rotate(180)], **options)
 
 
-ODD = {  # and how far a pixel may be from the photo's
+ODD = {  # name -> (encoded picture, largest difference of a pixel from PHOTO's)
     "progressive JPEG": (jpeg(progressive=True), 25),
     "EXIF of garbage": (jpeg(exif=b"Exif\0\0garbage"), 25),
     "EXIF that points nowhere": (jpeg(exif=b"Exif\0\0II*\0\xff\xff\xff\x7f"), 25),
@@ -304,7 +295,7 @@ ODD = {  # and how far a pixel may be from the photo's
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_files_are_read_and_the_first_frame_stands_for_all(name, tmp_path):
+def test_odd_files_are_read_and_only_their_first_frame_is_used(name, tmp_path):
     data, tolerance = ODD[name]
     (tmp_path / "wrong.tga").write_bytes(data)
     for picture in (data, tmp_path / "wrong.tga"):
@@ -312,7 +303,7 @@ def test_odd_files_are_read_and_the_first_frame_stands_for_all(name, tmp_path):
         assert np.abs(made - RGB).max() <= tolerance
 
 
-def test_cmyk_is_inked_white_paper():
+def test_cmyk_is_ink_on_white_paper():
     cmyk = np.random.default_rng(0).integers(0, 256, (6, 8, 4)).astype(np.uint8)
     paper = 255 - cmyk.astype(int)
     expected = paper[..., :3] * paper[..., 3:] / 255
@@ -327,7 +318,7 @@ def test_cmyk_is_inked_white_paper():
     )
 
 
-def test_sixteen_bits_become_the_upper_eight_in_gray_as_in_colour():
+def test_of_sixteen_bits_the_upper_eight_are_kept_in_gray_and_in_colour():
     deep = np.random.default_rng(0).integers(0, 65536, (5, 7)).astype(np.uint16)
     expected = np.repeat((deep >> 8)[..., None], 3, -1)
     for picture in (encoded(deep), encoded(deep, "TIFF"), deep):
@@ -359,7 +350,7 @@ def half(data: bytes) -> bytes:
 
 
 LARGE = {form: encoded(photo(200, 200), form) for form in ("JPEG", "PNG", "WEBP")}
-REFUSED = {
+REFUSED = {  # name -> (bytes, pattern of the reason)
     "empty": (b"", "0 bytes, none of JPEG, PNG,"),
     "HTML": (b"<!DOCTYPE html><title>404</title>", "begin with b'<!DOCTYPE html><'"),
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "begin with b'<svg"),
@@ -409,18 +400,30 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_whole_picture_is_refused_by_name(name):
+def test_the_reason_says_why_bytes_are_no_picture(name):
     data, reason = REFUSED[name]
     with pytest.raises(BadSample, match=reason):
         load_image(data, tower(8))
 
 
-def said_of(folder, *statements: str) -> str:
-    """What is written of a folder's pictures where Python is asked to show all warnings."""
-    code = "\n".join(["import contextlib, pathlib, sys", "from PIL import Image", *statements])
-    loop = "\nfor path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n    with contextlib.suppress(Exception): decode(path)"
+DECODE_ALL = """
+import contextlib, pathlib, sys
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    with contextlib.suppress(Exception):
+        decode(path)
+"""
+
+
+def warnings_of(folder, definition: str) -> str:
+    """Decodes all pictures of a folder, with all of Python's warnings on, and returns stderr.
+
+    Args:
+      folder: The folder.
+      definition: Code that defines `decode`.
+    """
+    code = definition + DECODE_ALL
     return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code + loop, str(folder)],
+        [sys.executable, "-W", "always", "-c", code, str(folder)],
         capture_output=True,
         text=True,
         check=True,
@@ -428,26 +431,26 @@ def said_of(folder, *statements: str) -> str:
 
 
 def test_pillow_s_warnings_do_not_fill_the_log(tmp_path):
-    for name, data in {
-        "large.png": png(9500, 9500),
-        "exif.jpg": jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\1\7"),
-    }.items():
-        (tmp_path / name).write_bytes(data)
-    alone = said_of(tmp_path, "decode = lambda path: Image.open(path).getexif()")
-    assert "DecompressionBombWarning" in alone and "EXIF" in alone
-    assert "PIL" not in said_of(tmp_path, "from mod_jax.data.samples.pixels import decode")
+    broken_exif = jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\1\7")
+    (tmp_path / "large.png").write_bytes(png(9500, 9500))
+    (tmp_path / "exif.jpg").write_bytes(broken_exif)
+    pillow = "from PIL import Image\ndecode = lambda path: Image.open(path).getexif()"
+    warned = warnings_of(tmp_path, pillow)
+    assert "DecompressionBombWarning" in warned
+    assert "EXIF" in warned
+    assert "PIL" not in warnings_of(tmp_path, "from mod_jax.data.samples.pixels import decode")
 
 
-def test_paths_arrays_and_pillow_s_pictures_are_read(tmp_path):
+def test_paths_arrays_and_pillow_images_are_read(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(photo(8, 8)))
     image = Image.fromarray(photo(8, 8))
     for picture in (tmp_path / "a.png", str(tmp_path / "a.png"), photo(8, 8), image):
         np.testing.assert_array_equal(load_image(picture, tower(8)), photo(8, 8))
     assert (load_image(np.full((8, 8), 7, np.uint8), tower(8)) == 7).all()
-    np.testing.assert_array_equal(image, photo(8, 8))  # still open
+    np.testing.assert_array_equal(image, photo(8, 8))  # the caller's image is unchanged
 
 
-def test_what_is_not_there_is_a_bad_sample(tmp_path):
+def test_a_missing_picture_is_a_bad_sample(tmp_path):
     with pytest.raises(BadSample, match="no such picture file.*b.jpg"):
         load_image(tmp_path / "b.jpg", tower(8))
     for nothing in (tmp_path, np.zeros((4, 4, 7), np.uint8), None):
