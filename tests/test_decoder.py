@@ -1,4 +1,7 @@
-"""The decoder: scanned layers, packed rows, branches, padding and the cache, each against the plain way to compute it."""
+"""The decoder: scanned layers, packed rows, branches, padding and the cache.
+
+Each is compared with the plain way to compute the same.
+"""
 
 import dataclasses
 import functools
@@ -30,7 +33,7 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
 @functools.cache
 def decoder(config, dtype="float32", remat="none"):
-    """A decoder whose biases and norm scales are random too, so that none of them can be forgotten."""
+    """A decoder with random parameters, biases and norms included: ignoring one changes results."""
 
     @jax.jit
     def make():
@@ -84,9 +87,13 @@ def test_layers_are_cut_into_repeating_blocks(kinds, expected):
 
 @jax.jit
 def layer_by_layer(module, tokens):
-    """(hidden, MoEAux of each sparse layer): attention n is the n-th of its stack, an FFN the next of its kind."""
+    """(hidden states, [MoEAux of each sparse layer]), computed without a scan.
+
+    Layer n has the n-th attention of its stack, and the next feed-forward of its kind.
+    """
     positions, segment_ids, branch_ids = plain(tokens)
-    x, count, found = module.embed(tokens), {"mlp": 0, "moe": 0}, []
+    x = module.embed(tokens)
+    count, found = {"mlp": 0, "moe": 0}, []
     for n in range(module.config.num_layers):
         kind = "moe" if n in module.config.sparse_layers else "mlp"
         attention_norm, attention, mlp_norm = jax.tree.map(
@@ -114,14 +121,12 @@ def test_scanned_blocks_equal_one_layer_after_the_other(layers):
     expected, each = layer_by_layer(module, tokens)
     np.testing.assert_allclose(hidden, expected, **CLOSE)
     sparse = len(config.sparse_layers)
-    assert aux.balance.shape == aux.z.shape == (sparse,) and aux.load.shape[0] == sparse == len(
-        each
-    )
-    for n, one in enumerate(each):
+    assert aux.balance.shape == aux.z.shape == (sparse,)
+    assert aux.load.shape[0] == sparse == len(each)
+    for n, layer_aux in enumerate(each):
+        aux_of_layer = jax.tree.map(lambda stacked, n=n: stacked[n], aux)
         jax.tree.map(
-            lambda stacked, single, n=n: np.testing.assert_allclose(stacked[n], single, **CLOSE),
-            aux,
-            one,
+            lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), aux_of_layer, layer_aux
         )
 
 
@@ -166,7 +171,7 @@ def test_two_branches_of_a_prefix_equal_two_sequences():
 
 
 def test_padding_changes_nothing_and_is_finite():
-    """Neither what padding holds nor a row of nothing else; also in the gradient."""
+    """Neither the contents of padding nor a row of padding alone changes values or gradients."""
     real = jnp.array([[True] * 5 + [False] * 3, [False] * 8])
     positions, segment_ids = jnp.where(real, jnp.arange(8), 0), real.astype(jnp.int32)
     tokens = jnp.where(real, tokens_of(2, 8), 0)
@@ -182,10 +187,8 @@ def test_padding_changes_nothing_and_is_finite():
         return jax.value_and_grad(loss, has_aux=True)(module)
 
     other = jnp.where(real, tokens, tokens_of(2, 8, 9))
-    found, changed = (
-        loss_and_gradients(decoder(SPARSE), tokens),
-        loss_and_gradients(decoder(SPARSE), other),
-    )
+    found = loss_and_gradients(decoder(SPARSE), tokens)
+    changed = loss_and_gradients(decoder(SPARSE), other)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(changed), strict=True):
         assert bool(jnp.isfinite(a).all())
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -197,7 +200,7 @@ def test_padding_changes_nothing_and_is_finite():
     "moe", [None, MoEConfig(), MoEConfig(layers=(1, 2))], ids=["dense", "sparse", "explicit"]
 )
 def test_cached_decoding_equals_the_whole_sequence(moe):
-    """Prompts of 5 and 3 tokens, the shorter padded on the left; then three tokens one by one."""
+    """Prompts of 5 and 3 tokens, the shorter one padded on the left; then three single tokens."""
     module = decoder(dataclasses.replace(DENSE, moe=moe))
     tokens = tokens_of(2, 8)
     starts = jnp.array([[0], [2]])
@@ -236,7 +239,10 @@ def test_rotary_positions_turn_pairs_as_complex_numbers():
 
 
 def test_rms_norm_takes_its_statistics_in_float32():
-    """bfloat16 sums of 4096 squares would be off by far more than the rounding of the result."""
+    """A bfloat16 sum of 4096 squares would be off by far more than the rounding of the result.
+
+    The tolerance is that rounding alone: float32 statistics add less than it leaves.
+    """
     x = jax.random.normal(jax.random.key(0), (3, 4096)).astype(jnp.bfloat16) * 30
     norm = RMSNorm((), 4096, 1e-6)
     x64 = np.asarray(x, np.float64)

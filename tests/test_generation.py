@@ -1,7 +1,4 @@
-"""Greedy answers: the cache, the padding and the batch change nothing.
-
-Axes: B prompts, S positions, N pictures a prompt, T new tokens.
-"""
+"""Greedy answers: neither the cache, nor padding, nor the other prompts of a batch change them."""
 
 import dataclasses
 import functools
@@ -27,7 +24,7 @@ RNG = np.random.default_rng(0)
 
 
 def prompt(*content: int | str) -> np.ndarray:
-    """i32[S]: lengths of text and "picture"s."""
+    """Tokens i32[S] of a prompt, given the lengths of its texts and "picture" for each picture."""
     return np.concatenate(
         [
             np.full(FEATURES, IMAGE) if part == "picture" else RNG.integers(2, 80, part)
@@ -49,8 +46,9 @@ ASKED = [
 
 
 def left_padded(asked, image_id: int, size: int) -> Prompts:
-    """Prompts of one length and number of pictures."""
-    length, most = max(len(ids) for ids, _ in asked), max(len(images) for _, images in asked)
+    """A batch of (tokens, pictures), padded on the left; each row has room for as many pictures."""
+    length = max(len(ids) for ids, _ in asked)
+    most = max(len(images) for _, images in asked)
     tokens, segments, index = np.zeros((3, len(asked), length), np.int32)
     index -= 1
     images = np.zeros((len(asked), most, size, size, 3), np.uint8)
@@ -65,21 +63,20 @@ def left_padded(asked, image_id: int, size: int) -> Prompts:
 
 @functools.partial(jax.jit, static_argnums=0)
 def next_token(config, params, batch: Batch, last):
-    """The most probable token after position `last` of a row, from a forward pass over all of it."""
+    """The most probable token after position `last` of row 0, by a forward pass without a cache."""
     hidden, _ = llava.bind(config, params)(batch)
     return jnp.argmax(llava.head(config, params) @ hidden[0, last])
 
 
 def naive(config, params, ids: np.ndarray, shown: np.ndarray, new: int = NEW) -> list[int]:
-    """One prompt alone, everything anew for every token: no cache, no padding on the left, and no stop. Two places for pictures."""
+    """Answers one prompt by a whole forward pass for each token.
+
+    There is no cache, no padding on the left and no end token. The prompt has at most two pictures.
+    """
     ids, images = list(ids), np.zeros((1, 2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     images[0, : len(shown)] = shown
     for _ in range(new):
-        tokens, segments, zeros = (
-            np.zeros((1, LONGEST), np.int32),
-            np.zeros((1, LONGEST), np.int32),
-            np.zeros((1, LONGEST), np.int32),
-        )
+        tokens, segments, zeros = (np.zeros((1, LONGEST), np.int32) for _ in range(3))
         tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
         index = np.where(tokens == IMAGE, np.cumsum(tokens == IMAGE, 1) - 1, -1).astype(np.int32)
         positions = np.arange(LONGEST, dtype=np.int32)[None]
@@ -116,8 +113,8 @@ def test_prompts_of_any_length_and_number_of_pictures_are_answered_as_each_alone
     assert len({tuple(ids) for ids in naive_answers(config)}) == len(ASKED)
 
 
-def test_an_ended_row_says_nothing_more_while_the_others_go_on():
-    """The end token is one that an answer reaches half way."""
+def test_a_row_that_ended_repeats_the_end_token_while_the_others_go_on():
+    """The end token is one that the first answer reaches half way."""
     wanted = np.array(naive_answers(SPARSE))
     end = int(wanted[0, 3])
     for row in wanted:
@@ -142,7 +139,10 @@ QUESTIONS = [
 
 
 def test_answer_is_the_text_of_the_naive_loop_in_batches_of_two():
-    """Five questions: the last batch has a row without one. A picture without a marker comes first, on a line of its own."""
+    """The last of the three batches has one question only.
+
+    A picture without a marker in the question comes first, on a line of its own.
+    """
     tokenizer, params = scenes_tokenizer(), params_of(SPARSE)
     chat = ChatFormat("brief", FEATURES, **IDS)
     texts = [
@@ -155,11 +155,11 @@ def test_answer_is_the_text_of_the_naive_loop_in_batches_of_two():
     wanted = []
     for text, question in zip(texts, QUESTIONS, strict=True):
         ids, _ = tokenize_prompt(((text, None),), text_encoder(tokenizer), chat)
-        said = naive(
-            SPARSE, params, ids, np.array(question.pictures).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
-        )
-        said = said[: said.index(IDS["end_token_id"])] if IDS["end_token_id"] in said else said
-        wanted.append(tokenizer.decode(said, skip_special_tokens=True))
+        shown = np.array(question.pictures).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
+        new_ids = naive(SPARSE, params, ids, shown)
+        if IDS["end_token_id"] in new_ids:
+            new_ids = new_ids[: new_ids.index(IDS["end_token_id"])]
+        wanted.append(tokenizer.decode(new_ids, skip_special_tokens=True))
     assert answer(SPARSE, params, tokenizer, "brief", QUESTIONS, 2, NEW) == wanted
     assert all(wanted) and len(set(wanted)) > 2
 
@@ -192,14 +192,11 @@ def test_token_for_token_what_transformers_generates(tmp_path):
     ]
     found = np.asarray(generate(config, params, left_padded(asked, hf_models.IMAGE_TOKEN, 12), NEW))
     for (ids, images), row in zip(asked, found, strict=True):
-        normalised = (images / 255.0 - np.array(config.vision.pixel_mean)) / np.array(
-            config.vision.pixel_std
-        )
-        inputs = (
-            {"pixel_values": torch.tensor(normalised.transpose(0, 3, 1, 2), dtype=torch.float32)}
-            if len(images)
-            else {}
-        )
+        mean, std = np.array(config.vision.pixel_mean), np.array(config.vision.pixel_std)
+        pixels = ((images / 255.0 - mean) / std).transpose(0, 3, 1, 2)
+        inputs = {}
+        if len(images):
+            inputs["pixel_values"] = torch.tensor(pixels, dtype=torch.float32)
         prompt_ids = torch.tensor(ids)[None]
         theirs = model.generate(
             input_ids=prompt_ids,
@@ -208,5 +205,5 @@ def test_token_for_token_what_transformers_generates(tmp_path):
             do_sample=False,
             **inputs,
         )
-        said = theirs[0, len(ids) :].tolist()
-        assert row.tolist() == said + [hf_models.END_TOKEN] * (NEW - len(said))
+        new_ids = theirs[0, len(ids) :].tolist()
+        assert row.tolist() == new_ids + [hf_models.END_TOKEN] * (NEW - len(new_ids))

@@ -1,4 +1,4 @@
-"""The multimodal model: pictures in, hidden states out, and its parameters as a flat dict."""
+"""The multimodal model: from pictures and tokens to hidden states; its flat parameters."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def random_images(*leading, size=12):
 
 
 def make_batch(pictures=2, rows=ROWS):
-    """Row 0 shows its second picture at positions 2..5; the other rows are text."""
+    """A batch in which row 0 shows its last picture at positions 2..5; other rows are text."""
     tokens = jax.random.randint(jax.random.key(1), (rows, LENGTH), 0, 64)
     index = jnp.full((rows, LENGTH), -1)
     if pictures:
@@ -81,10 +81,8 @@ def make_batch(pictures=2, rows=ROWS):
 
 def test_patches_are_what_a_strided_convolution_sees():
     """Also where the patches leave a border: 14 pixels hold two patches of 6."""
-    images, kernel = (
-        np.random.default_rng(0).normal(size=(2, 14, 14, 3)),
-        np.random.default_rng(1).normal(size=(6, 6, 3, 5)),
-    )
+    images = np.random.default_rng(0).normal(size=(2, 14, 14, 3))
+    kernel = np.random.default_rng(1).normal(size=(6, 6, 3, 5))
     expected = torch.nn.functional.conv2d(
         torch.from_numpy(images).permute(0, 3, 1, 2),
         torch.from_numpy(kernel).permute(3, 2, 0, 1),
@@ -98,9 +96,11 @@ def test_patches_are_what_a_strided_convolution_sees():
 
 @pytest.mark.parametrize("vision, runs", [(CLIP, 2), (SIGLIP, 3)], ids=["clip -2", "siglip -1"])
 def test_layers_after_the_feature_are_not_run(vision, runs):
-    """Layers that are broken beyond the feature's do no harm; breaking its own does."""
+    """NaNs in the layers after the feature's do no harm; NaNs in its own do."""
     config = dataclasses.replace(CONFIG, vision=vision)
-    params, name, images = params_of(config), "vision_tower.layers.mlp.up.w_df", random_images(1)
+    params = params_of(config)
+    name = "vision_tower.layers.mlp.up.w_df"
+    images = random_images(1)
 
     def features(first_broken):
         return tower(config, {**params, name: params[name].at[first_broken:].set(jnp.nan)}, images)
@@ -136,12 +136,8 @@ def test_a_picture_token_takes_the_adapted_feature_it_points_at():
     adapted = inner @ params["adaptor.linear_2.w_io"] + params["adaptor.linear_2.b_o"]
     np.testing.assert_allclose(x[0, 2 : 2 + FEATURES], adapted, rtol=1e-4, atol=1e-5)
     text = np.asarray(batch.picture_index) < 0
-    np.testing.assert_array_equal(
-        np.asarray(x)[text],
-        np.asarray(params_of(CONFIG)["language_model.embedding.w_vd"])[
-            np.asarray(batch.tokens)[text]
-        ],
-    )
+    embedding = np.asarray(params_of(CONFIG)["language_model.embedding.w_vd"])
+    np.testing.assert_array_equal(np.asarray(x)[text], embedding[np.asarray(batch.tokens)[text]])
 
 
 def test_a_picture_nobody_points_at_changes_nothing():
@@ -165,7 +161,7 @@ def test_features_computed_once_serve_as_the_pictures():
 
 
 def test_rows_without_pictures_are_text():
-    """N = 0 runs no tower and no adaptor: their parameters may be anything."""
+    """Without pictures, neither tower nor adaptor runs: their parameters may be anything."""
     text, params = make_batch(pictures=0), params_of(DENSE)
     broken = {
         name: a if name.startswith("language_model") else jnp.full_like(a, jnp.nan)
@@ -203,12 +199,11 @@ NAMES = {
 def test_parameters_are_named_as_the_architecture_says():
     shapes = {name: array.shape for name, array in llava.abstract(CONFIG).items()}
     assert NAMES.items() <= shapes.items()
-    assert not any(".moe." in name for name in llava.abstract(DENSE)) and not any(
-        "_tower.pre_norm" in n for n in llava.abstract(OTHER)
-    )
-    assert llava.abstract(OTHER)["vision_tower.patches.b_d"].shape == (
-        24,
-    ) and "language_model.head.w_vd" in llava.abstract(OTHER)
+    assert not any(".moe." in name for name in llava.abstract(DENSE))
+    other = llava.abstract(OTHER)
+    assert not any("_tower.pre_norm" in name for name in other)
+    assert other["vision_tower.patches.b_d"].shape == (24,)
+    assert "language_model.head.w_vd" in other
 
 
 OTHER = ModelConfig(
@@ -282,7 +277,7 @@ def test_bfloat16_stays_near_float32(config):
 
 @pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["sparse", "dense"])
 def test_a_mesh_changes_no_result(config):
-    """Parameters over fsdp and tensor, rows over fsdp, values and gradients."""
+    """Neither values nor gradients, with parameters over fsdp and tensor and rows over fsdp."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     batch, params = make_batch(rows=4), params_of(config)
 

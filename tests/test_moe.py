@@ -1,6 +1,7 @@
-"""The sparse layer against a loop over tokens and choices in float64 (torch, for its gradients), and over meshes."""
+"""The sparse layer: against a loop over tokens and choices in torch float64, and over meshes."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -27,7 +28,11 @@ OPTIONS = {
 
 
 def layer(moe):
-    """A sparse layer with nothing at zero, its expert 0 in demand by `inputs`; its structure, parameters and axes by name."""
+    """A sparse layer with random parameters, of which `inputs` prefer expert 0.
+
+    Returns:
+      (graph, state, parameters by name, logical axes by name).
+    """
     config = DecoderConfig(hidden_size=D, intermediate_size=F, moe=moe)
     graph, state = nnx.split(MoE(config, (), nnx.Rngs(0)))
     params = {".".join(path): leaf for path, leaf in nnx.to_flat_state(state)}
@@ -40,11 +45,13 @@ def layer(moe):
 
 
 def bind(graph, state, values):
+    """The layer with the parameters `values`."""
     flat = [(path, leaf.replace(values[".".join(path)])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def inputs(B=8, S=8):
+    """Random (x, valid, cotangent of the output); rows are padded by 0 to S positions."""
     x, dy = jax.random.normal(jax.random.key(7), (2, B, S, D))
     x = x.at[..., 0].set(1)
     valid = jnp.arange(S) < jnp.array([S, S - 3, 0, S, 1, S, S - 1, S])[:B, None]
@@ -52,20 +59,16 @@ def inputs(B=8, S=8):
 
 
 def objective(graph, state, values, x, valid, dy):
-    """A number that every output moves, and what was computed."""
+    """A scalar that depends on every differentiable output, and the outputs."""
     y, aux = bind(graph, state, values)(x, valid)
     return jnp.sum(y * dy) + 3 * aux.balance + 0.1 * aux.z, (y, aux)
 
 
 def compute(moe, x, valid, dy, values=None):
+    """Outputs of the layer, and gradients of `objective` in its input and parameters, by name."""
     graph, state, own, _ = layer(moe)
-    run = jax.jit(
-        jax.value_and_grad(
-            lambda v, x, valid, dy: objective(graph, state, v, x, valid, dy),
-            argnums=(0, 1),
-            has_aux=True,
-        )
-    )
+    on_layer = functools.partial(objective, graph, state)
+    run = jax.jit(jax.value_and_grad(on_layer, argnums=(0, 1), has_aux=True))
     (_, (y, aux)), (dvalues, dx) = run(values or own, x, valid, dy)
     return {
         "y": y,
@@ -82,7 +85,12 @@ def swiglu(x, gate, up, down):
 
 
 def by_tokens(moe, values, x, valid, dy):
-    """The method's words, one token and one choice at a time. Also returns what happened to each valid token's choices."""
+    """The method one token and one choice at a time, in torch float64.
+
+    Returns:
+      (what `compute` returns, the set of the valid tokens' fates: for each choice, whether its
+      expert had a place for the token).
+    """
     p = {
         name: torch.tensor(np.asarray(v), dtype=torch.float64, requires_grad=True)
         for name, v in values.items()
@@ -94,9 +102,9 @@ def by_tokens(moe, values, x, valid, dy):
     logits = tokens @ p["router.w_de"]
     probabilities = torch.softmax(logits, -1)
     choices = {t: sorted(range(E), key=lambda e: -probabilities[t, e].item())[:K] for t in real}
-    places = (
-        math.ceil(K * moe.capacity_factor * len(tokens) / E) if moe.capacity_factor else math.inf
-    )
+    places = math.inf
+    if moe.capacity_factor:
+        places = math.ceil(K * moe.capacity_factor * len(tokens) / E)
     load, kept = [0] * E, {t: [] for t in real}
     for k in range(K):
         for t in real:
@@ -111,20 +119,16 @@ def by_tokens(moe, values, x, valid, dy):
     for t in range(len(tokens)):
         y = torch.zeros(D, dtype=torch.float64)
         for e in kept.get(t, []):
-            y = y + probabilities[t, e] / sum(
-                probabilities[t, other] for other in kept[t]
-            ) * swiglu(tokens[t], *experts[e])
+            share = probabilities[t, e] / sum(probabilities[t, other] for other in kept[t])
+            y = y + share * swiglu(tokens[t], *experts[e])
         if moe.residual and t in kept:
             mix = torch.softmax(tokens[t] @ p["residual.mix.w_d2"] + p["residual.mix.b_2"], -1)
-            y = mix[0] * y + mix[1] * swiglu(
-                tokens[t],
-                *(p[f"residual.{name}"] for name in ("gate.w_df", "up.w_df", "down.w_fd")),
-            )
+            dense = [p[f"residual.{name}"] for name in ("gate.w_df", "up.w_df", "down.w_fd")]
+            y = mix[0] * y + mix[1] * swiglu(tokens[t], *dense)
         outputs.append(y)
     y = torch.stack(outputs).reshape(x.shape)
-    first = torch.tensor(
-        [[float(choices[t][0] == e) for e in range(E)] for t in real], dtype=torch.float64
-    )
+    first_choices = torch.tensor([choices[t][0] for t in real])
+    first = torch.nn.functional.one_hot(first_choices, E).double()
     balance = E * torch.sum(probabilities[real].mean(0) * first.mean(0))
     z = (torch.logsumexp(logits[real], -1) ** 2).mean()
     (torch.sum(y * dy) + 3 * balance + 0.1 * z).backward()
@@ -136,6 +140,7 @@ def by_tokens(moe, values, x, valid, dy):
 
 
 def assert_close(ours, expected, tolerance=1e-5):
+    """Each array differs by at most `tolerance` of its largest absolute value, or of 1."""
     assert ours.keys() == expected.keys()
     for name in expected:
         scale = max(1.0, np.abs(expected[name]).max())
@@ -152,7 +157,7 @@ def test_values_and_gradients_are_those_of_the_loop_over_tokens(moe):
 
 
 def test_tight_capacity_drops_first_second_and_both_choices():
-    """What makes the case `capacity` above a test of the rule."""
+    """Every fate occurs, so the case "capacity" above tests the whole rule."""
     _, fates = by_tokens(OPTIONS["capacity"], layer(OPTIONS["capacity"])[2], *inputs())
     assert fates == {(True, True), (False, True), (True, False), (False, False)}
 
@@ -161,7 +166,8 @@ def test_first_choices_take_their_places_before_any_second_choice():
     choices = jnp.array([[[1, 0], [1, 0], [0, 1], [0, 1], [2, 0]]])
     valid = jnp.array([[True, True, False, True, True]])
     kept = within_capacity(choices, valid, num_experts=3, places=2)
-    # expert 0: first choice of token 3, then second of 0; 1 and 4 come too late. Expert 1: full with the first choices of 0 and 1.
+    # Expert 0 takes the first choice of token 3, then the second of token 0; those of 1 and 4 come
+    # too late. Expert 1 is full with the first choices of tokens 0 and 1.
     assert (kept & valid[..., None]).tolist() == [
         [[True, True], [True, False], [False, False], [True, False], [True, False]]
     ]
@@ -184,7 +190,7 @@ def test_padding_alone_gives_zeros():
     assert all(not np.any(value) for value in ours.values())
 
 
-def test_what_padding_holds_is_of_no_importance():
+def test_the_contents_of_padding_change_nothing():
     x, valid, dy = inputs()
     other = jnp.where(valid[..., None], x, 5 * dy)
     first, second = (compute(OPTIONS["capacity and residual"], a, valid, dy) for a in (x, other))
@@ -204,7 +210,7 @@ def test_the_router_decides_in_float32_under_bfloat16_activations():
 
 
 def test_even_routing_has_balance_one():
-    """The minimum of the balance loss: even probabilities and even first choices."""
+    """Even probabilities and even first choices give the minimum of the balance loss."""
     graph, state, values, _ = layer(MoEConfig(experts_per_token=1))
     values["router.w_de"] = jnp.zeros((D, 4)).at[:4, :4].set(100 * jnp.eye(4))
     x = jnp.tile(jnp.eye(4, D), (2, 2, 1))
@@ -231,7 +237,10 @@ def alone():
 
 @pytest.mark.parametrize("config", MESHES.values(), ids=MESHES)
 def test_the_mesh_changes_nothing(config, alone):
-    """Neither the output nor the losses nor which choices are dropped nor any gradient (dropless: test_expert_exchange)."""
+    """Neither outputs, losses, the choices dropped nor gradients.
+
+    The dropless layer is tested in test_expert_exchange.
+    """
     moe, expected = alone
     _, _, values, axes = layer(moe)
     mesh = make_mesh(config)

@@ -1,4 +1,6 @@
-"""Objectives: values and gradients of published formulas (torch, float64), and sums that survive any split of the batch.
+"""Objectives: values and gradients of the published formulas, and sums over any split of a batch.
+
+The formulas are computed by torch in float64.
 
 Axes: B rows, S positions, D width, V vocabulary, G samples a row.
 """
@@ -25,27 +27,25 @@ BETA = 0.3
 
 def make_row(*samples):
     """One row from samples, each a list of (branch, [weight of each position])."""
-    row = {name: np.zeros(S, np.int32) for name in ("segment_ids", "branch_ids")} | {
-        "loss_weights": np.zeros(S, np.float32)
+    row = {
+        "segment_ids": np.zeros(S, np.int32),
+        "branch_ids": np.zeros(S, np.int32),
+        "loss_weights": np.zeros(S, np.float32),
     }
     at = 0
     for number, sample in enumerate(samples, start=1):
         for branch, weights in sample:
             here = slice(at, at + len(weights))
-            row["segment_ids"][here], row["branch_ids"][here], row["loss_weights"][here] = (
-                number,
-                branch,
-                weights,
-            )
+            row["segment_ids"][here] = number
+            row["branch_ids"][here] = branch
+            row["loss_weights"][here] = weights
             at += len(weights)
-    return row | {
-        "samples": np.array(
-            [number if number < len(samples) else -1 for number in range(G)], np.int32
-        )
-    }
+    numbers = np.arange(G, dtype=np.int32)
+    return row | {"samples": np.where(numbers < len(samples), numbers, -1).astype(np.int32)}
 
 
 def make_batch(*rows):
+    """A batch of rows from `make_row`, with random tokens and targets and no pictures."""
     random = np.random.default_rng(0)
     tokens, targets = random.integers(0, V, (2, len(rows), S)).astype(np.int32)
     zeros = np.zeros((len(rows), S), np.int32)
@@ -62,11 +62,12 @@ def make_batch(*rows):
 
 
 def chat(*weights):
+    """A sample with one branch, given the loss weight of each position."""
     return [(0, weights)]
 
 
 def pair(prefix, chosen, rejected):
-    """A shared prefix, and two answers of which every position has a target."""
+    """A preference pair of these lengths; every position of both answers has a target."""
     return [(0, [0] * prefix), (1, [1] * chosen), (2, [1] * rejected)]
 
 
@@ -85,18 +86,17 @@ PAIRS = make_batch(
 
 
 def make_views(batch, seed=1):
+    """Random views of a student and a teacher."""
     random = np.random.default_rng(seed)
-    rows = batch.tokens.shape[0]
+    sizes = ((batch.tokens.shape[0], S, D), (V, D))
     return [
-        View(
-            *(jnp.asarray(random.normal(size=size), jnp.float32) for size in ((rows, S, D), (V, D)))
-        )
+        View(*(jnp.asarray(random.normal(size=size), jnp.float32) for size in sizes))
         for _ in range(2)
     ]
 
 
 class Aux(typing.NamedTuple):
-    """What an objective reads of the sparse layers."""
+    """What an objective reads of `MoEAux`."""
 
     balance: jax.Array
     z: jax.Array
@@ -105,16 +105,11 @@ class Aux(typing.NamedTuple):
 
 def make_aux(layers=2, experts=4, seed=2):
     random = np.random.default_rng(seed)
-    return Aux(
-        *(
-            jnp.asarray(random.random(size), jnp.float32)
-            for size in ((layers,), (layers,), (layers, experts))
-        )
-    )
+    sizes = ((layers,), (layers,), (layers, experts))
+    return Aux(*(jnp.asarray(random.random(size), jnp.float32) for size in sizes))
 
 
 DENSE = make_aux(layers=0)
-
 
 loss = jax.jit(objectives.loss, static_argnames="config")
 pair_ratios = jax.jit(objectives.pair_ratios)
@@ -122,16 +117,20 @@ pair_ratios = jax.jit(objectives.pair_ratios)
 
 @functools.partial(jax.jit, static_argnames="config")
 def ours(config, batch, student, teacher):
-    """(loss, metrics, gradient in the student's View) of one batch that is all there is, without experts."""
-    run = lambda student: objectives.loss(
-        config, batch, student, teacher, DENSE, objectives.totals(config, batch)
-    )
+    """(loss, metrics, gradient in the student's View) of a dense student on a global batch."""
+    totals = objectives.totals(config, batch)
+    run = lambda student: objectives.loss(config, batch, student, teacher, DENSE, totals)
     (value, metrics), gradient = jax.value_and_grad(run, has_aux=True)(student)
     return value, metrics, gradient
 
 
 class Reference:
-    """Student and teacher in torch float64."""
+    """Student and teacher in torch float64.
+
+    Attributes:
+      leaves: [hidden states, head] of the student, which the gradients are taken in.
+      student, teacher: log-probabilities f64[B,S,V].
+    """
 
     def __init__(self, student, teacher):
         self.leaves = [
@@ -143,16 +142,15 @@ class Reference:
             np.asarray(teacher.hidden, np.float64) @ np.asarray(teacher.head_w_vd, np.float64).T
         ).log_softmax(-1)
 
-    def log_prob(self, words, batch, row, position):
-        return words[row, position, int(batch.targets[row, position])]
-
     def surprise(self, batch):
+        """-log p of each target."""
         return [
-            -self.log_prob(self.student, batch, row, position)
+            -self.student[row, position, int(batch.targets[row, position])]
             for row, position in np.argwhere(np.asarray(batch.loss_weights))
         ]
 
     def divergence(self, mask):
+        """KL of each position in the mask."""
         return [
             functional.kl_div(
                 self.student[r, s], self.teacher[r, s], log_target=True, reduction="sum"
@@ -161,7 +159,7 @@ class Reference:
         ]
 
     def ratios(self, batch):
-        """One (chosen, rejected) a pair, each a list of per-token log-ratios."""
+        """(chosen, rejected) of each pair, either a list of log-ratios of its tokens."""
         found = []
         for row in range(batch.tokens.shape[0]):
             for segment in range(1, G + 1):
@@ -172,18 +170,18 @@ class Reference:
                         & (batch.branch_ids[row] == branch)
                         & (batch.loss_weights[row] > 0)
                     )
-                    positions = np.flatnonzero(here)
+                    log_ratios = self.student[row] - self.teacher[row]
                     answers.append(
                         [
-                            self.log_prob(self.student, batch, row, p)
-                            - self.log_prob(self.teacher, batch, row, p)
-                            for p in positions
+                            log_ratios[position, int(batch.targets[row, position])]
+                            for position in np.flatnonzero(here)
                         ]
                     )
                 found += [answers] if all(answers) else []
         return found
 
     def check(self, value, gradient, desired):
+        """Compares a loss and its gradient with those of the formula `desired`."""
         desired.backward()
         np.testing.assert_allclose(value, desired.item(), rtol=2e-5)
         for actual, leaf in zip((gradient.hidden, gradient.head_w_vd), self.leaves):
@@ -217,9 +215,9 @@ def test_all_tokens_compares_every_position_that_the_next_one_continues():
     batch = make_batch(make_row(chat(0, 0, 1, 1), pair(2, 2, 3)), make_row(chat(0, 1, 1)))
     config = ObjectiveConfig("mimic", 0.5, all_tokens=True)
     mask = np.zeros((2, S), bool)
-    mask[0, [0, 1, 2, 4, 5, 6, 8, 9]] = mask[1, [0, 1]] = (
-        True  # not the last of a sample, nor of a branch
-    )
+    # all but the last position of a sample or of a branch
+    mask[0, [0, 1, 2, 4, 5, 6, 8, 9]] = True
+    mask[1, [0, 1]] = True
     student, teacher = make_views(batch)
     reference = Reference(student, teacher)
     value, metrics, gradient = ours(config, batch, student, teacher)
@@ -240,6 +238,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_mimic(all_tokens):
 
 
 def kto(pairs):
+    """KTO's loss over pairs, its reference points without gradient."""
     chosen, rejected = [sum(c) for c, _ in pairs], [sum(r) for _, r in pairs]
     kl_chosen, kl_rejected = (mean(x).clamp(min=0).detach() for x in (chosen, rejected))
     return mean(
@@ -249,6 +248,7 @@ def kto(pairs):
 
 
 def smoothed(pairs):
+    """DPO's loss with labels smoothed by 0.1."""
     margins = [BETA * (sum(c) - sum(r)) for c, r in pairs]
     return mean(
         [-0.9 * functional.logsigmoid(m) - 0.1 * functional.logsigmoid(-m) for m in margins]
@@ -317,10 +317,8 @@ def test_packed_pairs_equal_pairs_in_rows_of_their_own(name):
 
     apart = dataclasses.replace(apart, targets=unpack(packed.targets))
     views = [View(unpack(view.hidden), view.head_w_vd) for view in (student, teacher)]
-    together, separate = (
-        ours(preference(name), packed, student, teacher)[0],
-        ours(preference(name), apart, *views)[0],
-    )
+    together, *_ = ours(preference(name), packed, student, teacher)
+    separate, *_ = ours(preference(name), apart, *views)
     np.testing.assert_allclose(together, separate, rtol=1e-5)
 
 
@@ -329,11 +327,8 @@ def test_a_pair_without_targets_in_one_answer_is_no_pair():
     student, teacher = make_views(batch)
     assert float(ours(preference("hinge"), batch, student, teacher)[1]["preference"][1]) == 1
     chosen, rejected, valid = pair_ratios(batch, student, teacher)
-    assert (
-        valid.tolist() == [[True, False, False]]
-        and not np.any(chosen[0, 1:])
-        and not np.any(rejected[0, 1:])
-    )
+    assert valid.tolist() == [[True, False, False]]
+    assert not np.any(chosen[0, 1:]) and not np.any(rejected[0, 1:])
 
 
 CONFIGS = {
@@ -362,11 +357,8 @@ def test_uneven_micro_batches_add_up_to_the_global_batch(name):
         return loss(config, jax.tree.map(lambda x: x[rows], batch), *views, aux, totals, pair_means)
 
     parts = [part(rows) for rows in (slice(0, 2), slice(2, 4))]
-    for actual, desired in zip(
-        jax.tree.leaves(jax.tree.map(lambda a, b: a + b, *parts)),
-        jax.tree.leaves(part(slice(0, 4))),
-        strict=True,
-    ):
+    added = jax.tree.leaves(jax.tree.map(lambda a, b: a + b, *parts))
+    for actual, desired in zip(added, jax.tree.leaves(part(slice(0, 4))), strict=True):
         np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6)
 
 
@@ -383,9 +375,8 @@ def test_a_batch_without_targets_contributes_nothing(name):
 
 def test_samples_without_a_target_are_counted():
     student, _ = make_views(CHATS)
-    assert [
-        float(x) for x in ours(ObjectiveConfig(), CHATS, student, None)[1]["samples_without_target"]
-    ] == [1, 5]
+    _, metrics, _ = ours(ObjectiveConfig(), CHATS, student, None)
+    assert [float(x) for x in metrics["samples_without_target"]] == [1, 5]
 
 
 def test_router_losses_are_added_once_with_their_weights():
@@ -409,9 +400,9 @@ def test_router_losses_are_added_once_with_their_weights():
 def test_compat_masks_the_divergence_by_unshifted_labels_and_reports_a_cross_entropy():
     batch = make_batch(make_row(chat(0, 0, 1, 1, 0), chat(1, 1)), make_row(chat(0, 1, 1)))
     mask = np.zeros((2, S), bool)
-    mask[0, [3, 4, 6]] = mask[1, 2] = (
-        True  # the targets' own places; a target that was cut off has none
-    )
+    # the positions of the targets themselves; a target that was cut off has none
+    mask[0, [3, 4, 6]] = True
+    mask[1, 2] = True
     student, teacher = make_views(batch)
     reference = Reference(student, teacher)
     value, _, gradient = ours(ObjectiveConfig("mimic", compat=True), batch, student, teacher)
@@ -438,9 +429,8 @@ def test_compat_differentiates_ktos_kl_over_the_batch_at_hand(seed):
     student, teacher = make_views(PAIRS, seed)
     reference = Reference(student, teacher)
     config = dataclasses.replace(preference("kto_pair"), compat=True)
-    run = lambda student: loss(
-        config, PAIRS, student, teacher, DENSE, objectives.totals(config, PAIRS), (7.0, 8.0)
-    )[0]
+    totals, pair_means = objectives.totals(config, PAIRS), (7.0, 8.0)  # compat ignores the means
+    run = lambda student: loss(config, PAIRS, student, teacher, DENSE, totals, pair_means)[0]
     value, gradient = jax.jit(jax.value_and_grad(run))(student)
     chosen, rejected = ([sum(answer[i]) for answer in reference.ratios(PAIRS)] for i in (0, 1))
     chosen_terms = [1 - torch.sigmoid(BETA * (c - mean(rejected).clamp(min=0))) for c in chosen]
@@ -451,15 +441,8 @@ def test_compat_differentiates_ktos_kl_over_the_batch_at_hand(seed):
 def test_global_pair_means_replace_those_of_the_batch():
     student, teacher = make_views(PAIRS)
     config = preference("kto_pair")
-    value, _ = loss(
-        config,
-        PAIRS,
-        student,
-        teacher,
-        DENSE,
-        objectives.totals(config, PAIRS),
-        (jnp.float32(0.5), jnp.float32(-3.0)),
-    )
+    totals, pair_means = objectives.totals(config, PAIRS), (jnp.float32(0.5), jnp.float32(-3.0))
+    value, _ = loss(config, PAIRS, student, teacher, DENSE, totals, pair_means)
     pairs = [
         [sum(answer).item() for answer in answers]
         for answers in Reference(student, teacher).ratios(PAIRS)
@@ -478,12 +461,6 @@ def test_global_pair_means_replace_those_of_the_batch():
 def test_a_teacher_too_many_or_too_few_is_refused(kind, given):
     config = ObjectiveConfig(kind)
     student, teacher = make_views(CHATS)
+    totals = objectives.totals(config, CHATS)
     with pytest.raises(ValueError, match=f"teacher: .*{kind}"):
-        loss(
-            config,
-            CHATS,
-            student,
-            teacher if given else None,
-            DENSE,
-            objectives.totals(config, CHATS),
-        )
+        loss(config, CHATS, student, teacher if given else None, DENSE, totals)

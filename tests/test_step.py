@@ -1,4 +1,7 @@
-"""The train step: one loss on any mesh and in any number of micro-batches, and nothing changes but what trains."""
+"""The train step: the same on every mesh and with any number of micro-batches.
+
+It changes the parameters that train and no others.
+"""
 
 import dataclasses
 import functools
@@ -58,33 +61,29 @@ def make_stage(trains, objective, **options) -> StageConfig:
 def parts(case: str):
     """(stage, student, teacher or None, trained, Frozen, batch) of a case."""
     student, trains, objective = CASES[case]
-    params, teacher = params_of(student), TEACHER if objective.needs_teacher else None
-    trained, frozen = split_trained(params, trains)
-    taught = (
-        {n: p for n, p in params_of(TEACHER, 1).items() if not n.startswith("vision_tower.")}
-        if teacher
-        else {}
-    )
+    teacher = TEACHER if objective.needs_teacher else None
+    params = params_of(student)
+    names_trained, names_frozen = split_trained(params, trains)
+    trained = {name: params[name] for name in names_trained}
+    frozen = {name: params[name] for name in names_frozen}
+    teacher_params = params_of(TEACHER, 1) if teacher else {}
+    teacher_params = {
+        name: array
+        for name, array in teacher_params.items()
+        if not name.startswith("vision_tower.")  # the student's is used
+    }
     batch = pairs() if objective.kind == "preference" else chats()
-    read = Frozen({n: params[n] for n in frozen}, taught)
-    return (
-        make_stage(trains, objective),
-        student,
-        teacher,
-        {n: params[n] for n in trained},
-        read,
-        batch,
-    )
+    stage = make_stage(trains, objective)
+    return stage, student, teacher, trained, Frozen(frozen, teacher_params), batch
 
 
 @functools.cache
 def after_one_step(case: str, mesh_name: str):
-    """(state, metrics, frozen) after one step, as numpy; "1" is one of the eight devices."""
-    mesh = (
-        make_mesh(MESHES[mesh_name])
-        if mesh_name in MESHES
-        else make_mesh(MeshConfig(), jax.devices()[:1])
-    )
+    """(state, metrics, frozen) after one step, as numpy; the mesh "1" is one of the devices."""
+    if mesh_name == "1":
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    else:
+        mesh = make_mesh(MESHES[mesh_name])
     stage, student, teacher, trained, frozen, batch = parts(case)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     with jax.set_mesh(mesh):
@@ -100,11 +99,12 @@ def after_one_step(case: str, mesh_name: str):
 
 
 def first_moments(state) -> dict:
-    """Adam's first moments: after one step 0.1 times the (clipped) gradient."""
+    """Adam's first moments; after one step they are 0.1 times the clipped gradient."""
     return optax.tree_utils.tree_get(state.optimizer, "mu")
 
 
 def assert_near(found: dict, wanted: dict, rtol=RTOL):
+    """Each array differs by at most rtol of its largest absolute value."""
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
         np.testing.assert_allclose(
@@ -123,7 +123,8 @@ def test_every_mesh_takes_the_step_of_one_device(case, mesh):
     gradient = first_moments(alone)
     assert all(np.abs(array).max() > 0 for array in gradient.values())
     assert_near(first_moments(state), gradient)
-    # Adam's first update is lr * sign(gradient): what is smaller than the gradients' own tolerance may go either way, the rest is exact.
+    # Adam's first update is lr * sign(gradient). A gradient that is below the tolerance of the
+    # gradients may have either sign; the others determine the update.
     lr = float(wanted["lr"][0])
     for name, array in alone.params.items():
         clear = np.abs(gradient[name]) > 10 * RTOL * np.abs(gradient[name]).max()
@@ -139,41 +140,37 @@ def test_only_what_trains_changes_and_is_kept(case):
     _, _, _, trained, frozen, _ = parts(case)
     state, _, read = after_one_step(case, "1")
     assert state.params.keys() == first_moments(state).keys() == trained.keys()
-    assert not state.params.keys() & frozen.student.keys() and any(
-        name.startswith("vision_tower.") for name in frozen.student
-    )
+    assert not state.params.keys() & frozen.student.keys()
+    assert any(name.startswith("vision_tower.") for name in frozen.student)
     assert all((state.params[name] != trained[name]).any() for name in trained)
     jax.tree.map(np.testing.assert_array_equal, read, frozen)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_tower_runs_once(case, monkeypatch):
-    """The teacher reads its features too."""
-    runs, tower = [], VisionTower.__call__
-    monkeypatch.setattr(
-        VisionTower,
-        "__call__",
-        lambda self, images: runs.append(images.shape) or tower(self, images),
-    )
+    """The teacher reads the features of the student's tower."""
+    runs = []
+    call = VisionTower.__call__
+
+    def counted(self, images):
+        runs.append(images.shape)
+        return call(self, images)
+
+    monkeypatch.setattr(VisionTower, "__call__", counted)
     stage, student, teacher, trained, frozen, batch = parts(case)
-    jax.eval_shape(
-        lambda *args: step.gradients(stage.objective, 1, student, teacher, *args),
-        trained,
-        frozen,
-        batch,
-    )
+    run = functools.partial(step.gradients, stage.objective, 1, student, teacher)
+    jax.eval_shape(run, trained, frozen, batch)
     assert runs == [batch.images.shape]
 
 
 def test_the_teacher_gets_no_gradient():
-    """Not even through what it shares with the student."""
+    """Not even through the features that it shares with the student."""
     stage, student, teacher, trained, frozen, batch = parts("dense mimic")
 
     def loss(params, frozen):
         seen, reference, aux = step.views(student, teacher, params, frozen, batch)
-        return objectives.loss(
-            stage.objective, batch, seen, reference, aux, objectives.totals(stage.objective, batch)
-        )[0]
+        totals = objectives.totals(stage.objective, batch)
+        return objectives.loss(stage.objective, batch, seen, reference, aux, totals)[0]
 
     to_student, to_frozen = jax.jit(jax.grad(loss, (0, 1)))(trained, frozen)
     assert all(np.any(g) for g in to_student.values())
@@ -189,46 +186,38 @@ UNEVEN = {
 
 @functools.cache
 def gradients_in(case: str, accumulation: int):
-    """(gradient, metrics) of the global batch, in so many micro-batches; the student is sparse."""
-    _, student, teacher, trained, frozen, batch = parts(
-        "sparse preference" if case == "preference" else "sparse mimic"
-    )
-    teacher, frozen = (
-        (teacher, frozen) if UNEVEN[case].needs_teacher else (None, Frozen(frozen.student, {}))
-    )
-    return jax.jit(
-        lambda *args: step.gradients(UNEVEN[case], accumulation, student, teacher, *args)
-    )(trained, frozen, batch)
+    """(gradient, metrics) of the global batch in `accumulation` micro-batches; a sparse student."""
+    model_case = "sparse preference" if case == "preference" else "sparse mimic"
+    _, student, teacher, trained, frozen, batch = parts(model_case)
+    objective = UNEVEN[case]
+    if not objective.needs_teacher:
+        teacher, frozen = None, Frozen(frozen.student, {})
+    run = functools.partial(step.gradients, objective, accumulation, student, teacher)
+    return jax.jit(run)(trained, frozen, batch)
 
 
 @pytest.mark.parametrize(
     "case, accumulation", [("next token", 4), ("mimic", 4), ("preference", 2), ("preference", 4)]
 )
 def test_micro_batches_of_uneven_answers_add_up_to_the_whole(case, accumulation):
-    """Without the balance loss: its means are taken over a micro-batch, by decision."""
+    """Without the balance loss, whose means are deliberately taken over a micro-batch."""
     gradient, metrics = gradients_in(case, accumulation)
     whole, wanted = gradients_in(case, 1)
     assert_near(gradient, whole)
-    for name in {
-        "loss",
-        "next_token",
-        "kl",
-        "preference",
-        "reward_margin",
-        "samples_without_target",
-    } & wanted.keys():
+    losses = {"loss", "next_token", "kl", "preference", "reward_margin", "samples_without_target"}
+    for name in losses & wanted.keys():
         np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_the_micro_batches_of_the_test_above_are_uneven_and_feel_ktos_kl():
-    """Otherwise it would hold for means of means too."""
+    """Otherwise the test above would also pass for means of means."""
     micros = step.micro_batches(chats(), 4)
     assert len(set(np.asarray(micros.loss_weights).sum((1, 2)))) > 1
     _, metrics = gradients_in("preference", 1)
     assert max(float(metrics["reward_chosen"][0]), float(metrics["reward_rejected"][0])) > 0
 
 
-def test_micro_batches_take_every_so_manieth_row():
+def test_micro_batches_take_rows_round_robin():
     batch = chats()
     micros = step.micro_batches(batch, 2)
     for field in dataclasses.fields(batch):
@@ -258,7 +247,8 @@ def test_sizes_that_do_not_divide_are_named():
     mesh = make_mesh(MeshConfig(tensor=8))
     with pytest.raises(
         ConfigError,
-        match=r"language_model\.layers\.attention\.query\.w_dnh: heads of size 4 over tensor = 8 devices",
+        match=r"language_model\.layers\.attention\.query\.w_dnh: heads of size 4 "
+        r"over tensor = 8 devices",
     ):
         step.make_train_step(
             stage, student, teacher, make_optimizer(OPTIMIZER, 1), mesh, trained, frozen
@@ -266,7 +256,7 @@ def test_sizes_that_do_not_divide_are_named():
 
 
 def test_the_schedule_warms_up_linearly_and_falls_as_a_cosine():
-    """Step 1 of 3 of the warm-up has a third of the rate; the last step but one is nearly 0."""
+    """The first of the 3 steps of warm-up has a third of the rate; the last step is nearly 0."""
     schedule = make_schedule(OptimizerConfig(lr=0.2, warmup_share=0.03), 100)
     steps = np.arange(100)
     wanted = np.where(
@@ -280,14 +270,13 @@ def test_the_optimizer_is_adamw_on_the_clipped_gradient(clip_norm):
     config = OptimizerConfig(
         lr=0.1, warmup_share=0.5, b1=0.9, b2=0.98, weight_decay=0.1, clip_norm=clip_norm
     )
-    optimizer, schedule, rng = (
-        make_optimizer(config, 4),
-        make_schedule(config, 4),
-        np.random.default_rng(0),
-    )
+    optimizer = make_optimizer(config, 4)
+    schedule = make_schedule(config, 4)
+    rng = np.random.default_rng(0)
     p = rng.normal(size=5)
     params = {"w": jnp.asarray(p, jnp.float32)}
-    state, m, v = optimizer.init(params), 0, 0
+    state = optimizer.init(params)
+    m, v = 0, 0
     for t, size in enumerate([3.0, 0.1, 1.0], 1):
         g = rng.normal(size=5) * size
         updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, params)

@@ -1,4 +1,4 @@
-"""Upcycling: the sparse model has the names its config asks for, and computes what the dense one did."""
+"""Upcycling: the sparse model has its config's parameters and computes what the dense one did."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ DENSE = ModelConfig(
     end_token_id=61,
 )
 LAYERS = "language_model.layers."
-ROOMY = 2.0  # capacity for every token to go to the same two of four experts
+ROOMY = 2.0  # capacity factor at which all tokens may go to the same two of four experts
 
 OPTIONS = {
     "every second layer": MoEConfig(),
@@ -53,7 +53,7 @@ def dense():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two rows of text, one with padding; no picture token, one black picture a row."""
+    """Two rows of text, one with padding; each has a black picture that no token shows."""
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 60)
     segments = jnp.stack([jnp.ones(12, jnp.int32), (jnp.arange(12) < 9).astype(jnp.int32)])
     row = jnp.broadcast_to(jnp.arange(12), (2, 12))
@@ -126,7 +126,7 @@ def test_routers_are_uniform_and_differ_between_layers(dense):
     params, _ = upcycle(dense, DENSE, MoEConfig(layers="all", num_experts=64), jax.random.key(2))
     router, bound = params[LAYERS + "moe.router.w_de"], 32**-0.5
     assert np.abs(router).max() < bound
-    # 8192 draws: the standard deviation of U(-a, a) is a / sqrt(3), known here to about 0.5 %
+    # The standard deviation of U(-a, a) is a / sqrt(3); 8192 draws give it within about 0.5 %.
     np.testing.assert_allclose(router.std(), bound / 3**0.5, rtol=0.03)
     np.testing.assert_allclose(router.mean(), 0, atol=0.03 * bound)
     assert not np.allclose(router[0], router[1])
