@@ -1,10 +1,10 @@
-"""Every family of models, in every layout of files that people have, small and random: how far our numbers are from transformers'.
+"""How far our numbers are from transformers', for every family of models in every layout of files.
 
-    python tests/families.py        measures all of it and writes the table of docs/checkpoints.md
+    python tests/families.py        measures all cases and writes the table of docs/checkpoints.md
 
-The oracle is the model of transformers that the tensors were taken from, fed by its own processor; of what we export, the model and the processor
-that stock transformers loads.
-Axes: B texts, S positions, V vocabulary, T new tokens.
+The models are small and random. The oracle of an import is the transformers model that the tensors
+were taken from, fed by its own processor; that of an export is the model and the processor that
+stock transformers loads from it.
 """
 
 import contextlib
@@ -55,12 +55,12 @@ from mod_jax.interop.processor import chat_template
 
 SIDE = hf_models.TOWER["image_size"]
 SQUARE = {"height": SIDE, "width": SIDE}
-SHARD_BYTES = 100_000  # of an export: several files and an index
+SHARD_BYTES = 100_000  # small enough that an export has several files and an index
 
 
 @functools.cache
 def tokenizer_of(kind: str):
-    """One of `small_tokenizers`, with `<image>` and a token to pad with."""
+    """The tokenizer `small_tokenizers.<kind>`, with `<image>` and a padding token."""
     tokenizer = copy.deepcopy(getattr(small_tokenizers, kind)())
     tokenizer.add_tokens(
         [AddedToken("<image>", special=True, normalized=False)], special_tokens=True
@@ -70,7 +70,7 @@ def tokenizer_of(kind: str):
 
 
 def rows_for(tokenizer) -> int:
-    """Of a vocabulary, as models have it: a multiple of 64."""
+    """Rows of a model's embedding: the size of the vocabulary, rounded up to a multiple of 64."""
     return -(-len(tokenizer) // 64) * 64
 
 
@@ -85,15 +85,24 @@ IMAGE_PROCESSORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A tower and a language model (functions of hf_models), and the processor that such models have."""
+    """A kind of LLaVA: its tower, its language model, and the processor that such models have.
+
+    Attributes:
+      vision: Function of `hf_models` for the tower's configuration.
+      text: Function of `hf_models` for the language model's configuration.
+      tokenizer: Name of a function of `small_tokenizers`.
+      fit: How pictures are made square, a key of IMAGE_PROCESSORS.
+      seed: Of the random parameters.
+    """
 
     vision: Callable
     text: Callable
-    tokenizer: str  # of small_tokenizers
-    fit: str  # a key of IMAGE_PROCESSORS
+    tokenizer: str
+    fit: str
     seed: int = 0
 
     def text_config(self):
+        """The language model's configuration."""
         tokenizer = tokenizer_of(self.tokenizer)
         return self.text(
             vocab_size=rows_for(tokenizer),
@@ -102,6 +111,7 @@ class Family:
         )
 
     def config(self):
+        """The whole model's configuration."""
         return hf_models.llava(
             self.vision(),
             self.text_config(),
@@ -109,6 +119,7 @@ class Family:
         )
 
     def processor(self, template: str | None = "qwen") -> LlavaProcessor:
+        """The processor, with the chat template of this name or with none."""
         config = self.config()
         return LlavaProcessor(
             image_processor=IMAGE_PROCESSORS[self.fit](),
@@ -133,39 +144,32 @@ FAMILIES = {
 
 
 def ours(chat: Chat, with_pictures: bool = True) -> Results:
-    """By a model that we loaded."""
+    """What a model that we loaded makes of `stock.check.inputs`."""
     texts, pictures = inputs(with_pictures)
     prompts = chat.processor.prompts(texts, pictures, MULTIPLE)
     lengths = prompts.segment_ids.sum(1)
-    left, endless = (
-        chat.logits(texts, pictures),
-        dataclasses.replace(chat.config, end_token_id=NOTHING),
-    )
+    left = chat.logits(texts, pictures)
+    alone = [row[-length:] for row, length in zip(left, lengths)]
+    endless = dataclasses.replace(chat.config, end_token_id=NOTHING)
     with jax.default_matmul_precision("highest"):  # as `chat.logits`
-        right = np.asarray(logits(chat.config, chat.params, right_padded(prompts)))[
-            :, : lengths.max()
-        ]
+        right = logits(chat.config, chat.params, right_padded(prompts))
         answers = generate(endless, chat.params, prompts, NEW_TOKENS)
-    return Results(
-        [row[-length:] for row, length in zip(left, lengths)], left, right, np.asarray(answers)
-    )
+    return Results(alone, left, np.asarray(right)[:, : lengths.max()], np.asarray(answers))
 
 
 def right_padded(prompts: Prompts) -> Prompts:
-    """Left-padded prompts with the padding moved to the other side."""
-    places = np.argsort(prompts.segment_ids == 0, axis=1, kind="stable")
-    return dataclasses.replace(
-        prompts,
-        **{
-            n: np.take_along_axis(getattr(prompts, n), places, 1)
-            for n in ("tokens", "segment_ids", "picture_index")
-        },
-    )
+    """Left-padded prompts with their padding moved to the right."""
+    order = np.argsort(prompts.segment_ids == 0, axis=1, kind="stable")
+    moved = {
+        field: np.take_along_axis(getattr(prompts, field), order, 1)
+        for field in ("tokens", "segment_ids", "picture_index")
+    }
+    return dataclasses.replace(prompts, **moved)
 
 
 @functools.cache
 def checkpoint_of(name: str) -> Checkpoint:
-    """A family's model."""
+    """The random model of a family, its processor and its tokenizer."""
     family = FAMILIES[name]
     return Checkpoint(
         hf_models.build(family.config(), family.seed),
@@ -176,32 +180,29 @@ def checkpoint_of(name: str) -> Checkpoint:
 
 @functools.cache
 def wanted_of(name: str) -> Results:
-    """What transformers computes with it."""
+    """What transformers computes with the model of a family."""
     return theirs(checkpoint_of(name).model, checkpoint_of(name).processor)
 
 
 def measure_llava(name: str, layout: str, folder: pathlib.Path) -> Difference:
-    """A whole model, in a folder of a layout."""
+    """Compares a whole model that we load from a folder of a layout."""
     LAYOUTS[layout](checkpoint_of(name), folder)
     return difference(ours(mod_jax.load(folder)), wanted_of(name))
 
 
 def measure_language_model(name: str, folder: pathlib.Path) -> Difference:
-    """A family's language model alone, in a student that is made of it and a tower, without pictures."""
+    """Compares a plain language model that we load as a part of a student, on texts alone."""
     family = FAMILIES[name]
-    model, tokenizer = (
-        hf_models.build(family.text_config(), family.seed),
-        tokenizer_of(family.tokenizer),
-    )
+    model = hf_models.build(family.text_config(), family.seed)
+    tokenizer = tokenizer_of(family.tokenizer)
     model.save_pretrained(folder / "language_model")
     hf_models.build(family.vision()).save_pretrained(folder / "vision_tower")
     source = ModelSource(
         language_model=str(folder / "language_model"), vision_tower=str(folder / "vision_tower")
     )
     with open_source(source, tokenizer) as pretrained:
-        chat = Chat(
-            pretrained.config, read(pretrained), Processor(tokenizer, None, pretrained.config)
-        )
+        processor = Processor(tokenizer, None, pretrained.config)
+        chat = Chat(pretrained.config, read(pretrained), processor)
     return difference(ours(chat, False), theirs(model, family.processor(), False))
 
 
@@ -218,7 +219,8 @@ CLIP = small.VISION
 SIGLIP = VisionConfig(
     "siglip", 8, 4, 16, 32, 2, 2, "gelu_tanh", 1e-6, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3
 )
-STUDENTS = {  # of ours, that stock transformers loads: tower, decoder, tokenizer
+# Our students that stock transformers loads: name -> (tower, changes of the decoder, tokenizer).
+STUDENTS = {
     "CLIP + sparse Qwen2": (CLIP, {"moe": MoEConfig(), "tie_embeddings": False}, "qwen"),
     "SigLIP + sparse Llama": (
         SIGLIP,
@@ -231,36 +233,33 @@ STUDENTS = {  # of ours, that stock transformers loads: tower, decoder, tokenize
 
 
 def student_of(name: str, folder: pathlib.Path) -> None:
-    """Writes an imported folder of ours, of random weights."""
+    """Writes a native folder of a student with random parameters."""
     vision, changes, kind = STUDENTS[name]
     tokenizer = tokenizer_of(kind)
-    tokenizer.save_pretrained(folder.with_name(folder.name + ".tokenizer"))
+    tokenizer_folder = folder.with_name(folder.name + ".tokenizer")
+    tokenizer.save_pretrained(tokenizer_folder)
     decoder = DecoderConfig(vocab_size=rows_for(tokenizer), **SIZES | changes)
-    config = ModelConfig(
-        vision, decoder, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
-    )
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = ModelConfig(vision, decoder, image_token_id, tokenizer.eos_token_id)
     params = {name: InMemory(array) for name, array in small.params_of(config).items()}
-    save_native(
-        folder,
-        Pretrained(config, params, "random weights", folder.with_name(folder.name + ".tokenizer")),
-    )
+    save_native(folder, Pretrained(config, params, "random weights", tokenizer_folder))
 
 
 def write_export(name: str, folder: pathlib.Path) -> None:
-    """A student as we export it, in shards, and what we compute with it, as `stock.check` takes them."""
+    """Exports a student in shards, beside what we compute with it, for `stock.check`."""
     student_of(name, folder / "ours")
     export(folder / "ours", folder / "model", Options(shard_bytes=SHARD_BYTES))
     chat = mod_jax.load(folder / "ours")
-    found, (texts, pictures), vision = ours(chat), inputs(), chat.config.vision
+    found = ours(chat)
+    texts, pictures = inputs()
     squares = chat.processor.pixels([picture for shown in pictures for picture in shown])
+    mean, std = np.array(chat.config.vision.pixel_mean), np.array(chat.config.vision.pixel_std)
     np.savez(
         folder / "expected.npz",
         left=found.left,
         right=found.right,
         answers=found.answers,
-        pixels=(
-            (squares / 255 - np.array(vision.pixel_mean)) / np.array(vision.pixel_std)
-        ).transpose(0, 3, 1, 2),
+        pixels=((squares / 255 - mean) / std).transpose(0, 3, 1, 2),
         rendered=chat.processor.render(CONVERSATION),
         said=chat.generate("Describe the picture.", pictures[0]),
         **{f"alone_{number}": logits for number, logits in enumerate(found.alone)},
@@ -269,7 +268,7 @@ def write_export(name: str, folder: pathlib.Path) -> None:
 
 
 def measure_export(name: str, folder: pathlib.Path) -> Difference:
-    """A student of ours, against what transformers makes of its export."""
+    """Compares a student of ours with what transformers loads from its export."""
     write_export(name, folder)
     found, wrong = wrong_with(folder)
     assert not wrong, wrong
@@ -277,12 +276,12 @@ def measure_export(name: str, folder: pathlib.Path) -> Difference:
 
 
 SAVED, *OTHER_LAYOUTS = LAYOUTS
-SHOWN_WITH = {  # the family that a layout is shown with
+SHOWN_WITH = {  # layout -> the family it is measured with; CLIP + Qwen2-MoE if it is not here
     "original LLaVA, safetensors": "CLIP + Llama, Vicuna",
     "original LLaVA, .bin, without its tower": "CLIP + Llama, Vicuna",
     "LLaVA-MoD authors' dense, .bin": "CLIP + Qwen1.5, 2, 2.5",
 }
-# (model, folder) -> how it is measured, given an empty folder
+# (model, folder), as the table names them -> the measurement, which is given an empty folder
 CASES: dict[tuple[str, str], Callable[[pathlib.Path], Difference]] = {
     (name, SAVED): functools.partial(measure_llava, name, SAVED) for name in FAMILIES
 }
@@ -298,30 +297,31 @@ for name in STUDENTS:
     CASES[name, "exported by `mod_jax.convert export`"] = functools.partial(measure_export, name)
 
 
-PAGE, MARKS = (
-    pathlib.Path(__file__).parents[1] / "docs" / "checkpoints.md",
-    ("<!-- families -->", "<!-- /families -->"),
-)
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "checkpoints.md"
+MARKS = ("<!-- families -->", "<!-- /families -->")
 CAPTION = f"""\
-Logits in float32, max |ours - theirs| / max |theirs|, against transformers {transformers.__version__}: the worst of {len(INPUTS)} texts ({", ".join(INPUTS)}),
-each alone, and all in batches padded on either side. Then the share of {len(INPUTS)} x {NEW_TOKENS} greedily chosen tokens that are the same.
-The models are small and random. The differences are those of rounding; above 2e-6 they come from the last bit of the pixels, in a picture that is
-mostly padding. `make families` measures them again.
+Logits in float32, max |ours - theirs| / max |theirs|, against transformers
+{transformers.__version__}: the largest for {len(INPUTS)} texts
+({", ".join(INPUTS)}), each alone, and all in batches
+padded on either side; then the share of {len(INPUTS)} x {NEW_TOKENS} greedy tokens that agree.
+The models are small and random. The differences are those of rounding; above 2e-6 they come from
+the last bit of the pixels, in a picture that is mostly padding. `make families` measures again.
 
 | model | folder | alone | padded left | padded right | same tokens |
 |---|---|---|---|---|---|"""
 
 
 def rows() -> Iterator[str]:
-    """Of the table, as they are measured."""
+    """Rows of the table, one for each case, as they are measured."""
     for (model, folder), measure in CASES.items():
         with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(None):
             found = measure(pathlib.Path(empty))
-        yield f"| {model} | {folder} | {found.alone:.1e} | {found.left:.1e} | {found.right:.1e} | {found.same:.0%} |"
+        differences = " | ".join(f"{d:.1e}" for d in (found.alone, found.left, found.right))
+        yield f"| {model} | {folder} | {differences} | {found.same:.0%} |"
 
 
 def main() -> None:
-    """Measures, prints, and writes the table between the two marks of the page."""
+    """Measures all cases and writes the table between the two marks of the page."""
     table = [CAPTION]
     for row in rows():
         print(row, flush=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is restored is what was saved, on any mesh; another model's is refused."""
+"""Checkpoints: restored is what was saved, on any mesh; those of another model are refused."""
 
 import asyncio
 import dataclasses
@@ -21,7 +21,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
 
 
 def make_state(shape=(8, 16), step=3) -> TrainState:
-    """After a step, so that no moment is zero."""
+    """A state after a step, so that no moment is zero."""
     rng = np.random.default_rng(step)
     params = {
         "a.w_df": jnp.asarray(rng.normal(size=shape), jnp.float32),
@@ -32,18 +32,15 @@ def make_state(shape=(8, 16), step=3) -> TrainState:
 
 
 def wanted_on(mesh, state: TrainState) -> TrainState:
-    """The state's shapes, laid out on a mesh."""
+    """The abstract state, with its shardings on a mesh."""
     shapes = jax.eval_shape(lambda p: new_state(p, OPTIMIZER), state.params)
-    return abstract(
-        shapes,
-        state_shardings(
-            OPTIMIZER, state.params, parameter_shardings(mesh, state.params, AXES), replicated(mesh)
-        ),
-    )
+    of_params = parameter_shardings(mesh, state.params, AXES)
+    shardings = state_shardings(OPTIMIZER, state.params, of_params, replicated(mesh))
+    return abstract(shapes, shardings)
 
 
 class Counting:
-    """Data of two streams: each counts, and remembers what it counted."""
+    """Data of two streams, each of which counts and keeps what it counted as its state."""
 
     def __init__(self):
         self.streams = {3: {"counted": []}, 10: {"counted": []}}
@@ -61,11 +58,9 @@ class Counting:
 
 
 def mesh_of(devices: int):
-    """One device, or four times two."""
-    return make_mesh(
-        MeshConfig(data=1, fsdp=4, tensor=2) if devices == 8 else MeshConfig(),
-        jax.devices()[:devices],
-    )
+    """A mesh of one device, or of eight as 4 x 2."""
+    config = MeshConfig(data=1, fsdp=4, tensor=2) if devices == 8 else MeshConfig()
+    return make_mesh(config, jax.devices()[:devices])
 
 
 @pytest.mark.parametrize("first, second", [(1, 1), (1, 8), (8, 1)])
@@ -81,11 +76,9 @@ def test_state_and_data_come_back_bit_for_bit_on_any_mesh(first, second, tmp_pat
     rest = [next(data) for _ in range(5)]
     saved.close()
 
-    again, wanted, fresh = (
-        Checkpoints(tmp_path, keep=2),
-        wanted_on(mesh_of(second), state),
-        Counting(),
-    )
+    again = Checkpoints(tmp_path, keep=2)
+    wanted = wanted_on(mesh_of(second), state)
+    fresh = Counting()
     assert again.latest == 3 and again.metadata(3) == {"config": {"lr": 0.1}}
     found = again.restore(3, wanted, fresh)
     jax.tree.map(np.testing.assert_array_equal, found, state)
@@ -94,16 +87,14 @@ def test_state_and_data_come_back_bit_for_bit_on_any_mesh(first, second, tmp_pat
         found,
         wanted,
     )
-    assert (
-        optax.tree_utils.tree_get(found.optimizer, "mu")["a.w_df"].sharding.spec
-        == found.params["a.w_df"].sharding.spec
-    )
+    moments = optax.tree_utils.tree_get(found.optimizer, "mu")
+    assert moments["a.w_df"].sharding.spec == found.params["a.w_df"].sharding.spec
     assert [next(fresh) for _ in range(5)] == rest
     again.close()
 
 
 def test_streams_are_found_whichever_process_saved_them(tmp_path, monkeypatch):
-    """Two processes save three streams each; one alone, or any other number, reads what it needs."""
+    """Two processes save three streams each; a single process reads all of them."""
     states = {number: {"next": 10 * number, "waiting": [number]} for number in range(6)}
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
@@ -130,21 +121,21 @@ async def in_background(started):
 
 
 def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
-    """The step that follows overwrites the buffers of the state it is given."""
-    saved, state = Checkpoints(tmp_path, keep=1), jax.tree.map(jnp.copy, make_state((512, 512)))
+    """The next train step is given the buffers of the state and overwrites them."""
+    saved = Checkpoints(tmp_path, keep=1)
+    state = jax.tree.map(jnp.copy, make_state((512, 512)))
     kept = jax.tree.map(np.array, state)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     saved.save(3, state, Counting(), {})
     jax.block_until_ready(overwrite(state))
     saved.close()
-    found = Checkpoints(tmp_path, keep=1)
-    jax.tree.map(
-        np.testing.assert_array_equal, found.restore(3, wanted_on(mesh_of(1), kept), None), kept
-    )
-    found.close()
+    again = Checkpoints(tmp_path, keep=1)
+    found = again.restore(3, wanted_on(mesh_of(1), kept), None)
+    jax.tree.map(np.testing.assert_array_equal, found, kept)
+    again.close()
 
 
-def test_the_last_ones_stay(tmp_path):
+def test_the_last_checkpoints_are_kept(tmp_path):
     saved = Checkpoints(tmp_path, keep=2)
     assert saved.latest is None
     for step in (2, 4, 6, 8):
@@ -157,7 +148,7 @@ def test_the_last_ones_stay(tmp_path):
 
 
 def test_half_a_checkpoint_does_not_count(tmp_path):
-    """What a kill in mid-save leaves behind: a folder under a temporary name."""
+    """A process killed while it saves leaves a folder under a temporary name."""
     saved = Checkpoints(tmp_path, keep=2)
     saved.save(2, make_state(), Counting(), {})
     saved.close()
@@ -189,7 +180,8 @@ def test_another_models_checkpoint_is_refused(change, message, tmp_path):
     saved = Checkpoints(tmp_path, keep=2)
     saved.save(2, make_state(), Counting(), {})
     saved.close()
-    saved, other = Checkpoints(tmp_path, keep=2), change(make_state().params)
+    saved = Checkpoints(tmp_path, keep=2)
+    other = change(make_state().params)
     with pytest.raises(
         ConfigError, match=r"/2 holds another model; use another --workdir .*: " + message
     ):

@@ -1,6 +1,7 @@
-"""Every family and every layout computes what transformers computes; what comes in goes out as it was, and what goes out comes back.
+"""Models of every family in every layout compute what transformers computes.
 
-What is measured, and on what, is in `families`, which also writes it into docs/checkpoints.md.
+`families` defines and measures these cases, and writes them into docs/checkpoints.md. Exporting
+what was imported gives the same tensors, and importing what was exported the same parameters.
 """
 
 import copy
@@ -33,14 +34,14 @@ MESH = "data=1,fsdp=2,expert=2,tensor=2"
 
 @pytest.mark.parametrize("model, folder", families.CASES)
 def test_logits_and_greedy_answers_are_those_of_transformers(model, folder, tmp_path):
-    """With pictures at several places and without, alone and in batches padded on either side; 32 tokens of an answer to each."""
+    """With and without pictures, alone and in batches padded on either side; 32 tokens each."""
     found = families.CASES[model, folder](tmp_path)
     assert max(found.alone, found.left, found.right) <= TOLERANCE, found
     assert found.same == 1, found
 
 
 def command(*arguments) -> None:
-    """mod_jax.convert."""
+    """Runs `python -m mod_jax.convert` with these arguments, in this process."""
     options = convert.parser().parse_args([str(argument) for argument in arguments])
     options.run(options)
 
@@ -54,8 +55,8 @@ def stored(folder) -> dict[str, torch.Tensor]:
     }
 
 
-# How a sparse model comes in and goes out: dtype -> (options of import, of export)
-WAYS = {
+# dtype of a sparse model -> (options of its import, options of its export)
+OPTIONS = {
     "float32": ([], []),
     "bfloat16": ([f"--mesh={MESH}"], []),
     "float16": ([], ["--shard-gb=1e-4"]),
@@ -64,34 +65,34 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Of each dtype: "theirs", in the names of 4.x, and "ours", imported."""
-    whole, checkpoint = tmp_path_factory.mktemp("whole"), families.checkpoint_of("CLIP + Qwen2-MoE")
-    for dtype, (how, _) in WAYS.items():
-        theirs = whole / dtype / "theirs"
+    """For each dtype, "theirs" with the tensor names of transformers 4.x, and "ours", imported."""
+    root = tmp_path_factory.mktemp("folders")
+    checkpoint = families.checkpoint_of("CLIP + Qwen2-MoE")
+    for dtype, (import_options, _) in OPTIONS.items():
+        theirs = root / dtype / "theirs"
         theirs.mkdir(parents=True)
-        LAYOUTS["llava-hf, names of 4.x"](
-            dataclasses.replace(
-                checkpoint, model=copy.deepcopy(checkpoint.model).to(getattr(torch, dtype))
-            ),
-            theirs,
-        )
-        command("import", theirs, whole / dtype / "ours", *how)
-    return whole
+        model = copy.deepcopy(checkpoint.model).to(getattr(torch, dtype))
+        LAYOUTS["llava-hf, names of 4.x"](dataclasses.replace(checkpoint, model=model), theirs)
+        command("import", theirs, root / dtype / "ours", *import_options)
+    return root
 
 
-@pytest.mark.parametrize("dtype", WAYS)
+@pytest.mark.parametrize("dtype", OPTIONS)
 def test_what_is_imported_is_exported_with_the_same_tensors_bitwise(dtype, folders, tmp_path):
-    """From one device and from eight, in one file and in shards. Beside them are the gates of shared experts, that qwen2_moe has of size zero too."""
-    command("export", folders / dtype / "ours", tmp_path / "theirs", *WAYS[dtype][1])
+    """Imported on one device and on eight; exported in one file and in shards.
+
+    The export also has the gates of the shared experts, which qwen2_moe needs even at size 0.
+    """
+    _, export_options = OPTIONS[dtype]
+    command("export", folders / dtype / "ours", tmp_path / "theirs", *export_options)
     found, wanted = stored(tmp_path / "theirs"), stored(folders / dtype / "theirs")
-    assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == bool(WAYS[dtype][1])
-    assert found.keys() - wanted.keys() == {
-        name for name in found if name.endswith(".shared_expert_gate.weight")
-    }
-    assert all(
-        tensor.dtype == getattr(torch, dtype) and torch.equal(found[name], tensor)
-        for name, tensor in wanted.items()
-    )
+    in_shards = len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    assert in_shards == bool(export_options)
+    gates = {name for name in found if name.endswith(".shared_expert_gate.weight")}
+    assert found.keys() - wanted.keys() == gates
+    for name, tensor in wanted.items():
+        assert tensor.dtype == getattr(torch, dtype), name
+        assert torch.equal(found[name], tensor), name
     assert hf_models.load(tmp_path / "theirs")[0] == hf_models.load(folders / dtype / "theirs")[0]
 
 
@@ -100,12 +101,10 @@ def test_what_is_exported_in_float32_is_imported_with_the_same_numbers_bitwise(t
     command("export", tmp_path / "ours", tmp_path / "theirs")
     command("import", tmp_path / "theirs", tmp_path / "again")
     with open_native(tmp_path / "ours") as wanted, open_native(tmp_path / "again") as found:
-        numbered = MoEConfig(
-            layers=wanted.config.decoder.sparse_layers
-        )  # as config.json names them
-        assert found.config == dataclasses.replace(
-            wanted.config, decoder=dataclasses.replace(wanted.config.decoder, moe=numbered)
-        )
+        # config.json lists the sparse layers by number
+        numbered = MoEConfig(layers=wanted.config.decoder.sparse_layers)
+        decoder = dataclasses.replace(wanted.config.decoder, moe=numbered)
+        assert found.config == dataclasses.replace(wanted.config, decoder=decoder)
         assert found.params.keys() == wanted.params.keys() and found.dtype == "float32"
         for name in wanted.params:
             np.testing.assert_array_equal(
@@ -118,16 +117,13 @@ def test_what_is_imported_onto_a_mesh_is_restored_there_sharded_and_bitwise(fold
     config, wanted = hf_models.load(theirs)
     saved = ocp.metadata(ours).metadata
     shardings = parameter_shardings(make_mesh(convert.mesh_sizes(MESH)), saved, llava.axes(config))
-    assert all(sharding.num_devices == 8 for sharding in shardings.values()) and not all(
-        sharding.is_fully_replicated for sharding in shardings.values()
-    )
-    restored = ocp.load(
-        ours,
-        {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
-            for name, x in saved.items()
-        },
-    )
+    assert all(sharding.num_devices == 8 for sharding in shardings.values())
+    assert not all(sharding.is_fully_replicated for sharding in shardings.values())
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+        for name, x in saved.items()
+    }
+    restored = ocp.load(ours, abstract)
     assert restored.keys() == wanted.keys()
     for name, array in restored.items():
         assert array.sharding == shardings[name] and array.dtype == jax.numpy.bfloat16

@@ -142,6 +142,7 @@ def assert_same_gradients(found: dict, theirs: dict, zero: dict, entries: list, 
     bounds = under_our_names(bounds, entries, kind)
     assert len(wanted) > 10
     for name, gradient in wanted.items():
+        assert np.shape(found[name]) == gradient.shape, name
         if np.any(bounds[name]):
             for side in (found[name], gradient):
                 excess = np.abs(side) - bounds[name]
@@ -151,28 +152,33 @@ def assert_same_gradients(found: dict, theirs: dict, zero: dict, entries: list, 
 
 
 def whole(config: ModelConfig, part: dict) -> dict:
-    """All parameters of a model of which only `part` matters; the others are 0."""
+    """The parameters `part`, and zeros for all other parameters of the model."""
     return {name: np.zeros(x.shape, x.dtype) for name, x in llava.abstract(config).items()} | part
 
 
 def pictures(count: int, size: int = 12, seed: int = 0) -> np.ndarray:
-    """u8[count,H,W,3]."""
+    """Random pictures u8[count,H,W,3]."""
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
 def random_tokens(rows: int, length: int) -> np.ndarray:
-    """i32[rows,length] of text, without the padding token: torch gives its embedding no gradient."""
+    """Random i32[rows,length], without the padding token: torch gives its embedding no gradient."""
     return np.random.default_rng(length).integers(0, hf_models.END_TOKEN, (rows, length), np.int32)
 
 
 def pixel_values(images: np.ndarray, config: VisionConfig) -> torch.Tensor:
-    """The normalised pictures that transformers' towers take, f32[count,3,H,W]."""
+    """Normalised pictures f32[count,3,H,W], as transformers' towers take them."""
     normalised = (images / 255.0 - np.array(config.pixel_mean)) / np.array(config.pixel_std)
     return torch.tensor(normalised.transpose(0, 3, 1, 2), dtype=torch.float32)
 
 
 def chat(tokens: np.ndarray, images: np.ndarray) -> Batch:
-    """A batch of unpacked rows: tokens i32[B,S], images u8[B,N,H,W,3]; the picture tokens take the features in order."""
+    """A batch of unpacked rows, whose picture tokens take the features in order.
+
+    Args:
+      tokens: i32[B,S].
+      images: u8[B,N,H,W,3].
+    """
     rows, length = tokens.shape
     is_picture = tokens == hf_models.IMAGE_TOKEN
     index = np.where(is_picture, np.cumsum(is_picture, axis=1) - 1, -1)
@@ -208,7 +214,7 @@ def logits_and_gradients(config: ModelConfig, params: dict, batch: Batch):
 
 
 def torch_logits(model: torch.nn.Module, tokens: np.ndarray, **inputs) -> torch.Tensor:
-    """Logits f32[B,S,V]; leaves the gradients of the same loss in the model."""
+    """Logits f32[B,S,V]; leaves the gradients of the mean next-token loss in the model."""
     ids = torch.tensor(tokens, dtype=torch.long)
     model.zero_grad()
     logits = model(input_ids=ids, **inputs).logits
@@ -249,12 +255,12 @@ def test_vision_tower(kind, layer, tmp_path):
     rounding = KeyBiasRounding(model)
     model.save_pretrained(tmp_path / "theirs")
     vision, tower = hf_models.load(tmp_path / "theirs")
-    images, cls = pictures(2), int(vision.family == "clip")
+    images = pictures(2)
+    first_patch = int(vision.family == "clip")  # after the class embedding
 
     def theirs(model):
-        return model(pixel_values(images, vision), output_hidden_states=True).hidden_states[layer][
-            :, cls:
-        ]
+        outputs = model(pixel_values(images, vision), output_hidden_states=True)
+        return outputs.hidden_states[layer][:, first_patch:]
 
     wanted = theirs(model)
     cotangent = np.random.default_rng(1).normal(size=wanted.shape).astype(np.float32)
@@ -263,19 +269,14 @@ def test_vision_tower(kind, layer, tmp_path):
     config = ModelConfig(
         vision=VisionConfig(**vars(vision) | {"feature_layer": layer}), decoder=TINY_DECODER
     )
-    params = whole(config, tower)
 
-    @jax.jit
-    def ours(params):
-        def functional(params):
-            features = llava.bind(config, params).features(images[None])[0].reshape(wanted.shape)
-            return (features * cotangent).sum(), features
+    def functional(params):
+        features = llava.bind(config, params).features(images[None])[0].reshape(wanted.shape)
+        return (features * cotangent).sum(), features
 
-        (_, features), gradients = jax.value_and_grad(functional, has_aux=True)(params)
-        return features, gradients
-
+    ours = jax.jit(jax.value_and_grad(functional, has_aux=True))
     with jax.default_matmul_precision("highest"):
-        features, gradients = ours(params)
+        (_, features), gradients = ours(whole(config, tower))
     assert_near(features, wanted.detach(), FEATURES_RTOL)
     assert_same_gradients(
         gradients,
@@ -329,10 +330,9 @@ def test_language_model(kind, tmp_path):
     wanted = torch_logits(model, tokens)
 
     config = ModelConfig(vision=TINY_TOWER, decoder=decoder)
+    batch = chat(tokens, np.zeros((2, 0, 4, 4, 3), np.uint8))
     with jax.default_matmul_precision("highest"):
-        logits, gradients = logits_and_gradients(
-            config, whole(config, part), chat(tokens, np.zeros((2, 0, 4, 4, 3), np.uint8))
-        )
+        logits, gradients = logits_and_gradients(config, whole(config, part), batch)
     assert_near(logits, wanted, LOGITS_RTOL)
     theirs = hf_models.gradients(model)
     entries = names.decoder_entries(decoder)
@@ -355,7 +355,7 @@ CONTENTS = {
 
 
 def conversation(content: list) -> tuple[np.ndarray, np.ndarray]:
-    """tokens i32[1,S] and pictures u8[1,N,H,W,3] of a list of text lengths and pictures."""
+    """(tokens i32[1,S], pictures u8[1,N,H,W,3]), given lengths of text and "picture"s."""
     parts = [
         np.full((1, PATCHES), hf_models.IMAGE_TOKEN)
         if part == "picture"
@@ -394,7 +394,7 @@ def test_llava(kind, content, tmp_path):
 
 
 def test_a_sparse_llama_is_exported_with_biases_of_zero(tmp_path):
-    """transformers has no sparse llama; qwen2_moe without its biases is one."""
+    """transformers has no sparse Llama; Qwen2-MoE without its biases is one."""
     model = hf_models.build(hf_models.qwen2_moe(qkv_bias=False))
     model.save_pretrained(tmp_path / "theirs")
     decoder, part = hf_models.load(tmp_path / "theirs")

@@ -1,4 +1,7 @@
-"""The mesh and the table from logical axes to it; a size that does not divide is named before anything runs."""
+"""The mesh and the table from logical axes to it.
+
+A size that does not divide over the mesh is named before anything runs.
+"""
 
 import jax
 import numpy as np
@@ -48,7 +51,10 @@ def test_a_mesh_of_some_devices():
     [
         (
             MeshConfig(data=1, fsdp=3),
-            r"mesh = \{'data': 1, 'fsdp': 3, .*expected sizes with the product 8, .*Set one axis to -1",
+            (
+                r"mesh = \{'data': 1, 'fsdp': 3, .*expected sizes with the product 8, "
+                r".*Set one axis to -1"
+            ),
         ),
         (MeshConfig(data=-1, fsdp=3), "expected sizes whose product divides the 8 devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one of them -1"),
@@ -62,7 +68,10 @@ def test_a_mesh_that_does_not_fit_is_refused(config, message):
 
 
 def test_parameters_lie_where_their_logical_axes_say():
-    """A dense weight over fsdp x expert and tensor, an expert's over expert, fsdp and tensor; layers and norms of heads whole."""
+    """A dense weight over (fsdp, expert) and tensor, an expert's over expert, fsdp and tensor.
+
+    Axes of layers and of a head's elements are not split.
+    """
     axes = {
         "dense": ("layers", "embed", "heads", None),
         "expert": ("layers", "expert", "expert_embed", "mlp"),
@@ -101,13 +110,12 @@ def test_every_dimension_that_does_not_divide_is_named():
         "a.w_dnh: heads of size 3 over tensor = 2 devices",
         "b.w_edf: mlp of size 7 over tensor = 2 devices",
     ]
-    assert str(
-        error.value
-    ) == "these sizes do not divide over the mesh; choose other mesh sizes: " + "; ".join(wrong)
+    start = "these sizes do not divide over the mesh; choose other mesh sizes: "
+    assert str(error.value) == start + "; ".join(wrong)
 
 
 def test_no_two_dimensions_of_a_weight_share_a_mesh_axis():
-    """Vocabulary x width, width x heads, experts x width x feed-forward: the pairs that models have."""
+    """For all combinations of axes that the weights of the models have."""
     for axes in [
         ("vocab", "embed"),
         ("embed", "heads"),
@@ -115,11 +123,9 @@ def test_no_two_dimensions_of_a_weight_share_a_mesh_axis():
         ("embed", "mlp"),
         ("expert", "expert_embed", "mlp"),
     ]:
-        used = [
-            a
-            for axis in axes
-            for a in ((RULES[axis],) if isinstance(RULES[axis], str) else RULES[axis])
-        ]
+        used = []
+        for axis in axes:
+            used += [RULES[axis]] if isinstance(RULES[axis], str) else RULES[axis]
         assert len(used) == len(set(used)), axes
 
 
