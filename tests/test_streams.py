@@ -88,9 +88,9 @@ def test_exactly_the_following_samples_are_read_ahead():
     assert not read.numbers, "nothing is read before the first row is requested"
     for _ in range(20):
         next(made)
-        following = made.get_state()["next"]
-        wait_until(lambda: len(read.numbers) >= following + READ_AHEAD)
-        assert len(read.numbers) == following + READ_AHEAD
+        expected = made.get_state()["next"] + READ_AHEAD
+        wait_until(lambda expected=expected: len(read.numbers) >= expected)
+        assert len(read.numbers) == expected
     assert read.numbers == list(range(len(read.numbers)))
 
 

@@ -220,14 +220,18 @@ def test_chatml_learns_answers_and_their_ends_and_not_the_line_end_between_turns
         (
             "chatml",
             "llama",
-            r"template = 'chatml': expected one for this tokenizer, "
-            r"which has no <\|im_end\|>, <\|im_start\|>",
+            (
+                r"template = 'chatml': expected one for this tokenizer, "
+                r"which has no <\|im_end\|>, <\|im_start\|>"
+            ),
         ),
         (
             "chatml",
             "qwen",
-            r"template = 'chatml': expected one for this model, "
-            r"whose answers end with <\|endoftext\|>, not <\|im_end\|>",
+            (
+                r"template = 'chatml': expected one for this model, "
+                r"whose answers end with <\|endoftext\|>, not <\|im_end\|>"
+            ),
         ),
     ],
 )
@@ -438,5 +442,7 @@ def test_samples_import_neither_jax_nor_transformers():
         "import sys, mod_jax.data.samples.sample; "
         "print({'jax', 'torch', 'transformers'} & sys.modules.keys())"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert (process.stdout, process.stderr) == ("set()\n", "")
