@@ -41,7 +41,7 @@ def scene(number: int) -> bytes:
     """Returns the picture of a held-out scene of the run, and prints what it shows.
 
     Raises:
-      ConfigError: If there is no run, or it is not evaluated on scenes.
+      ConfigError: If there is no run, it is not evaluated on scenes, or there is no such scene.
     """
     remedy = "Name the folder of such a run: --run=FOLDER."
     expected = "a run that is evaluated on scenes"
@@ -49,7 +49,9 @@ def scene(number: int) -> bytes:
     recipe, _ = open_run(RUN.value, STAGE.value)
     evaluation = recipe.config.evaluation
     require(bool(evaluation.models), "--scene", number, expected, remedy)
-    record = load_scenes(evaluation.path, evaluation.split)[number]
+    scenes = load_scenes(evaluation.path, evaluation.split)
+    require(0 <= number < len(scenes), "--scene", number, f"a number within 0..{len(scenes) - 1}")
+    record = scenes[number]
     objects = [
         f"{item.size} {item.colour} {item.shape}" for item in read_objects(record["objects"])
     ]

@@ -642,7 +642,7 @@ def test_a_recipe_names_such_folders(stock, tmp_path):
     student = load_model(parts, text_tokenizer, "float32", "none")
     adaptor = {name: x for name, x in params.items() if name.startswith("adaptor.")}
     assert_equal({name: student.params[name] for name in adaptor}, adaptor)
-    message = "folder = .*It holds a language model. Name it as `language_model`"
+    message = "folder = .*It holds a language model. In a recipe, name it as `language_model`"
     with pytest.raises(ConfigError, match=message):
         load_model(ModelSource(folder=str(tmp_path / "text")), text_tokenizer, "float32", "none")
 

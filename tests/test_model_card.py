@@ -112,13 +112,11 @@ def test_a_sparse_student_is_described(recipe):
     activated = total - 2 * 3 * 32 * 64
     assert found == {
         "language model": "2 layers of width 32, sparse",
-        "experts": "4, 2 of them a token, in the layers 0",
+        "experts": "4 per sparse layer, 2 of them used per token; the sparse layers are 0",
         "vocabulary": "80 rows",
         "vision tower": "clip, 2 layers of width 16",
         "pictures": "8 px in patches of 4 px: 4 features each",
-        "parameters": (
-            f"{total / 1e6:.2f} M, of which {activated / 1e6:.2f} M take part in a token"
-        ),
+        "parameters": (f"{total / 1e6:.2f} M, of which {activated / 1e6:.2f} M are used per token"),
         "dtype": "bfloat16",
     }
 
@@ -128,7 +126,8 @@ def test_a_sparse_student_is_described(recipe):
     [
         (
             1.5,
-            "trained with a factor of 1.5, here without one: it differs where tokens were dropped",
+            "trained with a factor of 1.5, exported without one: "
+            "outputs differ where tokens were dropped",
         ),
         (2.0, None),
         (None, None),

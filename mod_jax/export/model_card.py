@@ -104,7 +104,7 @@ def card_of_run(recipe: Recipe, stage: str, dtype: str) -> str:
     sections = {
         "Where it came from": f"{_table(origin)}\n\n{LICENCE}",
         "How it was trained": (
-            f"The recipe `{config.name}`; its stages on the way to this one, in order:\n\n"
+            f"By the stages of the recipe `{config.name}` that lead to this one, in order:\n\n"
             f"{_table(_stage_rows(stages, student.config))}"
         ),
         "Scores": _scores(recipe, stage),
@@ -175,13 +175,13 @@ def _facts(config: Config, params: Mapping, dtype: str) -> dict[str, str]:
         if moe:
             layers = ", ".join(map(str, decoder.sparse_layers))
             facts["experts"] = (
-                f"{moe.num_experts}, {moe.experts_per_token} of them a token, in the layers "
-                f"{layers}"
+                f"{moe.num_experts} per sparse layer, {moe.experts_per_token} of them used per "
+                f"token; the sparse layers are {layers}"
             )
             if not moe.dropless:
                 facts["capacity"] = (
-                    f"trained with a factor of {moe.capacity_factor:g}, here without one: it "
-                    "differs where tokens were dropped"
+                    f"trained with a factor of {moe.capacity_factor:g}, exported without one: "
+                    "outputs differ where tokens were dropped"
                 )
         facts["vocabulary"] = f"{decoder.vocab_size:,} rows"
     if not isinstance(config, DecoderConfig):
@@ -196,7 +196,7 @@ def _facts(config: Config, params: Mapping, dtype: str) -> dict[str, str]:
     count = llava.count(moe, params)
     total = _number(count["total"])
     activated = _number(count["activated"])
-    facts["parameters"] = f"{total}, of which {activated} take part in a token"
+    facts["parameters"] = f"{total}, of which {activated} are used per token"
     facts["dtype"] = dtype
     return facts
 
@@ -252,7 +252,7 @@ def _stage_rows(stages: Mapping[str, StageConfig], student: ModelConfig) -> list
 
 def _data(source: SourceConfig) -> str:
     split = f" ({source.split})" if source.split else ""
-    text_only = ", texts alone" if source.text_only else ""
+    text_only = ", text only" if source.text_only else ""
     return f"{source.kind} {_code(source.path)}{split}{text_only}, weight {source.weight:g}"
 
 

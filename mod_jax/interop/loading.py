@@ -84,7 +84,7 @@ def open_whole(path, vision_tower=None) -> Iterator[Pretrained[ModelConfig]]:
             pretrained.config,
             "folder",
             str(path),
-            f"Name it as `{PARTS[type(pretrained.config)]}`.",
+            f"In a recipe, name it as `{PARTS[type(pretrained.config)]}`.",
         )
         yield Pretrained(config, pretrained.params, str(path), pretrained.folder)
 
