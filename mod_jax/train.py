@@ -17,7 +17,6 @@ from ml_collections import config_flags
 from mod_jax.config import ConfigError, RecipeConfig, from_dict, require
 from mod_jax.data.batches.skips import TooManyBadSamples
 from mod_jax.data.batches.workers import WorkerDied
-from mod_jax.evals import scenes
 from mod_jax.recipe import Recipe
 from mod_jax.report import dry_run
 from mod_jax.report.scores import print_table
@@ -78,6 +77,8 @@ def check_stage(config: RecipeConfig, stage: str | None) -> None:
 
 def measure(recipe: Recipe, name: str) -> dict:
     """Evaluates the teacher, or the student that a finished stage left behind."""
+    from mod_jax.evals import scenes  # imports TFDS, which only the built-in set needs
+
     is_teacher = name == "teacher" and name not in recipe.config.stages
     model = recipe.teacher if is_teacher else recipe.student_after(name)
     return scenes.evaluate(recipe.config.evaluation, model.config, model.params, recipe.tokenizer)

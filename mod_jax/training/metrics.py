@@ -8,7 +8,8 @@ import json
 import pathlib
 
 import jax
-from tensorboardX import SummaryWriter
+
+from mod_jax.storage.atomic import write_text
 
 
 def mean(steps: list[dict]) -> dict[str, float]:
@@ -42,12 +43,12 @@ class Writer:
     """
 
     def __init__(self, folder: pathlib.Path, step: int):
+        from tensorboardX import SummaryWriter  # it imports torch, where that is installed
+
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         kept = [line for line in self._complete_lines() if json.loads(line)["step"] <= step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self._path)
+        write_text(self._path, "".join(kept))
         self._events = SummaryWriter(
             str(folder / "events"), purge_step=step + 1, write_to_disk=True
         )
