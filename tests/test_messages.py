@@ -96,9 +96,11 @@ def test_a_part_of_another_type_is_refused():
         (LLAVA_HF, "USER: <image>\n<image>\nWhich? ASSISTANT: This. USER: <image>\nAnd  ? "),
         (
             CHATML,
-            "<|im_start|>user\n<image>\nWhich?\n<image><|im_end|>\n"
-            "<|im_start|>assistant\nThis.<|im_end|>\n"
-            "<|im_start|>user\nAnd <image>?<|im_end|>\n",
+            (
+                "<|im_start|>user\n<image>\nWhich?\n<image><|im_end|>\n"
+                "<|im_start|>assistant\nThis.<|im_end|>\n"
+                "<|im_start|>user\nAnd <image>?<|im_end|>\n"
+            ),
         ),
     ],
     ids=["ours", "llava-hf", "chatml"],

@@ -126,8 +126,10 @@ def test_a_sparse_student_is_described(recipe):
     [
         (
             1.5,
-            "trained with a factor of 1.5, exported without one: "
-            "outputs differ where tokens were dropped",
+            (
+                "trained with a factor of 1.5, exported without one: "
+                "outputs differ where tokens were dropped"
+            ),
         ),
         (2.0, None),
         (None, None),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig, require
+from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.interop import hf_config, names, original
 from mod_jax.interop.folder import (
     ADAPTOR,
@@ -183,9 +184,6 @@ def _open_original(
 
 
 def _load_tokenizer(folder) -> "PreTrainedTokenizerFast":
-    # Imports transformers, which takes seconds and is needed for original LLaVA only.
-    from mod_jax.data.samples.tokenizer import load_tokenizer
-
     try:
         return load_tokenizer(folder)
     except ConfigError as error:

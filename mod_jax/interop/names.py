@@ -102,7 +102,7 @@ RESIDUAL: Table = (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of our parameters, and the tensors of theirs that it consists of.
+    """One of our parameters, and the Hugging Face tensors that it consists of.
 
     Attributes:
       ours: Name of our parameter.
@@ -321,7 +321,7 @@ FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)$")
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One tensor of theirs, or a part of a tensor with fused experts. `read` reads it.
+    """A Hugging Face tensor, or a part of one with fused experts. `read` reads it.
 
     Attributes:
       tensor: The tensor.
@@ -379,7 +379,7 @@ def _unfused(prefix: str, projection: str, tensor: Tensor) -> dict[str, Piece]:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """One of our parameters in files of theirs. Its numbers are read when they are asked for.
+    """One of our parameters in Hugging Face files. Its numbers are read on use.
 
     Attributes:
       entry: The tensors that the parameter consists of.

@@ -185,9 +185,9 @@ def _generation_config(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast"
 def check_template(
     template: str | None, config: ModelConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
-    """Raises ConfigError if a template of ours does not fit the model and its tokenizer.
+    """Raises ConfigError if one of our templates does not fit the model and its tokenizer.
 
-    What the template of another project needs is not known, so that it is not checked.
+    What a template of another project needs is not known, so that it is not checked.
     """
     name = template_of(template)
     if name is not None:
