@@ -39,7 +39,7 @@ OTHER_STEPS = {
 def image_processor_to_json(vision: VisionConfig, fit: str = "pad") -> JsonObject:
     """Contents of preprocessor_config.json.
 
-    They say that a picture is made a square, resized and normalised (method, section 4).
+    They say that a picture is made a square, resized and normalised.
 
     Args:
       vision: Vision tower that the pictures are for.

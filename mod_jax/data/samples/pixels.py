@@ -1,4 +1,4 @@
-"""Decodes pictures and makes them the squares that the vision tower takes (method, section 4)."""
+"""Decodes pictures and makes them the squares that the vision tower takes."""
 
 import contextlib
 import io
