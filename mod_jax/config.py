@@ -477,6 +477,8 @@ class StageConfig:
       accumulation: Number of micro-batches of a step.
       seed: Seed of the routers that upcycling adds.
       checkpoint_every: Steps between two checkpoints.
+      max_nonfinite_steps: Number of steps in a row with a loss or gradient that is not finite at
+        which the run stops. The update of each such step is skipped.
     """
 
     trains: tuple[str, ...]
@@ -490,6 +492,7 @@ class StageConfig:
     accumulation: int = 1
     seed: int = 0
     checkpoint_every: int = 100
+    max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
         require(self.steps > 0, "steps", self.steps, "a positive number of steps")

@@ -162,7 +162,8 @@ class Recipe:
     def _resolved(self, name: str) -> dict:
         """Returns the stage's configuration without what may change while it runs."""
         config = json.loads(json.dumps(dataclasses.asdict(self.config.stages[name])))
-        del config["checkpoint_every"], config["data"]["max_bad_share"], config["data"]["workers"]
+        del config["checkpoint_every"], config["max_nonfinite_steps"]
+        del config["data"]["max_bad_share"], config["data"]["workers"]
         return config
 
     def check(self) -> None:

@@ -27,6 +27,7 @@ from mod_jax.models.vision import VisionTower
 from mod_jax.sharding import check_rows, make_mesh
 from mod_jax.training import step
 from mod_jax.training.loop import to_devices
+from mod_jax.training.metrics import mean as metrics_mean
 from mod_jax.training.state import Frozen, make_optimizer, make_schedule, new_state, split_trained
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -215,6 +216,65 @@ def test_the_micro_batches_of_the_test_above_are_uneven_and_feel_ktos_kl():
     assert len(set(np.asarray(micros.loss_weights).sum((1, 2)))) > 1
     _, metrics = gradients_in("preference", 1)
     assert max(float(metrics["reward_chosen"][0]), float(metrics["reward_rejected"][0])) > 0
+
+
+def run_steps(stage, parts_of_steps):
+    """(state, metrics of each step) after steps with these (trained, frozen, batch)."""
+    student, teacher = DENSE, TEACHER
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    run = jax.jit(functools.partial(step.train_step, stage, student, teacher, optimizer))
+    state = new_state(parts_of_steps[0][0], optimizer)
+    metrics = []
+    for _, frozen, batch in parts_of_steps:
+        state, values = run(state, frozen, batch)
+        metrics.append(jax.device_get(values))
+    return state, metrics
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_that_is_not_finite_leaves_no_trace(accumulation):
+    """Two good steps with a bad one between them equal two good steps, bit for bit."""
+    stage, _, _, trained, frozen, batch = parts("dense mimic")
+    stage = dataclasses.replace(stage, accumulation=accumulation)
+    name = "language_model.norm.scale_d"
+    broken = Frozen(frozen.student, {**frozen.teacher, name: frozen.teacher[name] * np.nan})
+    good, bad = (trained, frozen, batch), (trained, broken, batch)
+    state, metrics = run_steps(stage, [good, bad, good])
+    wanted, wanted_metrics = run_steps(stage, [good, good])
+    assert (int(state.step), int(wanted.step)) == (3, 2), "a step counts batches"
+    jax.tree.map(np.testing.assert_array_equal, state.params, wanted.params)
+    jax.tree.map(np.testing.assert_array_equal, state.optimizer, wanted.optimizer)
+    assert [float(m["nonfinite"][0]) for m in metrics] == [0, 1, 0]
+    # its values enter no mean, and the rate that is reported is the one that is used
+    assert all(metrics[1][name] == (0, 0) for name in ("loss", "kl", "gradient_norm"))
+    jax.tree.map(np.testing.assert_array_equal, metrics[2], wanted_metrics[1])
+    assert metrics_mean(metrics)["nonfinite"] == pytest.approx(1 / 3)
+    assert metrics_mean(metrics)["loss"] == metrics_mean(wanted_metrics)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "skipped"),
+    [
+        (1.0, 2.0, False),
+        (np.nan, 2.0, True),
+        (np.inf, 2.0, True),
+        (1.0, np.nan, True),
+        (1.0, -np.inf, True),
+        (1.0, 1e30, True),  # finite, but its square is not: no norm, no clipping
+    ],
+)
+def test_loss_and_gradient_must_both_be_finite(loss, gradient, skipped, monkeypatch):
+    stage = make_stage(LANGUAGE, ObjectiveConfig("mimic"))
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    given = {"w": jnp.array([1.0, gradient]), "v": jnp.ones(3)}
+    metrics = {"loss": (jnp.float32(loss), jnp.float32(1))}
+    monkeypatch.setattr(step, "gradients", lambda *_: (given, metrics))
+    state = new_state(jax.tree.map(jnp.ones_like, given), optimizer)
+    after, found = step.train_step(stage, DENSE, TEACHER, optimizer, state, None, chats())
+    assert float(found["nonfinite"][0]) == skipped
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), after.params, state.params)
+    assert set(same.values()) == {skipped}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((after, found)))
 
 
 def test_micro_batches_take_rows_round_robin():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from typing import Self
@@ -184,7 +185,9 @@ class Log:
         means["steps_per_second"] = (step - self._logged) / (now - self._since)
         means["skipped"] = _sum_over_processes(self._stage.data.skips.total.bad)
         self._writer.write(step, means)
-        self._progress.update(self._bar, completed=step, seen=f"loss {means['loss']:.3f}")
+        self._progress.update(
+            self._bar, completed=step, seen=f"loss {means.get('loss', math.nan):.3f}"
+        )
         self._pending = []
         self._logged = step
         self._since = now

@@ -5,6 +5,7 @@ hosts are true means instead of means of means.
 """
 
 import json
+import math
 import pathlib
 
 import jax
@@ -61,9 +62,10 @@ class Writer:
         return [line for line in lines if line.endswith("}\n")]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the metrics of one step."""
+        """Writes the metrics of one step; JSON has no word for NaN and infinity but null."""
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 

@@ -17,7 +17,7 @@ class TrainState:
     """All that a step changes; of the weights, a checkpoint keeps nothing else.
 
     Attributes:
-      step: i32[], steps done.
+      step: i32[], steps done, those whose update was skipped included.
       params: Name -> f32 array, the trained part of the student.
       optimizer: Optax state over `params`.
     """
@@ -89,6 +89,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if not config.clip_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def updates_done(state: optax.OptState) -> jax.Array:
+    """i32[], the number of updates in a state of `make_optimizer`: what its schedule counts."""
+    return optax.tree.get(
+        state, "count", filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState"
+    )
 
 
 def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:

@@ -19,7 +19,13 @@ from mod_jax.batch import Batch
 from mod_jax.config import ModelConfig, ObjectiveConfig, StageConfig
 from mod_jax.models import llava
 from mod_jax.models.moe import MoEAux
-from mod_jax.training.state import Frozen, TrainState, make_schedule, state_shardings
+from mod_jax.training.state import (
+    Frozen,
+    TrainState,
+    make_schedule,
+    state_shardings,
+    updates_done,
+)
 
 
 def views(
@@ -164,6 +170,11 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One update: a pure function, which `make_train_step` compiles.
 
+    Where the loss or the gradient's norm is not finite, the update is skipped: parameters and
+    optimizer state, with its count for the schedule, stay as they are. Only `state.step`
+    advances, because it counts batches. The metrics of such a step have the count 0, so that they
+    enter no mean.
+
     Args:
       stage: Configuration of the stage.
       student: Configuration of the student.
@@ -174,18 +185,26 @@ def train_step(
       batch: The global batch.
 
     Returns:
-      (state after the step, metrics: name -> (sum f32[], count f32[])).
+      (state after the step, metrics: name -> (sum f32[], count f32[])). The sum of `nonfinite` is 1
+      if the update was skipped, else 0.
     """
     gradient, metrics = gradients(
         stage.objective, stage.accumulation, student, teacher, state.params, frozen, batch
     )
+    one = jnp.ones(())
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(metrics["loss"][0]) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-    one = jnp.ones(())
+        params, moments = jax.tree.map(
+            functools.partial(jnp.where, finite), (params, moments), (state.params, state.optimizer)
+        )
+    metrics |= {"gradient_norm": (norm, one)}
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics)
     metrics |= {
-        "gradient_norm": (optax.tree.norm(gradient), one),
-        "lr": (make_schedule(stage.optimizer, stage.steps)(state.step), one),
+        "nonfinite": (1 - finite.astype(jnp.float32), one),
+        "lr": (make_schedule(stage.optimizer, stage.steps)(updates_done(state.optimizer)), one),
         # share of positions that are padding
         "padding": (jnp.mean(batch.segment_ids == 0, dtype=jnp.float32), one),
     }
