@@ -71,7 +71,27 @@ def test_a_model_that_knows_nothing(measured):
     found = measured(lambda item: "unknown")
     assert found["accuracy"] == found["named"] == 0
     assert found["existence"] == {"yes_rate": 0, "f1": 0}
-    assert found["hallucination"] == 0  # a caption without objects has no wrong ones
+    assert found["hallucination"] == 1  # a caption without objects is no answer
+
+
+@pytest.mark.parametrize("reply", ["", " ", "!!!!!!!!", "<unk>", "a picture"])
+def test_an_answer_that_is_no_answer_never_scores(measured, reply):
+    """A model that is dead answers with nothing, or with one token over and over."""
+    found = measured(lambda item: reply)
+    assert found["accuracy"] == found["named"] == 0
+    assert set(found["by_type"].values()) == {0}
+    assert found["existence"] == {"yes_rate": 0, "f1": 0}
+    assert found["hallucination"] == 1
+
+
+def test_a_caption_without_objects_counts_beside_those_with(measured, config):
+    first = scenes.read_questions(config, VISION)[0].objects
+
+    def reply(item):
+        silent = item.kind == "caption" and item.objects == first
+        return "" if silent else item.right
+
+    assert measured(reply)["hallucination"] == pytest.approx(1 / PICTURES)
 
 
 def test_captions_do_not_count_as_answers_and_answers_not_as_captions(measured):

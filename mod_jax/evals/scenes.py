@@ -3,7 +3,8 @@
 Every question is asked alone, about its picture, and answered greedily. An answer is right if its
 text equals the right text. Captions are judged by what they name: an object (colour and shape) that
 the picture does not show is a hallucination, as in CHAIR with the objects of MSCOCO (Rohrbach et
-al. 2018). Existence questions are also judged by the yes-rate and the F1 of "yes", as in POPE (Li
+al. 2018). Every picture shows objects, so a caption that names none is no answer; it counts as a
+hallucination, as silence would otherwise score best. Existence questions are also judged by the yes-rate and the F1 of "yes", as in POPE (Li
 et al. 2023).
 """
 
@@ -70,7 +71,7 @@ def evaluate(config: EvaluationConfig, model: ModelConfig, params: dict, tokeniz
     Returns:
       "accuracy": Share of right answers, captions aside.
       "by_type": Kind -> share of right answers.
-      "hallucination": Share of captions that name an absent object.
+      "hallucination": Share of captions that name an absent object, or none at all.
       "named": Share of the pictures' objects that the captions name.
       "existence": {"yes_rate": share of "yes" among the answers, "f1": F1 of "yes"}.
       "parameters": {"total", "activated"}, from `llava.count`.
@@ -91,7 +92,10 @@ def evaluate(config: EvaluationConfig, model: ModelConfig, params: dict, tokeniz
         for kind in KINDS
         if kind != "caption"
     }
-    hallucinates = [bool(absent_objects(text, item.objects)) for text, item in captioned]
+    hallucinates = [
+        not named_objects(text) or bool(absent_objects(text, item.objects))
+        for text, item in captioned
+    ]
     named = [
         name in named_objects(text) for text, item in captioned for name in names(item.objects)
     ]
