@@ -7,11 +7,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small import DENSE, SPARSE, VISION
+from small import DENSE, SPARSE, VISION, params_of
 
 from mod_jax.config import DecoderConfig, EvaluationConfig, ModelConfig, MoEConfig
 from mod_jax.data.scenes.builder import prepare
 from mod_jax.evals import scenes
+from mod_jax.inference import generation
 from mod_jax.models import llava
 
 PICTURES = 6
@@ -172,3 +173,13 @@ def test_the_published_student_activates_what_the_paper_says():
         "total": pytest.approx(3.0e9, rel=0.03),
         "activated": pytest.approx(2.2e9, rel=0.03),
     }
+
+
+def test_a_dead_model_gives_no_answer():
+    """NaN has no largest logit; argmax would return token 0, which may be any word."""
+    model = dataclasses.replace(DENSE, end_token_id=7)
+    params = {name: x * np.float32(np.nan) for name, x in params_of(DENSE).items()}
+    ones = np.ones((2, 3), np.int32)
+    images = np.zeros((2, 0, 8, 8, 3), np.uint8)
+    prompts = generation.Prompts(5 * ones, ones, -ones, images)
+    assert (np.asarray(generation.generate(model, params, prompts, 2)) == 7).all()

@@ -4,8 +4,8 @@ Every question is asked alone, about its picture, and answered greedily. An answ
 text equals the right text. Captions are judged by what they name: an object (colour and shape) that
 the picture does not show is a hallucination, as in CHAIR with the objects of MSCOCO (Rohrbach et
 al. 2018). Every picture shows objects, so a caption that names none is no answer; it counts as a
-hallucination, as silence would otherwise score best. Existence questions are also judged by the yes-rate and the F1 of "yes", as in POPE (Li
-et al. 2023).
+hallucination, as silence would otherwise score best. Existence questions are also judged by the
+yes-rate and the F1 of "yes", as in POPE (Li et al. 2023).
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def evaluate(config: EvaluationConfig, model: ModelConfig, params: dict, tokeniz
 
     Returns:
       "accuracy": Share of right answers, captions aside.
-      "by_type": Kind -> share of right answers.
+      "by_type": Kind -> share of right answers, of each kind that was asked.
       "hallucination": Share of captions that name an absent object, or none at all.
       "named": Share of the pictures' objects that the captions name.
       "existence": {"yes_rate": share of "yes" among the answers, "f1": F1 of "yes"}.
@@ -90,7 +90,7 @@ def evaluate(config: EvaluationConfig, model: ModelConfig, params: dict, tokeniz
     right = {
         kind: [text == item.right for item, text in zip(others, answers) if item.kind == kind]
         for kind in KINDS
-        if kind != "caption"
+        if any(item.kind == kind for item in others)
     }
     hallucinates = [
         not named_objects(text) or bool(absent_objects(text, item.objects))

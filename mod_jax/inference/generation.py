@@ -91,9 +91,14 @@ def generate(config: ModelConfig, params: dict, prompts: Prompts, max_new_tokens
     )
 
     def best(hidden: jax.Array) -> jax.Array:
-        """The token with the largest logit at the last position, i32[B]."""
+        """The token with the largest logit at the last position, i32[B].
+
+        Logits that are not finite have none, and argmax would return token 0: the answer ends.
+        """
         last = hidden[:, -1].astype(jnp.float32)
-        return jnp.argmax(jnp.einsum("bd,vd->bv", last, w_vd), -1).astype(jnp.int32)
+        logits = jnp.einsum("bd,vd->bv", last, w_vd)
+        best = jnp.argmax(logits, -1).astype(jnp.int32)
+        return jnp.where(jnp.isfinite(jnp.max(logits, -1)), best, config.end_token_id)
 
     def is_unfinished(carry):
         step, _, ended, *_ = carry
