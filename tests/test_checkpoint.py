@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import logging
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -187,3 +189,92 @@ def test_another_models_checkpoint_is_refused(change, message, tmp_path):
     ):
         saved.restore(2, jax.eval_shape(lambda: new_state(other, OPTIMIZER)), None)
     saved.close()
+
+
+def truncate_files(step: pathlib.Path) -> None:
+    for path in step.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty_files(step: pathlib.Path) -> None:
+    for path in step.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def zero_arrays(step: pathlib.Path) -> None:
+    for path in (step / "state").rglob("d/*"):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty_folder(step: pathlib.Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+BREAKS = {
+    "truncated files": truncate_files,
+    "empty files": empty_files,
+    "arrays of zeros": zero_arrays,
+    "empty folder": empty_folder,
+    "no metadata": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
+    "no state": lambda step: shutil.rmtree(step / "state"),
+    "no position of the data": lambda step: shutil.rmtree(step / "data"),
+    "half a position of the data": lambda step: truncate_files(step / "data"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_newest_checkpoint_is_one_line_and_the_one_before_is_taken(name, tmp_path, caplog):
+    """The broken one is kept aside, so that its step can be saved again."""
+    saved = Checkpoints(tmp_path, keep=2)
+    data = Counting()
+    for step in (2, 4):
+        next(data)
+        saved.save(step, make_state(step=step), data, {"step": step})
+    saved.close()
+    BREAKS[name](tmp_path / "4")
+
+    saved = Checkpoints(tmp_path, keep=2)
+    found = Counting()
+    seen = []
+    with caplog.at_level(logging.WARNING):
+        restored = saved.restore_newest(wanted_on(mesh_of(1), make_state()), found, seen.append)
+    assert restored is not None
+    step, state = restored
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(step=2))
+    assert {"step": 2} in seen
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "\n" not in line
+    assert f"{tmp_path}/4 cannot be read (" in line
+    assert line.endswith("The checkpoint of step 2 is taken.")
+    assert (tmp_path / "4.unreadable").is_dir()
+    next(found)
+    saved.save(4, make_state(step=4), found, {"step": 4})
+    saved.close()
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.steps == [4, 2]
+    again.close()
+
+
+def test_if_no_checkpoint_can_be_read_the_run_does_not_start_afresh(tmp_path):
+    saved = Checkpoints(tmp_path, keep=2)
+    saved.save(2, make_state(), Counting(), {"step": 2})
+    saved.close()
+    truncate_files(tmp_path / "2")
+    again = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(
+        ConfigError, match=r"/2 cannot be read \(.*\): expected a complete"
+    ) as error:
+        again.restore_newest(wanted_on(mesh_of(1), make_state()), Counting(), lambda _: None)
+    assert "\n" not in str(error.value)
+    again.close()
+
+
+def test_looking_for_checkpoints_makes_no_folder(tmp_path):
+    saved = Checkpoints(tmp_path / "none", keep=2)
+    assert saved.latest is None and saved.newest() is None
+    saved.close()
+    assert not (tmp_path / "none").exists()
