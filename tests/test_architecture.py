@@ -1,4 +1,4 @@
-"""Imports run down the floors that docs/architecture.md names, and every file has its place there."""
+"""Imports run down the floors of docs/architecture.md, which names every file."""
 
 import ast
 import pathlib

@@ -89,8 +89,10 @@ def test_stages_keep_the_configured_order():
     [
         (
             {"decoder": {"num_layer": 4}},
-            r"config\.decoder\.num_layer = 4: expected a known key .*"
-            r"Did you mean config\.decoder\.num_layers\?",
+            (
+                r"config\.decoder\.num_layer = 4: expected a known key .*"
+                r"Did you mean config\.decoder\.num_layers\?"
+            ),
         ),
         ({"zzz": 1}, r"config\.zzz = 1: expected a known key \(vision, decoder, .*\)\.$"),
         (
