@@ -2,33 +2,23 @@
 
 import contextlib
 import dataclasses
-import math
 import pathlib
-import time
-from typing import Self
 
 import jax
 import numpy as np
 import optax
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from mod_jax import sharding
 from mod_jax.batch import Batch
 from mod_jax.config import ConfigError, ModelConfig, StageConfig
 from mod_jax.data.batches.pipeline import Batches
 from mod_jax.storage.atomic import write_text
-from mod_jax.training import checkpoint, metrics
+from mod_jax.training import checkpoint
+from mod_jax.training.interrupt import Interrupts, Stopped
+from mod_jax.training.log import Log
 from mod_jax.training.state import Frozen, TrainState, make_optimizer, new_state
 from mod_jax.training.step import make_train_step
 
@@ -82,6 +72,8 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
     Raises:
       ConfigError: before compilation, for a mesh or a checkpoint that does not fit, or if the
         frozen parts are not those of the checkpoint.
+      NotFinite: if too many steps in a row had a loss or gradient that is not finite.
+      Stopped: after Ctrl-C; the state is saved.
       TooManyBadSamples: from the data.
       WorkerDied: from the data.
     """
@@ -91,19 +83,30 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
         stage.config, stage.student, stage.teacher, optimizer, mesh, stage.trained, stage.frozen
     )
     with contextlib.closing(checkpoint.Checkpoints(stage.folder / "checkpoints", keep)) as saved:
-        state = _begin(stage, saved, optimizer, state_shardings)
-        done = saved.latest or 0
+        done, state = _begin(stage, saved, optimizer, state_shardings)
         if done >= steps:
             return state.params
         frozen = jax.device_put(stage.frozen, frozen_shardings)
         _write_overview(stage)
-        with Log(stage, done, log_every) as log:
+        limit = stage.config.max_nonfinite_steps
+        log = Log(stage.name, stage.folder, stage.data, done, steps, log_every, limit)
+        with log, Interrupts() as interrupts:
             for step in range(done + 1, steps + 1):
-                batch = to_devices(next(stage.data), mesh)
-                state, values = train_step(state, frozen, batch)
-                log.note(step, values)
-                if step % stage.config.checkpoint_every == 0 or step == steps:
+                batch = next(stage.data)
+                state, values = train_step(state, frozen, to_devices(batch, mesh))
+                log.note(step, values, batch.samples)
+                is_last = step == steps
+                if step % stage.config.checkpoint_every and not is_last and not interrupts.received:
+                    continue
+                log.wait()
+                # Resumed in the middle of skipped steps, their count would begin again.
+                if is_last or not log.skipped_in_a_row:
                     saved.save(step, state, stage.data, stage.metadata)
+                if interrupts.received and not is_last:
+                    raise Stopped(
+                        f"stage {stage.name} was stopped after step {step} of {steps}. The same "
+                        "command goes on from its newest checkpoint."
+                    )
     return state.params
 
 
@@ -112,19 +115,27 @@ def _begin(
     saved: checkpoint.Checkpoints,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
-) -> TrainState:
-    """Restores the newest checkpoint, or makes the state before the first step."""
-    if saved.latest is not None:
-        check_same(saved.metadata(saved.latest), stage.metadata, stage.folder)
-        shapes = jax.eval_shape(lambda params: new_state(params, optimizer), stage.trained)
-        return saved.restore(saved.latest, checkpoint.abstract(shapes, shardings), stage.data)
+) -> tuple[int, TrainState]:
+    """Restores the newest checkpoint, or makes the state before the first step.
+
+    Returns:
+      (steps that are done, state).
+    """
+    shapes = jax.eval_shape(lambda params: new_state(params, optimizer), stage.trained)
+    restored = saved.restore_newest(
+        checkpoint.abstract(shapes, shardings),
+        stage.data,
+        lambda metadata: check_same(metadata, stage.metadata, stage.folder),
+    )
+    if restored is not None:
+        return restored
     # The step donates its state, and others may still read `trained`: so it is copied, from device
     # to device where an earlier stage has left it there.
     params = jax.device_put(stage.trained, shardings.params, may_alias=False)
     make_state = jax.jit(
         lambda params: new_state(params, optimizer), donate_argnums=0, out_shardings=shardings
     )
-    return make_state(params)
+    return 0, make_state(params)
 
 
 def _write_overview(stage: Stage) -> None:
@@ -141,68 +152,6 @@ def _write_overview(stage: Stage) -> None:
     )
     stage.folder.mkdir(parents=True, exist_ok=True)
     write_text(stage.folder / "parameters.txt", text)
-
-
-class Log:
-    """Writes metrics every `log_every` steps and at the end, and shows a progress bar.
-
-    Args:
-      stage: The stage that runs.
-      done: Steps that were done before.
-      log_every: Steps between two rows of metrics.
-    """
-
-    def __init__(self, stage: Stage, done: int, log_every: int):
-        self._stage = stage
-        self._log_every = log_every
-        self._logged = done
-        self._pending: list[dict] = []
-        self._writer = metrics.Writer(stage.folder, done)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[seen]}"),
-            refresh_per_second=2,
-        )
-        self._bar: TaskID = self._progress.add_task(
-            stage.name, total=stage.config.steps, completed=done, seen=""
-        )
-        self._since = time.perf_counter()
-
-    def note(self, step: int, values: dict) -> None:
-        """Takes the metrics of a step, name -> (sum, count).
-
-        They are read only when a row is due: until then steps are dispatched without waiting for
-        each other.
-        """
-        self._pending.append(values)
-        if step % self._log_every and step != self._stage.config.steps:
-            return
-        means = metrics.mean(self._pending)  # waits for the devices
-        now = time.perf_counter()
-        means["steps_per_second"] = (step - self._logged) / (now - self._since)
-        means["skipped"] = _sum_over_processes(self._stage.data.skips.total.bad)
-        self._writer.write(step, means)
-        self._progress.update(
-            self._bar, completed=step, seen=f"loss {means.get('loss', math.nan):.3f}"
-        )
-        self._pending = []
-        self._logged = step
-        self._since = now
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._progress.stop()
-        self._writer.close()
-
-
-def _sum_over_processes(count: int) -> int:
-    return int(multihost_utils.process_allgather(np.int32(count)).sum())
 
 
 def check_same(saved: dict, now: dict, folder: pathlib.Path) -> None:
