@@ -249,7 +249,8 @@ class ModelConfig:
       vision: The vision tower.
       decoder: The language model.
       image_token_id: Token that marks a position of a picture.
-      end_token_id: Token that ends an answer; it also fills padding.
+      end_token_id: Token that ends an answer in training; it also fills padding.
+      other_end_token_ids: Further tokens that end an answer when the model is asked.
       dtype: Dtype of the activations, "float32" or "bfloat16". Parameters, the router, softmax,
         norms and losses are always float32.
       remat: What the backward pass recomputes in each layer: "none", "dots" (all but the results of
@@ -260,12 +261,18 @@ class ModelConfig:
     decoder: DecoderConfig = DecoderConfig()
     image_token_id: int = 151646
     end_token_id: int = 151643
+    other_end_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     remat: str = "none"
 
     def __post_init__(self) -> None:
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         _require_choice("model.remat", self.remat, ("none", "dots", "full"))
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer when the model is asked."""
+        return (self.end_token_id, *self.other_end_token_ids)
 
 
 @dataclasses.dataclass(frozen=True)
