@@ -86,6 +86,38 @@ def test_records_are_named_as_they_are_and_numbers_end(configs, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_source_that_moves_stays_itself(configs, kind, tmp_path):
+    before = open_source(configs[kind])
+    path = pathlib.Path(configs[kind].path)
+    if path.is_dir():
+        moved = shutil.copytree(path, tmp_path / "moved")
+    else:
+        moved = shutil.copy(path, tmp_path / path.name)
+    after = open_source(dataclasses.replace(configs[kind], path=str(moved)))
+    assert after.identity == before.identity
+    assert after.identity["records"] == len(before)
+
+
+@pytest.mark.parametrize("kind", ["lines", "rlaif"])
+def test_a_source_that_grows_is_another(configs, kind, tmp_path):
+    path = pathlib.Path(configs[kind].path)
+    file = path if path.is_file() else min(path.glob("*.parquet"))
+    changed = tmp_path / "files"
+    changed.mkdir()
+    copy = changed / file.name
+    if kind == "lines":
+        copy.write_bytes(file.read_bytes() + b"\n" + file.read_bytes().splitlines()[0])
+        found = open_source(dataclasses.replace(configs[kind], path=str(copy)))
+    else:
+        shutil.copy(file, copy)
+        shutil.copy(file, changed / f"again_{file.name}")
+        found = open_source(dataclasses.replace(configs[kind], path=str(changed)))
+    before = open_source(configs[kind]).identity
+    assert found.identity["records"] != before["records"]
+    assert found.identity["checksum"] != before["checksum"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_source_is_a_random_access_source_of_grain(configs, kind):
     source = open_source(configs[kind])
     assert isinstance(source, grain.sources.RandomAccessDataSource)

@@ -8,6 +8,11 @@ from mod_jax.config import require
 from mod_jax.data.sources.record import BadSample
 
 
+def index_of_split(split: Any) -> bytes:
+    """Returns the lengths of the shards of a TFDS split (a SplitInfo), and its size in bytes."""
+    return repr((list(split.shard_lengths), split.num_bytes)).encode()
+
+
 def read_stored(files: Sequence, number: int, folder: pathlib.Path) -> Any:
     """Returns `files[number]`.
 

@@ -39,6 +39,10 @@ class JsonSource:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    def index(self) -> bytes:
+        """Returns the offsets of the records in the file."""
+        return self._offsets.tobytes()
+
     def name(self, number: int) -> str:
         """Returns the record's id, or its number if it has none."""
         try:

@@ -1,6 +1,7 @@
 """Opens a configured source of any kind, and checks each of its records when it is read."""
 
 import contextlib
+import hashlib
 from typing import Protocol
 
 from mod_jax.config import SourceConfig
@@ -18,6 +19,9 @@ class Records(Protocol):
 
     def __getitem__(self, number: int) -> Record:
         """Returns a record, unchecked. Raises the errors that `open_source` describes."""
+
+    def index(self) -> bytes:
+        """Returns what tells the data from others: offsets, or lengths of files; not the texts."""
 
     def name(self, number: int) -> str:
         """Returns the record's id, by which its user finds it. Never raises."""
@@ -92,6 +96,16 @@ class Source:
             with contextlib.suppress(BadSample):
                 return self[number].is_pair
         return False
+
+    @property
+    def identity(self) -> dict:
+        """Number of records, and the SHA-256 of their index, in JSON types.
+
+        A file that grows, shrinks or is replaced by another one changes it; a file that moves does
+        not.
+        """
+        checksum = hashlib.sha256(self._records.index()).hexdigest()
+        return {"records": len(self), "checksum": checksum}
 
     def name(self, number: int) -> str:
         """Returns the record's id, by which its user finds it. Never raises."""

@@ -66,6 +66,11 @@ class RlaifSource:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    def index(self) -> bytes:
+        """Returns the first record of every row group, and the size of every file."""
+        sizes = np.array([file.path.stat().st_size for file in self._files])
+        return self._first.tobytes() + sizes.tobytes()
+
     def name(self, number: int) -> str:
         """Returns "<file name>:<row in the file>"."""
         file = _part(self._first_of_file, number)

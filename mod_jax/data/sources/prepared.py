@@ -6,6 +6,7 @@ images: [encoded bytes, ...]}. The index, index.json, is written last. It is
 source: the settings that the folder was made with}.
 """
 
+import hashlib
 import json
 import pathlib
 
@@ -117,6 +118,8 @@ class PreparedSource:
         """
         self._folder = pathlib.Path(path)
         shards = read_index(self._folder)["shards"]
+        listed = [(shard["file"], shard["records"]) for shard in shards]
+        self._index = hashlib.sha256(repr(listed).encode()).digest()
         # Naming the range of records, "file[first:end]", spares the library opening every shard
         # again to count them.
         self._shards = ArrayRecordDataSource(
@@ -129,6 +132,10 @@ class PreparedSource:
 
     def __len__(self) -> int:
         return len(self._shards)
+
+    def index(self) -> bytes:
+        """Returns a checksum of the shards' names and lengths."""
+        return self._index
 
     def name(self, number: int) -> str:
         """Returns the record's id, or its number if it cannot be read."""

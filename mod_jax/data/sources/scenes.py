@@ -1,9 +1,10 @@
 """The built-in set of scenes as a source of records."""
 
 import pathlib
+from typing import Any
 
 from mod_jax.data.scenes.builder import load_scenes, read_turns
-from mod_jax.data.sources.array_record import read_stored
+from mod_jax.data.sources.array_record import index_of_split, read_stored
 from mod_jax.data.sources.record import Record
 
 
@@ -17,10 +18,15 @@ class ScenesSource:
           ConfigError: If the folder does not hold exactly one prepared set, or has no such split.
         """
         self._folder = pathlib.Path(path)
-        self._records = load_scenes(path, split)
+        self._records: Any = load_scenes(path, split)
+        self._index = index_of_split(self._records.dataset_info.splits[split])
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def index(self) -> bytes:
+        """Returns the lengths of the split's shards, and its size in bytes."""
+        return self._index
 
     def name(self, number: int) -> str:
         """Returns the record's id, or its number if it cannot be read."""

@@ -10,7 +10,7 @@ from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from mod_jax.config import ConfigError, require
-from mod_jax.data.sources.array_record import read_stored
+from mod_jax.data.sources.array_record import index_of_split, read_stored
 from mod_jax.data.sources.llava_form import Reader, read_chat, read_pair
 from mod_jax.data.sources.record import BadSample, Record, printable
 
@@ -117,6 +117,7 @@ class TfdsSource:
             f"a data set with the features {EXPECTED}; it has {found}",
         )
         self._form = forms[0]
+        self._index = index_of_split(splits[split])
         decoders = {key: _Encoded() for key, feature in known.items() if _is_picture(feature)}
         try:
             self._records = builder.as_data_source(split, decoders=decoders)
@@ -128,6 +129,10 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def index(self) -> bytes:
+        """Returns the lengths of the split's shards, and its size in bytes."""
+        return self._index
 
     def name(self, number: int) -> str:
         """Returns the record's id, or its number if it has none or cannot be read."""
