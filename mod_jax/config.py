@@ -14,6 +14,22 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from ml_collections import ConfigDict
 
+from mod_jax.ranges import (
+    AnyInt,
+    AnyNumber,
+    BelowOne,
+    Count,
+    CountOrZero,
+    Devices,
+    NotNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    ranges,
+)
+from mod_jax.settable import settable
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run.
@@ -29,9 +45,51 @@ def require(ok: bool, key: str, value: object, expected: str, remedy: str = "") 
         raise ConfigError(f"{message} {remedy}" if remedy else message)
 
 
+def _require_read(config: object, key: str, reads: Mapping[str, bool], by: str) -> None:
+    """Refuses keys that nothing reads: they have to keep their defaults.
+
+    Args:
+      config: A dataclass.
+      key: Key under which it stands.
+      reads: Name of a field -> whether it is read.
+      by: What would read it.
+    """
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        require(
+            reads.get(field.name, True) or getattr(config, field.name) == field.default,
+            f"{key}.{field.name}",
+            getattr(config, field.name),
+            f"{field.default!r}, as {by} does not read this key",
+            "Remove it.",
+        )
+
+
 def _require_choice(key: str, value: str, choices: Sequence[str]) -> None:
     *others, last = choices
     require(value in choices, key, value, f"{', '.join(others)} or {last}")
+
+
+class Checked:
+    """Base of the configurations: refuses a number that is not in the range of its key.
+
+    Attributes:
+      KEY: Key under which a configuration usually stands, for error messages; "" at the top.
+      RANGES: Name of each number -> its range.
+    """
+
+    KEY: ClassVar[str] = ""
+    RANGES: ClassVar[dict[str, Range]]
+
+    def __init_subclass__(cls) -> None:
+        cls.RANGES = ranges(cls)
+
+    def __post_init__(self) -> None:
+        for name, accepted in self.RANGES.items():
+            value = getattr(self, name)
+            key = f"{self.KEY}.{name}" if self.KEY else name
+            numbers = value if isinstance(value, tuple) else (value,)
+            ok = all(number in accepted for number in numbers if not isinstance(number, str | None))
+            require(ok, key, value, accepted.text)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -39,7 +97,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Checked):
     """A CLIP or SigLIP vision tower. The defaults are CLIP ViT-L/14 at 336 px.
 
     Attributes:
@@ -59,20 +117,23 @@ class VisionConfig:
       pixel_std: Standard deviation of each channel, by which the pixels are divided.
     """
 
+    KEY = "vision"
+
     family: str = "clip"
-    image_size: int = 336
-    patch_size: int = 14
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_layers: int = 24
-    num_heads: int = 16
+    image_size: Count = 336
+    patch_size: Count = 14
+    hidden_size: Count = 1024
+    intermediate_size: Count = 4096
+    num_layers: Count = 24
+    num_heads: Count = 16
     hidden_act: str = "quick_gelu"
-    norm_eps: float = 1e-5
-    feature_layer: int = -2
-    pixel_mean: tuple[float, ...] = CLIP_MEAN
-    pixel_std: tuple[float, ...] = CLIP_STD
+    norm_eps: Positive = 1e-5
+    feature_layer: AnyInt = -2
+    pixel_mean: tuple[AnyNumber, ...] = CLIP_MEAN
+    pixel_std: tuple[Positive, ...] = CLIP_STD
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_choice("vision.family", self.family, ("clip", "siglip"))
         activations = ("quick_gelu", "gelu", "gelu_tanh")
         _require_choice("vision.hidden_act", self.hidden_act, activations)
@@ -88,6 +149,9 @@ class VisionConfig:
             self.hidden_size,
             f"a multiple of num_heads {self.num_heads}",
         )
+        for key in ("pixel_mean", "pixel_std"):
+            channels = getattr(self, key)
+            require(len(channels) == 3, f"vision.{key}", channels, "three numbers, for RGB")
         require(
             -self.num_layers <= self.feature_layer < 0,
             "vision.feature_layer",
@@ -102,7 +166,7 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Checked):
     """Which feed-forward layers become mixtures of experts, and how they route.
 
     Attributes:
@@ -116,13 +180,16 @@ class MoEConfig:
         mixes its output with that of the routed experts (DeepSpeed-MoE, arXiv 2201.05596).
     """
 
-    layers: str | tuple[int, ...] = "sparse"
-    num_experts: int = 4
-    experts_per_token: int = 2
-    capacity_factor: float | None = None
+    KEY = "moe"
+
+    layers: str | tuple[CountOrZero, ...] = "sparse"
+    num_experts: Count = 4
+    experts_per_token: Count = 2
+    capacity_factor: Positive | None = None
     residual: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = ("sparse", "first_half", "second_half", "all")
         require(
             not isinstance(self.layers, str) or self.layers in names,
@@ -135,12 +202,6 @@ class MoEConfig:
             "moe.experts_per_token",
             self.experts_per_token,
             f"1..num_experts ({self.num_experts})",
-        )
-        require(
-            self.capacity_factor is None or self.capacity_factor > 0,
-            "moe.capacity_factor",
-            self.capacity_factor,
-            "None (dropless) or a positive number",
         )
 
     @property
@@ -180,7 +241,7 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Checked):
     """A language model. The defaults are Qwen2-0.5B.
 
     One decoder computes Qwen1.5, Qwen2 and Qwen2.5 (QKV biases), Llama and Mistral (no QKV biases),
@@ -204,22 +265,25 @@ class DecoderConfig:
       moe: Mixture-of-experts layers; None for a dense decoder.
     """
 
-    vocab_size: int = 151936
-    hidden_size: int = 896
-    intermediate_size: int = 4864
-    num_layers: int = 24
-    num_heads: int = 14
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
+    KEY = "decoder"
+
+    vocab_size: Count = 151936
+    hidden_size: Count = 896
+    intermediate_size: Count = 4864
+    num_layers: Count = 24
+    num_heads: Count = 14
+    num_kv_heads: Count = 2
+    head_dim: Count = 64
+    rope_theta: Positive = 1e6
+    norm_eps: Positive = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False
     tie_embeddings: bool = True
-    max_positions: int = 32768
+    max_positions: Count = 32768
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.num_heads % self.num_kv_heads == 0,
             "decoder.num_heads",
@@ -242,7 +306,7 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A multimodal model: vision tower -> two-layer adaptor -> decoder.
 
     Attributes:
@@ -257,15 +321,18 @@ class ModelConfig:
         matrix products) or "full".
     """
 
+    KEY = "model"
+
     vision: VisionConfig = VisionConfig()
     decoder: DecoderConfig = DecoderConfig()
-    image_token_id: int = 151646
-    end_token_id: int = 151643
-    other_end_token_ids: tuple[int, ...] = ()
+    image_token_id: CountOrZero = 151646
+    end_token_id: CountOrZero = 151643
+    other_end_token_ids: tuple[CountOrZero, ...] = ()
     dtype: str = "float32"
     remat: str = "none"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         _require_choice("model.remat", self.remat, ("none", "dots", "full"))
 
@@ -276,7 +343,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Number of devices along each mesh axis; one of them may be -1, for all remaining devices.
 
     Rows of a batch are split over data x fsdp x expert.
@@ -288,14 +355,22 @@ class MeshConfig:
       tensor: Splits heads, feed-forward layers and the vocabulary.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    KEY = "mesh"
+
+    data: Devices = -1
+    fsdp: Devices = 1
+    expert: Devices = 1
+    tensor: Devices = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = dataclasses.asdict(self)
+        free = [axis for axis, size in sizes.items() if size == -1]
+        require(len(free) <= 1, "mesh", sizes, "at most one size of -1")
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Checked):
     """One source of records.
 
     Attributes:
@@ -310,17 +385,24 @@ class SourceConfig:
       text_only: Whether pictures are dropped, to train a language model on the texts.
     """
 
+    KEY = "data.sources"
+
     kind: str = "chat"
     path: str = ""
     images: str = ""
     split: str = ""
-    weight: float = 1.0
+    weight: Positive = 1.0
     text_only: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kinds = ("chat", "preference", "rlaif", "tfds", "prepared", "scenes")
         require(self.kind in kinds, "data.sources.kind", self.kind, f"one of {kinds}")
-        require(self.weight > 0, "data.sources.weight", self.weight, "a positive share")
+        reads = {
+            "images": self.kind in ("chat", "preference"),
+            "split": self.kind in ("tfds", "scenes"),
+        }
+        _require_read(self, "data.sources", reads, f"a source of kind {self.kind}")
 
     @property
     def holds_pairs(self) -> bool | None:
@@ -338,7 +420,7 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """What a stage reads, and how samples are packed into rows.
 
     All keys except `workers` and `max_bad_share` determine the batches.
@@ -360,39 +442,30 @@ class DataConfig:
         threads of the training process.
     """
 
+    KEY = "data"
+
     sources: tuple[SourceConfig, ...] = ()
-    sequence_length: int = 2048
-    images_per_row: int = 3
-    samples_per_row: int = 16
+    sequence_length: Count = 2048
+    images_per_row: CountOrZero = 3
+    samples_per_row: Count = 16
     template: str = "qwen"
     fit: str = "pad"
-    seed: int = 0
-    max_bad_share: float = 0.01
-    streams: int = 0
-    look_ahead: int = 32
-    workers: int = 0
+    seed: Seed = 0
+    max_bad_share: Share = 0.01
+    streams: CountOrZero = 0
+    look_ahead: Count = 32
+    workers: CountOrZero = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one source")
-        require(
-            0 <= self.max_bad_share <= 1,
-            "data.max_bad_share",
-            self.max_bad_share,
-            "a share within 0..1",
-        )
-        for key, least in (
-            ("samples_per_row", 1),
-            ("look_ahead", 1),
-            ("streams", 0),
-            ("workers", 0),
-        ):
-            count = getattr(self, key)
-            require(count >= least, f"data.{key}", count, f"a count of at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Checked):
     """What a stage minimises (arXiv 2408.15881, sections 3.2 and 3.3).
+
+    A key that the objective does not read is refused unless it has its default.
 
     Attributes:
       kind: "next_token", "mimic" (KL from the teacher) or "preference".
@@ -400,7 +473,7 @@ class ObjectiveConfig:
       all_tokens: mimic: whether instruction and picture positions are compared too.
       preference: Preference loss: "kto_pair", "sigmoid" (DPO), "hinge" or "ipo".
       beta: Scale of the preference loss.
-      label_smoothing: Label smoothing of the sigmoid loss.
+      label_smoothing: preference "sigmoid": label smoothing.
       balance_weight: Weight of the router's load-balance loss.
       z_weight: Weight of the router's z-loss.
       compat: Whether to reproduce four differences of the authors' code: the KL mask is taken from
@@ -409,27 +482,41 @@ class ObjectiveConfig:
         counts the balance loss twice; the KL of KTO is that of the micro-batch and has a gradient.
     """
 
+    KEY = "objective"
+
     kind: str = "next_token"
-    next_token_weight: float = 0.0
+    next_token_weight: NotNegative = 0.0
     all_tokens: bool = False
     preference: str = "kto_pair"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    balance_weight: float = 0.01
-    z_weight: float = 0.0
+    beta: Positive = 0.1
+    label_smoothing: NotNegative = 0.0
+    balance_weight: NotNegative = 0.01
+    z_weight: NotNegative = 0.0
     compat: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_choice("objective.kind", self.kind, ("next_token", "mimic", "preference"))
         preferences = ("kto_pair", "sigmoid", "hinge", "ipo")
         _require_choice("objective.preference", self.preference, preferences)
+        mimics = self.kind == "mimic"
+        prefers = self.kind == "preference"
+        reads = {
+            "next_token_weight": mimics,
+            "all_tokens": mimics,
+            "preference": prefers,
+            "beta": prefers,
+            "label_smoothing": prefers and self.preference == "sigmoid",
+            "compat": mimics or (prefers and self.preference == "kto_pair"),
+        }
+        name = f"{self.kind} ({self.preference})" if prefers else self.kind
+        _require_read(self, "objective", reads, f"the objective {name}")
         require(
-            0 <= self.label_smoothing < 0.5,
+            self.label_smoothing < 0.5,
             "objective.label_smoothing",
             self.label_smoothing,
             "a number of at least 0 and below 0.5",
         )
-        require(self.beta > 0, "objective.beta", self.beta, "a positive number")
 
     @property
     def needs_teacher(self) -> bool:
@@ -438,7 +525,7 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW with a linear warm-up and a cosine decay to 0.
 
     Attributes:
@@ -450,25 +537,18 @@ class OptimizerConfig:
       clip_norm: Largest norm of the whole gradient; 0 switches clipping off.
     """
 
-    lr: float = 2e-5
-    warmup_share: float = 0.03
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    KEY = "optimizer"
 
-    def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", self.lr, "a positive learning rate")
-        require(
-            0 <= self.warmup_share < 1,
-            "optimizer.warmup_share",
-            self.warmup_share,
-            "a share of at least 0 and below 1",
-        )
+    lr: Positive = 2e-5
+    warmup_share: BelowOne = 0.03
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.999
+    weight_decay: NotNegative = 0.0
+    clip_norm: NotNegative = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Checked):
     """One stage of a recipe. Its name is its key in `RecipeConfig.stages`.
 
     Attributes:
@@ -491,18 +571,18 @@ class StageConfig:
     trains: tuple[str, ...]
     objective: ObjectiveConfig
     data: DataConfig
-    steps: int
+    steps: Count
     starts_from: str = ""
     upcycle: MoEConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
-    rows: int = 8
-    accumulation: int = 1
-    seed: int = 0
-    checkpoint_every: int = 100
-    max_nonfinite_steps: int = 10
+    rows: Count = 8
+    accumulation: Count = 1
+    seed: Seed = 0
+    checkpoint_every: Count = 100
+    max_nonfinite_steps: Count = 10
 
     def __post_init__(self) -> None:
-        require(self.steps > 0, "steps", self.steps, "a positive number of steps")
+        super().__post_init__()
         require(
             self.rows % self.accumulation == 0,
             "rows",
@@ -519,7 +599,7 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSource:
+class ModelSource(Checked):
     """Where a model comes from: one folder, parts, or random weights.
 
     Exactly one of `folder`, `language_model` and `random` is given.
@@ -539,9 +619,10 @@ class ModelSource:
     vision_tower: str = ""
     adaptor: str = ""
     random: ModelConfig | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ways = {
             "folder": bool(self.folder),
             "language_model": bool(self.language_model),
@@ -571,7 +652,7 @@ class ModelSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Checked):
     """What is measured on held-out scenes when the stages are done.
 
     Attributes:
@@ -583,16 +664,18 @@ class EvaluationConfig:
       rows: Number of prompts that are answered at a time.
     """
 
+    KEY = "evaluation"
+
     models: tuple[str, ...] = ()
     path: str = "data/scenes"
     split: str = "test"
     template: str = "brief"
-    pictures: int = 256
-    rows: int = 256
+    pictures: Count = 256
+    rows: Count = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class RecipeConfig:
+class RecipeConfig(Checked):
     """A list of stages, and the models that they start from.
 
     Attributes:
@@ -619,11 +702,12 @@ class RecipeConfig:
     mesh: MeshConfig = MeshConfig()
     dtype: str = "float32"
     remat: str = "none"
-    keep_checkpoints: int = 2
-    log_every: int = 10
+    keep_checkpoints: Count = 2
+    log_every: Count = 10
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.order) > 0, "order", self.order, "at least one stage")
         earlier: list[str] = []
         for name in self.order:
@@ -714,7 +798,7 @@ def complete(cls: type[_Dataclass], values: Mapping[str, Any]) -> ConfigDict:
     Raises:
       ConfigError: As `from_dict`.
     """
-    return ConfigDict(dataclasses.asdict(from_dict(cls, values)))
+    return settable(from_dict(cls, values))
 
 
 def _is_required(field: dataclasses.Field) -> bool:

@@ -45,12 +45,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = dict(zip(AXES, shape))
     free = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in shape if size != -1)
-    require(
-        len(free) <= 1 and all(size > 0 or size == -1 for size in shape),
-        "mesh",
-        sizes,
-        "positive sizes, at most one of them -1 (all devices that are left)",
-    )
     if free:
         require(
             len(devices) % known == 0,

@@ -105,15 +105,30 @@ def parse(arguments: list[str]) -> list[str]:
     """Parses the command line as absl does.
 
     Raises:
-      ConfigError: for a file that is missing, or a --config.KEY that the file does not have.
+      ConfigError: in one line, for a recipe that is missing or wrong, a --config.KEY that it does
+        not have, or a value that a flag does not take.
     """
     try:
-        return app.parse_flags_with_usage(arguments)
-    except (AttributeError, OSError) as error:
-        message = " ".join(str(error).replace("\\n", " ").split())
-        raise ConfigError(
-            f"--config: expected a file that can be read and keys that it has ({message})."
-        ) from None
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(_what_is_wrong(error)) from None
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """One line about an error of absl or ml_collections.
+
+    ml_collections wraps an error of the recipe into one whose message is a whole traceback.
+    """
+    chain: list[BaseException] = [error]
+    while chain[-1].__context__:
+        chain.append(chain[-1].__context__)
+    for cause in chain:
+        is_one_line = "\n" not in str(cause)
+        if isinstance(cause, ConfigError | flags.Error) and is_one_line:
+            return str(cause)
+    cause = chain[-1] if isinstance(error, flags.Error) else error
+    message = " ".join(str(cause).replace("\\n", " ").split())
+    return f"--config: expected a file that can be read and keys that it has ({message})."
 
 
 def cli() -> None:
