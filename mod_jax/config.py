@@ -176,6 +176,10 @@ class MoEConfig(Checked):
       experts_per_token: Number of experts that process a token (K).
       capacity_factor: None routes without drops. Otherwise an expert accepts
         ceil(K * capacity_factor * N / E) of the N tokens and drops the others.
+      norm_topk_prob: Whether the weights of a token's experts, the router's probabilities, are
+        divided by their sum. If not, an upcycled model does not compute what the dense one did,
+        as the weights sum to less than 1. With one expert per token, a stage that trains the
+        router needs False: a single weight divided by itself is always 1.
       residual: Whether a shared expert processes every token too; a learned softmax over the two
         mixes its output with that of the routed experts (DeepSpeed-MoE, arXiv 2201.05596).
     """
@@ -186,6 +190,7 @@ class MoEConfig(Checked):
     num_experts: Count = 4
     experts_per_token: Count = 2
     capacity_factor: Positive | None = None
+    norm_topk_prob: bool = True
     residual: bool = False
 
     def __post_init__(self) -> None:
@@ -202,6 +207,17 @@ class MoEConfig(Checked):
             "moe.experts_per_token",
             self.experts_per_token,
             f"1..num_experts ({self.num_experts})",
+        )
+
+    def require_router_that_learns(self) -> None:
+        """Raises ConfigError if the loss of the task has no gradient in the router."""
+        require(
+            self.experts_per_token > 1 or not self.norm_topk_prob,
+            "moe.experts_per_token",
+            self.experts_per_token,
+            "at least 2 with norm_topk_prob: a single weight divided by itself is always 1, so the "
+            "router would learn nothing from the task",
+            "Set norm_topk_prob=False to weight the expert by its probability.",
         )
 
     @property
@@ -583,6 +599,8 @@ class StageConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.upcycle:
+            self.upcycle.require_router_that_learns()
         require(
             self.rows % self.accumulation == 0,
             "rows",

@@ -263,6 +263,11 @@ def test_every_number_has_a_range(cls, name, kind):
         (StageConfig, stage(accumulation=0), r"accumulation = 0: expected a number of at least 1"),
         (StageConfig, stage(checkpoint_every=0), r"checkpoint_every = 0: .* at least 1"),
         (StageConfig, stage(max_nonfinite_steps=0), r"max_nonfinite_steps = 0: .* at least 1"),
+        (
+            StageConfig,
+            stage(upcycle={"experts_per_token": 1}),
+            r"experts_per_token = 1: expected at least 2 with norm_topk_prob.*norm_topk_prob=False",
+        ),
         (StageConfig, stage(seed=-1), r"seed = -1: expected a number within 0\.\.2\^32-1"),
         (StageConfig, stage(seed=2**32), r"seed = 4294967296: expected a number within"),
         (ModelSource, {"folder": "f", "seed": -1}, r"seed = -1: expected a number within"),

@@ -337,7 +337,6 @@ REFUSED_TEXT = {
     "attention_bias": True,
     "quantization_config": {"quant_method": "gptq"},
     "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
-    "norm_topk_prob": False,
     "shared_expert_intermediate_size": 8,
     "moe_intermediate_size": 8,
     "model_type": "mamba",
@@ -423,10 +422,7 @@ def test_a_capacity_that_drops_no_token_is_exported_as_none():
 @pytest.mark.parametrize("family", hf_config.TEXT_DEFAULTS)
 def test_what_a_text_config_leaves_out_is_the_default_of_its_class(family):
     """Compares with the configuration class of transformers."""
-    fixed = {
-        "qwen2_moe": {"norm_topk_prob": True, "shared_expert_intermediate_size": 0},
-        "qwen3_moe": {"norm_topk_prob": True},
-    }.get(family, {})
+    fixed = {"qwen2_moe": {"shared_expert_intermediate_size": 0}}.get(family, {})
     full = transformers.CONFIG_MAPPING[family](**fixed).to_dict()
     assert hf_config.decoder_from_json(
         {"model_type": family} | fixed
@@ -614,6 +610,12 @@ def test_an_export_says_what_each_version_of_transformers_reads():
     assert text["mlp_only_layers"] == [0, 3, 4]
     assert text["decoder_sparse_step"] == 1
     assert text["norm_topk_prob"] is True
+    assert (
+        hf_config.decoder_to_json(
+            DecoderConfig(moe=dataclasses.replace(MOE, norm_topk_prob=False)), "float32"
+        )["norm_topk_prob"]
+        is False
+    )
     assert text["dtype"] == text["torch_dtype"] == "bfloat16"
 
 

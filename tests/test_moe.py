@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mod_jax.config import DecoderConfig, MeshConfig, MoEConfig
+from mod_jax.config import ConfigError, DecoderConfig, MeshConfig, MoEConfig
 from mod_jax.models.moe import MoE, MoEAux, within_capacity
 from mod_jax.sharding import ROWS, make_mesh, parameter_shardings
 
@@ -20,7 +20,10 @@ D, F = 16, 24
 OPTIONS = {
     "dropless": MoEConfig(),
     "one choice": MoEConfig(experts_per_token=1),
+    "one choice by its probability": MoEConfig(experts_per_token=1, norm_topk_prob=False),
+    "two choices by their probabilities": MoEConfig(norm_topk_prob=False),
     "capacity": MoEConfig(capacity_factor=0.4),
+    "capacity, by probabilities": MoEConfig(capacity_factor=0.4, norm_topk_prob=False),
     "roomy capacity": MoEConfig(capacity_factor=1.5),
     "residual": MoEConfig(residual=True),
     "capacity and residual": MoEConfig(capacity_factor=0.4, residual=True),
@@ -119,7 +122,8 @@ def by_tokens(moe, values, x, valid, dy):
     for t in range(len(tokens)):
         y = torch.zeros(D, dtype=torch.float64)
         for e in kept.get(t, []):
-            share = probabilities[t, e] / sum(probabilities[t, other] for other in kept[t])
+            total = sum(probabilities[t, other] for other in kept[t])
+            share = probabilities[t, e] / (total if moe.norm_topk_prob else 1)
             y = y + share * swiglu(tokens[t], *experts[e])
         if moe.residual and t in kept:
             mix = torch.softmax(tokens[t] @ p["residual.mix.w_d2"] + p["residual.mix.b_2"], -1)
@@ -154,6 +158,30 @@ def test_values_and_gradients_are_those_of_the_loop_over_tokens(moe):
     given = inputs()
     expected, _ = by_tokens(moe, layer(moe)[2], *given)
     assert_close(compute(moe, *given), expected)
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_the_router_learns_from_the_task_only_if_its_weights_can_change(norm_topk_prob):
+    """With one choice, a weight divided by itself is 1 whatever the router says."""
+    moe = MoEConfig(experts_per_token=1, norm_topk_prob=norm_topk_prob)
+    graph, state, values, _ = layer(moe)
+    x, valid, dy = inputs()
+
+    def task(values):
+        return jnp.sum(bind(graph, state, values)(x, valid)[0] * dy)
+
+    gradient = jax.jit(jax.grad(task))(values)["router.w_de"]
+    assert bool(np.abs(gradient).max() > 1e-3) is not norm_topk_prob
+
+
+def test_one_choice_with_renormalisation_cannot_be_trained():
+    message = (
+        r"experts_per_token = 1: expected at least 2 with norm_topk_prob.*norm_topk_prob=False"
+    )
+    with pytest.raises(ConfigError, match=message):
+        MoEConfig(experts_per_token=1).require_router_that_learns()
+    MoEConfig(experts_per_token=1, norm_topk_prob=False).require_router_that_learns()
+    MoEConfig(experts_per_token=2).require_router_that_learns()
 
 
 def test_tight_capacity_drops_first_second_and_both_choices():

@@ -317,7 +317,11 @@ LANGUAGE_MODELS = {
     "mistral, within its window": hf_models.mistral(sliding_window=14),
     "qwen3": hf_models.qwen3(),
     "qwen2_moe, second half": hf_models.qwen2_moe(mlp_only_layers=[0, 1]),
+    "qwen2_moe, one expert by its probability": hf_models.qwen2_moe(
+        norm_topk_prob=False, num_experts_per_tok=1
+    ),
     "qwen3_moe": hf_models.qwen3_moe(),
+    "qwen3_moe, by probabilities": hf_models.qwen3_moe(norm_topk_prob=False),
 }
 
 

@@ -315,6 +315,22 @@ def test_sizes_that_do_not_divide_are_named():
         )
 
 
+def test_a_router_that_would_learn_nothing_is_not_trained():
+    """An imported student may have one expert per token; it can be trained around its router."""
+    stage, student, teacher, trained, frozen, _ = parts("sparse mimic")
+    moe = dataclasses.replace(student.decoder.moe, experts_per_token=1)
+    decoder = dataclasses.replace(student.decoder, moe=moe)
+    student = dataclasses.replace(student, decoder=decoder)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = make_optimizer(OPTIMIZER, 1)
+    with pytest.raises(ConfigError, match="experts_per_token = 1: expected at least 2"):
+        step.make_train_step(stage, student, teacher, optimizer, mesh, trained, frozen)
+    router = "language_model.layers.moe.router.w_de"
+    others = {name: value for name, value in trained.items() if name != router}
+    frozen = Frozen({**frozen.student, router: trained[router]}, frozen.teacher)
+    step.make_train_step(stage, student, teacher, optimizer, mesh, others, frozen)
+
+
 def test_the_schedule_warms_up_linearly_and_falls_as_a_cosine():
     """The first of the 3 steps of warm-up has a third of the rate; the last step is nearly 0."""
     schedule = make_schedule(OptimizerConfig(lr=0.2, warmup_share=0.03), 100)

@@ -5,7 +5,7 @@ classes are listed here. An option that our models do not compute (another activ
 angles, ...) is never ignored: a single ConfigError names all such options.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mod_jax.config import (
@@ -19,6 +19,7 @@ from mod_jax.config import (
 )
 from mod_jax.interop.folder import JsonObject
 from mod_jax.interop.image_processor import image_processor_to_json
+from mod_jax.interop.stated import end_tokens, first_stated
 
 _LLAMA: JsonObject = {
     "vocab_size": 32000,
@@ -158,6 +159,30 @@ VISION_SIZES = (
 )
 # Those that may also be None.
 NULLABLE = ("num_key_value_heads", "head_dim")
+# Keys whose None says something: a size is then wrong, and attention does not slide. Elsewhere None
+# is what a file has that leaves the key out.
+MEANINGFUL_NULLS = {*TEXT_SIZES, *MOE_SIZES, *VISION_SIZES, "sliding_window"}
+# What transformers takes for a llava whose config.json has no part for its tower.
+LLAVA_TOWER: JsonObject = {
+    "model_type": "clip_vision_model",
+    "intermediate_size": 4096,
+    "hidden_size": 1024,
+    "patch_size": 14,
+    "image_size": 336,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+# Defaults of the llava class.
+LLAVA_DEFAULTS: JsonObject = {
+    "text_config": {},
+    "vision_config": LLAVA_TOWER,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
+IMAGE_TOKEN = 32000
 
 
 def feature_strategy(family: str) -> str:
@@ -193,6 +218,10 @@ def require_fixed(values: Mapping, fixed: Mapping, why: str) -> None:
     require(not wrong, "config.json", wrong, f"{expected}, {why}")
 
 
+def _without_nulls(values: JsonObject) -> JsonObject:
+    return {k: v for k, v in values.items() if v is not None or k in MEANINGFUL_NULLS}
+
+
 def _require_sizes(values: Mapping, keys: tuple[str, ...]) -> None:
     wrong = {}
     for key in keys:
@@ -221,8 +250,13 @@ def decoder_from_json(values: JsonObject, tie_embeddings: bool = False) -> Decod
         f"a language model of {sorted(TEXT_DEFAULTS)}",
     )
     family = values["model_type"]
+    values = _without_nulls(values)
     c = TEXT_DEFAULTS[family] | values
     sparse = family in SPARSE_FAMILIES.values()
+    if sparse:  # num_local_experts is the name in qwen3_moe of 5.x, num_experts everywhere else
+        names = ("num_local_experts", "num_experts")
+        experts = first_stated("the number of experts", {name: values.get(name) for name in names})
+        c["num_experts"] = c["num_experts"] if experts is None else experts
     sizes: tuple[str, ...] = TEXT_SIZES
     fixed = {
         "hidden_act": "silu",
@@ -232,7 +266,7 @@ def decoder_from_json(values: JsonObject, tie_embeddings: bool = False) -> Decod
     }
     if sparse:
         sizes += MOE_SIZES
-        fixed |= {"norm_topk_prob": True, "shared_expert_intermediate_size": 0}
+        fixed |= {"shared_expert_intermediate_size": 0}
     rope_theta, *_ = check(
         lambda: _rope_theta(c),
         lambda: _require_sizes(c, sizes),
@@ -260,13 +294,21 @@ def decoder_from_json(values: JsonObject, tie_embeddings: bool = False) -> Decod
 
 def _rope_theta(c: JsonObject) -> Any:
     """The rotary base, not checked yet; raises ConfigError for scaled rotary angles."""
+    kinds: JsonObject = {}
+    bases: JsonObject = {}
     # rope_parameters is the name of transformers 5.x, rope_scaling that of 4.x.
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    require(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = c.get(name) or {}
+        flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
+        require(flat, name, rope, "one object for all layers")
+        if rope:
+            kinds[name] = rope.get("rope_type") or rope.get("type") or "default"
+        bases[f"{name}.rope_theta"] = rope.get("rope_theta")
+    kind = first_stated("rope_type", kinds) or "default"
     expected = "'default', the only one that the decoder computes"
     require(kind == "default", "rope_type", kind, expected)
-    return rope.get("rope_theta", c.get("rope_theta", 10000.0))
+    base = first_stated("rope_theta", bases | {"rope_theta": c.get("rope_theta")})
+    return 10000.0 if base is None else base
 
 
 def _max_positions(c: JsonObject) -> int:
@@ -288,9 +330,12 @@ def _moe_from_json(c: JsonObject) -> MoEConfig:
         for number in range(c["num_hidden_layers"])
         if number not in dense and (number + 1) % step == 0
     )
-    # num_local_experts is the name in qwen3_moe of 5.x, num_experts everywhere else.
-    experts = c["num_local_experts" if "num_local_experts" in c else "num_experts"]
-    return MoEConfig(layers=layers, num_experts=experts, experts_per_token=c["num_experts_per_tok"])
+    return MoEConfig(
+        layers=layers,
+        num_experts=c["num_experts"],
+        experts_per_token=c["num_experts_per_tok"],
+        norm_topk_prob=c["norm_topk_prob"],
+    )
 
 
 def _intermediate_size(c: JsonObject, moe: MoEConfig | None) -> int:
@@ -311,14 +356,18 @@ def _intermediate_size(c: JsonObject, moe: MoEConfig | None) -> int:
 
 
 def decoder_to_json(
-    config: DecoderConfig, dtype: str, end_token_id: int | None = None
+    config: DecoderConfig,
+    dtype: str,
+    end_token_ids: Sequence[int] = (),
+    pad_token_id: int | None = None,
 ) -> JsonObject:
     """Text configuration that stock transformers (4.46 to 5.x) and vLLM compute as our decoder.
 
     Args:
       config: The decoder.
       dtype: Dtype of the weights.
-      end_token_id: Id of the token that ends an answer and pads; None leaves it out.
+      end_token_ids: Ids of the tokens that end an answer; empty leaves them out.
+      pad_token_id: Id of the token that pads; None leaves it out.
 
     Raises:
       ConfigError: If no family of transformers computes exactly the same.
@@ -352,11 +401,18 @@ def decoder_to_json(
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if end_token_id is not None:
-        values |= {"eos_token_id": end_token_id, "pad_token_id": end_token_id}
+    if end_token_ids:
+        values["eos_token_id"] = one_or_all(end_token_ids)
+    if pad_token_id is not None:
+        values["pad_token_id"] = pad_token_id
     if config.moe:
         values |= _moe_to_json(config, config.moe)
     return values
+
+
+def one_or_all(token_ids: Sequence[int]) -> int | list[int]:
+    """Token ids as config.json has them: a number if there is one, else a list."""
+    return token_ids[0] if len(token_ids) == 1 else list(token_ids)
 
 
 def _moe_to_json(config: DecoderConfig, moe: MoEConfig) -> JsonObject:
@@ -383,7 +439,7 @@ def _moe_to_json(config: DecoderConfig, moe: MoEConfig) -> JsonObject:
     return values | {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.experts_per_token,
-        "norm_topk_prob": True,
+        "norm_topk_prob": moe.norm_topk_prob,
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense,
         "moe_intermediate_size": config.intermediate_size,
@@ -411,7 +467,7 @@ def vision_from_json(
         f"a vision tower of {sorted(TOWERS)}",
     )
     kind = values["model_type"]
-    c = VISION_DEFAULTS[kind] | values
+    c = VISION_DEFAULTS[kind] | _without_nulls(values)
     check(
         lambda: _require_sizes(c, VISION_SIZES),
         lambda: require_fixed(c, {"quantization_config": None}, "unquantised weights"),
@@ -428,12 +484,10 @@ def vision_from_json(
             "the number of one layer",
         ),
     )
-    pixels: JsonObject = SIGLIP_MEAN_STD if kind == "siglip_vision_model" else {}
-    if "image_mean" in processor:
-        pixels = {
-            "pixel_mean": tuple(processor["image_mean"]),
-            "pixel_std": tuple(processor["image_std"]),
-        }
+    pixels: JsonObject = dict(SIGLIP_MEAN_STD) if kind == "siglip_vision_model" else {}
+    for key, name in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
+        if processor.get(name) is not None:
+            pixels[key] = processor[name]
     fields = {
         "family": TOWERS[kind],
         "image_size": c["image_size"],
@@ -444,10 +498,15 @@ def vision_from_json(
         "num_heads": c["num_attention_heads"],
         "hidden_act": ACTIVATIONS[c["hidden_act"]],
         "norm_eps": c["layer_norm_eps"],
-        "feature_layer": feature_layer,
+        "feature_layer": counted_from_the_end(feature_layer, c["num_hidden_layers"]),
         **pixels,
     }
     return from_dict(VisionConfig, fields, "vision configuration")
+
+
+def counted_from_the_end(layer: int, num_layers: int) -> int:
+    """Number of a hidden state as VisionConfig has it; transformers also counts from the first."""
+    return layer - (num_layers + 1) if layer >= 0 else layer
 
 
 def vision_to_json(config: VisionConfig) -> JsonObject:
@@ -485,45 +544,78 @@ def model_from_json(
       generation: Contents of generation_config.json; empty if there is none.
 
     Raises:
-      ConfigError: Naming every option that the model does not compute.
+      ConfigError: Naming every option that the model does not compute, every fact that is stated
+        twice with different values, or every token without a row in the embedding.
     """
-    parts = (values.get("text_config"), values.get("vision_config"))
+    c = LLAVA_DEFAULTS | _without_nulls(values)
+    parts = (c["text_config"], c["vision_config"])
     are_objects = all(isinstance(part, dict) for part in parts)
     require(are_objects, "text_config, vision_config", parts, "a JSON object each")
-    text = values["text_config"]
-    tower = values["vision_config"]
-    family = TOWERS.get(tower.get("model_type"), "clip")
-    strategy = "vision_feature_select_strategy"
+    text = {"model_type": "llama"} | c["text_config"]
+    tower = {"model_type": "clip_vision_model"} | c["vision_config"]
+    family = TOWERS.get(tower["model_type"], "clip")
     fixed = {
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "quantization_config": None,
-        strategy: feature_strategy(family),
+        "vision_feature_select_strategy": feature_strategy(family),
     }
-    vision, decoder, _ = check(
-        lambda: vision_from_json(tower, processor, values.get("vision_feature_layer", -2)),
-        lambda: decoder_from_json(text, values.get("tie_word_embeddings", False)),
-        lambda: require_fixed(
-            {strategy: "default"} | values,
-            fixed,
-            f"the only values that the model computes with a {family} tower",
-        ),
+    why = f"the only values that the model computes with a {family} tower"
+    image_tokens = {key: values.get(key) for key in ("image_token_index", "image_token_id")}
+    vision, decoder, _, image_token, ends = check(
+        lambda: vision_from_json(tower, processor, c["vision_feature_layer"]),
+        lambda: decoder_from_json(text, c["tie_word_embeddings"]),
+        lambda: require_fixed(c, fixed, why),
+        lambda: first_stated("the id of <image>", image_tokens),
+        lambda: end_tokens_of(values, text, generation),
     )
-    end_tokens = (
-        text.get("eos_token_id"),
-        values.get("eos_token_id"),
-        generation.get("eos_token_id"),
-        END_TOKENS.get(text["model_type"]),
-        ModelConfig.end_token_id,
-    )
-    end_token = next(token for token in end_tokens if token is not None)
-    image_token = "image_token_index" if "image_token_index" in values else "image_token_id"
-    return ModelConfig(
+    # Qwen's classes have no default.
+    end, *others = ends or (ModelConfig.end_token_id,)
+    config = ModelConfig(
         vision=vision,
         decoder=decoder,
-        image_token_id=values.get(image_token, 32000),
-        end_token_id=end_token[0] if isinstance(end_token, list) else end_token,
+        image_token_id=IMAGE_TOKEN if image_token is None else image_token,
+        end_token_id=end,
+        other_end_token_ids=tuple(others),
     )
+    require_rows(config, "config.json")
+    return config
+
+
+def end_tokens_of(values: JsonObject, text: JsonObject, generation: JsonObject) -> tuple[int, ...]:
+    """Tokens that end an answer, the one that training learns first; empty if no file has any.
+
+    Args:
+      values: Contents of config.json.
+      text: The part of it for the language model, which may be all of it.
+      generation: Contents of generation_config.json; empty if there is none.
+
+    Raises:
+      ConfigError: If the places contradict each other (`stated.end_tokens`).
+    """
+    stated = {
+        "generation_config.json": generation.get("eos_token_id"),
+        "config.json": values.get("eos_token_id"),
+        "text_config": text.get("eos_token_id"),
+    }
+    return end_tokens(stated, END_TOKENS.get(text["model_type"]))
+
+
+def require_rows(config: ModelConfig, place: str) -> None:
+    """Raises ConfigError unless the embedding has a row for each token that the model names.
+
+    JAX would read the last row in place of one that is missing.
+    """
+    rows = config.decoder.vocab_size
+    for name in ("image_token_id", "end_token_id", "other_end_token_ids"):
+        found = getattr(config, name)
+        largest = max(found, default=0) if isinstance(found, tuple) else found
+        require(
+            largest < rows,
+            f"{name} in {place}",
+            found,
+            f"less than {rows}, the number of rows of the embedding (vocab_size)",
+        )
 
 
 def model_to_json(config: ModelConfig, dtype: str) -> JsonObject:
@@ -535,7 +627,9 @@ def model_to_json(config: ModelConfig, dtype: str) -> JsonObject:
     return {
         "architectures": [CLASSES["llava"]],
         "model_type": "llava",
-        "text_config": decoder_to_json(config.decoder, dtype, config.end_token_id),
+        "text_config": decoder_to_json(
+            config.decoder, dtype, config.end_token_ids, config.end_token_id
+        ),
         "vision_config": vision_to_json(config.vision),
         "image_token_index": config.image_token_id,
         "image_seq_length": config.vision.num_features,
@@ -544,7 +638,7 @@ def model_to_json(config: ModelConfig, dtype: str) -> JsonObject:
         "vision_feature_layer": config.vision.feature_layer,
         "vision_feature_select_strategy": feature_strategy(config.vision.family),
         "tie_word_embeddings": config.decoder.tie_embeddings,
-        "eos_token_id": config.end_token_id,
+        "eos_token_id": one_or_all(config.end_token_ids),
         "pad_token_id": config.end_token_id,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -552,15 +646,22 @@ def model_to_json(config: ModelConfig, dtype: str) -> JsonObject:
 
 
 def to_files(
-    config: ModelConfig | DecoderConfig | VisionConfig, dtype: str
+    config: ModelConfig | DecoderConfig | VisionConfig,
+    dtype: str,
+    end_token_ids: Sequence[int] = (),
 ) -> dict[str, JsonObject]:
     """Contents, by file name, of the JSON files that describe a model or a part of one.
+
+    Args:
+      config: Configuration of the model or of the part.
+      dtype: Dtype of the weights.
+      end_token_ids: Ids of the tokens that end a text of a language model alone.
 
     Raises:
       ConfigError: As `decoder_to_json`.
     """
     if isinstance(config, DecoderConfig):
-        return {"config.json": decoder_to_json(config, dtype)}
+        return {"config.json": decoder_to_json(config, dtype, end_token_ids)}
     if isinstance(config, VisionConfig):
         vision = config
         values = vision_to_json(vision) | {"dtype": dtype, "torch_dtype": dtype}

@@ -13,6 +13,7 @@ from mod_jax.config import DecoderConfig, MoEConfig, VisionConfig, require
 from mod_jax.interop.folder import JsonObject
 from mod_jax.interop.hf_config import (
     check,
+    counted_from_the_end,
     decoder_from_json,
     feature_strategy,
     require_fixed,
@@ -38,6 +39,9 @@ ARCHITECTURES = {
     "LlavaQwenForCausalLM": "qwen2",
     "LlavaQwen2ForCausalLM": "qwen2",
 }
+
+# Class of Hugging Face's own llava.
+STOCK = "LlavaForConditionalGeneration"
 
 _LARGE = {
     "hidden_size": 1024,
@@ -94,7 +98,8 @@ SELECTED_FEATURES = {"default": "patch", "full": "cls_patch"}
 def is_original(values: Mapping) -> bool:
     """Whether a config.json is of these models; Hugging Face's own llava has a text_config."""
     model_type = values.get("model_type")
-    return model_type in FAMILIES or (model_type == "llava" and "text_config" not in values)
+    is_stock = values.get("text_config") is not None or values.get("architectures") == [STOCK]
+    return model_type in FAMILIES or (model_type == "llava" and not is_stock)
 
 
 def language_model_from_json(values: JsonObject) -> DecoderConfig:
@@ -109,7 +114,7 @@ def language_model_from_json(values: JsonObject) -> DecoderConfig:
         options["mm_projector_type"] = values["image_projector_type"]
     lora = values.get("lora") or {}
     decoder, moe, *_ = check(
-        lambda: decoder_from_json(values | {"model_type": _family(values)}),
+        lambda: decoder_from_json(values | {"model_type": family(values)}),
         lambda: _moe_from_json(values.get("moe") or {}),
         lambda: require_fixed(options, FIXED, "the only values that the model computes"),
         lambda: require(
@@ -123,7 +128,7 @@ def language_model_from_json(values: JsonObject) -> DecoderConfig:
     return dataclasses.replace(decoder, moe=moe)
 
 
-def _family(values: JsonObject) -> str:
+def family(values: JsonObject) -> str:
     """model_type of the language model in transformers."""
     if values["model_type"] in FAMILIES:
         return FAMILIES[values["model_type"]]
@@ -160,8 +165,8 @@ def _moe_from_json(moe: JsonObject) -> MoEConfig | None:
             "moe.top_k_experts",
             experts_per_token,
             "2",
-            "DeepSpeed weighs the single expert of top-1 gating by its probability, this model "
-            "by 1.",
+            "DeepSpeed weighs the single expert of top-1 gating by its probability and drops "
+            "tokens at random: that gating is not read.",
         ),
         lambda: require(
             isinstance(factor, (int, float)), "moe.eval_capacity_factor", factor, "a number"
@@ -237,4 +242,5 @@ def with_features(tower: VisionConfig, values: JsonObject) -> VisionConfig:
         feature,
         f"{expected!r}, the only feature of a {tower.family} tower that the model computes",
     )
-    return dataclasses.replace(tower, feature_layer=values["mm_vision_select_layer"])
+    layer = counted_from_the_end(values["mm_vision_select_layer"], tower.num_layers)
+    return dataclasses.replace(tower, feature_layer=layer)

@@ -106,11 +106,12 @@ def route(
     Args:
       logits: f32[B,S,E].
       valid: bool[B,S], False for padding.
-      config: Number of experts per token, and their capacity.
+      config: Number of experts per token, their capacity, and whether weights sum to 1.
 
     Returns:
       choices: i32[B,S,K], experts, most probable first.
-      weights: f32[B,S,K], probabilities of the kept choices, renormalised over them; else 0.
+      weights: f32[B,S,K], probabilities of the kept choices, renormalised over them if
+        `norm_topk_prob`; else 0.
       kept: bool[B,S,K], False for padding and for choices beyond an expert's capacity.
     """
     probabilities, choices = jax.lax.top_k(jax.nn.softmax(logits), config.experts_per_token)
@@ -121,6 +122,8 @@ def route(
         )
         kept = kept & within_capacity(choices, valid, config.num_experts, places)
     weights = jnp.where(kept, probabilities, 0)
+    if not config.norm_topk_prob:
+        return choices, weights, kept
     total = weights.sum(-1, keepdims=True)
     return choices, weights / jnp.where(total > 0, total, 1), kept
 

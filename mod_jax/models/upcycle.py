@@ -23,7 +23,8 @@ def upcycle(
 
     Each expert, the shared one of a residual layer included, is a copy of the dense layer. The
     weights of a token's experts sum to 1, so the outputs do not change, except for tokens that a
-    capacity limit leaves without any expert.
+    capacity limit leaves without any expert. Without `norm_topk_prob` the weights sum to less: the
+    output of a sparse layer is scaled by that sum, about K / E at first.
 
     Args:
       params: Name -> array, the parameters of a dense model; not modified.

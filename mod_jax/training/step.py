@@ -237,8 +237,11 @@ def make_train_step(
       A Frozen with the shardings of the frozen parts.
 
     Raises:
-      ConfigError: If sizes do not divide over the mesh.
+      ConfigError: If sizes do not divide over the mesh, or if a router is trained that would learn
+        nothing.
     """
+    if student.decoder.moe and any(".moe.router." in name for name in trained):
+        student.decoder.moe.require_router_that_learns()
     sharding.check_rows(mesh, stage.rows, stage.accumulation)
     student_axes = llava.axes(student)
     trained_shardings = sharding.parameter_shardings(mesh, trained, student_axes)
