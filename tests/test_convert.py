@@ -5,13 +5,16 @@ What the models in the folders compute is tested in test_families.py.
 
 import dataclasses
 import json
+import shutil
 
 import hf_models
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from small import SPARSE, params_of
+from transformers import GenerationConfig
 
+import mod_jax
 from mod_jax import convert
 from mod_jax.config import MeshConfig, MoEConfig
 from mod_jax.data.samples.tokenizer import scenes_tokenizer
@@ -94,6 +97,42 @@ def test_a_part_is_imported_and_exported_alone(part, parts, tmp_path, monkeypatc
     }
     assert exported.keys() == spelled.keys()
     assert all(np.array_equal(exported[name], x) for name, x in spelled.items())
+
+
+def end_tokens_of(folder) -> list:
+    """End tokens that stock transformers reads, and those in each config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    places = [config, config.get("text_config", config)]
+    if (folder / "generation_config.json").exists():
+        places.append(GenerationConfig.from_pretrained(folder).to_dict())
+    return [place["eos_token_id"] for place in places]
+
+
+def test_all_end_tokens_come_in_and_go_out(parts, tmp_path, monkeypatch):
+    """A language model that ends a text at three tokens becomes a student, and is exported."""
+    text = shutil.copytree(parts / "text", tmp_path / "text")
+    (text / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0, 9]}))
+    run(monkeypatch, "import", text, tmp_path / "ours")
+    options = [f"--language-model={tmp_path / 'ours'}", f"--vision-tower={parts / 'tower'}"]
+    run(monkeypatch, "import", *options, tmp_path / "student")
+    run(monkeypatch, "export", tmp_path / "student", tmp_path / "theirs")
+    run(monkeypatch, "import", tmp_path / "theirs", tmp_path / "again")
+    for folder in ("student", "theirs", "again"):
+        with loading.open_whole(tmp_path / folder) as found:
+            assert found.config.end_token_ids == (0, 7, 9)
+    assert mod_jax.load(tmp_path / "again").config.end_token_ids == (0, 7, 9)
+    assert end_tokens_of(tmp_path / "theirs") == [[0, 7, 9]] * 3
+
+
+def test_a_language_model_alone_keeps_its_end_tokens(parts, tmp_path, monkeypatch):
+    """Also if only config.json names them."""
+    text = shutil.copytree(parts / "text", tmp_path / "text")
+    (text / "generation_config.json").unlink()
+    config = json.loads((text / "config.json").read_text())
+    (text / "config.json").write_text(json.dumps(config | {"eos_token_id": [5, 3]}))
+    run(monkeypatch, "import", text, tmp_path / "ours")
+    run(monkeypatch, "export", tmp_path / "ours", tmp_path / "theirs")
+    assert end_tokens_of(tmp_path / "theirs") == [[5, 3]] * 2
 
 
 @pytest.fixture

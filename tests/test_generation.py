@@ -129,6 +129,18 @@ def test_a_row_that_ended_repeats_the_end_token_while_the_others_go_on():
     np.testing.assert_array_equal(found, wanted)
 
 
+def test_a_row_ends_at_any_of_the_end_tokens():
+    """The third token of the first answer and the fifth of the second end answers, beside 79."""
+    wanted = np.array(naive_answers(SPARSE))
+    others = (int(wanted[0, 2]), int(wanted[1, 4]))
+    for row in wanted:
+        row[np.cumsum(np.isin(row, (79, *others))) > 0] = 79
+    assert (wanted[0, 2:] == 79).all() and (wanted[1, 4:] == 79).all()
+    config = dataclasses.replace(SPARSE, end_token_id=79, other_end_token_ids=others)
+    found = generate(config, params_of(SPARSE), left_padded(ASKED, IMAGE, IMAGE_SIZE), NEW)
+    np.testing.assert_array_equal(found, wanted)
+
+
 QUESTIONS = [
     Question("Describe the picture.", tuple(pictures(1))),
     Question("How many objects are there?", ()),

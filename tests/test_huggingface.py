@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from mod_jax.interop import folder as folders
-from mod_jax.interop import hf_config, huggingface, names
+from mod_jax.interop import hf_config, huggingface, names, original
 from mod_jax.interop.image_processor import image_processor_to_json
 from mod_jax.models import llava
 
@@ -496,23 +496,261 @@ def test_an_old_llava_config_reads():
     )
 
 
-# Place -> (eos_token_id of the text configuration, the whole one, generation_config.json; result).
+# Case -> eos_token_id of generation_config.json, of config.json and of its text_config.
 END_TOKENS = {
-    "the text configuration": ({"eos_token_id": 5}, {"eos_token_id": 6}, {"eos_token_id": 7}, 5),
-    "the whole configuration": ({}, {"eos_token_id": [6, 1]}, {"eos_token_id": 7}, 6),
-    "generation_config.json": ({}, {}, {"eos_token_id": [7, 8]}, 7),
-    "the class": ({}, {}, {}, 2),
+    "all three": ([7, 5, 8], 5, [7, 9]),
+    "a list and a number": ([5, 7], None, 7),
+    "a number beside a list": (7, [7, 5], None),
+    "config.json": (None, [6, 1], None),
+    "config.json and its text_config": (None, 6, [1, 6]),
+    "the text_config": (None, None, 5),
+    "the text_config's list": (None, None, [5, 6]),
+    "beside the default of the class, written out": ([7], 7, 2),
+    "the class": (None, None, None),
 }
 
 
-@pytest.mark.parametrize("place", END_TOKENS)
-def test_the_end_token_is_the_first_of_those_that_are_named(place):
-    text, whole, generation, wanted = END_TOKENS[place]
+def llava_files(generation, whole, text) -> tuple[dict, dict, dict]:
+    """config.json, the image processor and generation_config.json with these end tokens."""
     values = {
-        "text_config": {"model_type": "mistral"} | text,
+        "model_type": "llava",
+        "text_config": {"model_type": "mistral", "vocab_size": 32064},
         "vision_config": {"model_type": "clip_vision_model"},
-    } | whole
-    assert hf_config.model_from_json(values, {}, generation).end_token_id == wanted
+    }
+    for part, ids in ((values["text_config"], text), (values, whole)):
+        if ids is not None:
+            part["eos_token_id"] = ids
+    return values, {}, {} if generation is None else {"eos_token_id": generation}
+
+
+@pytest.mark.parametrize("case", END_TOKENS)
+def test_an_answer_ends_at_all_tokens_at_which_transformers_ends_it(case):
+    values, _, generation = files = llava_files(*END_TOKENS[case])
+    if generation:
+        theirs = transformers.GenerationConfig.from_dict(generation)
+    else:
+        config = transformers.LlavaConfig.from_dict(values)
+        theirs = transformers.GenerationConfig.from_model_config(config)
+    ends = theirs.eos_token_id
+    found = hf_config.model_from_json(*files)
+    assert sorted(found.end_token_ids) == sorted(ends if isinstance(ends, list) else [ends])
+
+
+def test_training_learns_the_end_token_of_the_language_models_own_tokenizer():
+    """Instruction-tuned Qwens end with <|im_end|> (here 7), and also at <|endoftext|> (here 5)."""
+    for files in (([5, 7], None, 7), ([5, 7], 7, None), ([7, 5], None, None)):
+        config = hf_config.model_from_json(*llava_files(*files))
+        assert (config.end_token_id, config.other_end_token_ids) == (7, (5,))
+
+
+@pytest.mark.parametrize("files", [(7, None, [5, 6]), ([7, 8], [5], None), (None, 6, 5)])
+def test_end_tokens_that_contradict_each_other_are_refused(files):
+    message = r"eos_token_id is stated in 2 places.*: [\[(]\d.*Correct or remove the wrong one"
+    with pytest.raises(ConfigError, match=message):
+        hf_config.model_from_json(*llava_files(*files))
+
+
+@pytest.mark.parametrize("value", ["</s>", True, [2, None], -1, 2.0])
+def test_end_tokens_that_are_no_ids_are_refused(value):
+    with pytest.raises(ConfigError, match="eos_token_id of config.json = .*expected a token id"):
+        hf_config.model_from_json(*llava_files(None, value, None))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("image_token_index", 32064),
+        ("image_token_id", 40000),
+        ("eos_token_id", 32064),
+        ("eos_token_id", [2, 32064]),
+    ],
+)
+def test_a_token_without_a_row_in_the_embedding_is_refused(key, value):
+    values, *others = llava_files(None, None, None)
+    hf_config.model_from_json(values | {key: 32063}, *others)
+    named = {"image_token_index": "image_token_id", "eos_token_id": "end_token_id"}.get(key, key)
+    if isinstance(value, list):
+        named = "other_end_token_ids"
+    with pytest.raises(ConfigError, match=f"{named} in config.json = .*expected less than 32064"):
+        hf_config.model_from_json(values | {key: value}, *others)
+
+
+# Ways to state the rotary angles that agree, and that contradict each other.
+LINEAR = {"type": "linear", "factor": 2.0}
+ROPE = {
+    "nothing": {},
+    "flat": {"rope_theta": 5e5},
+    "flat, with a null": {"rope_theta": 5e5, "rope_scaling": None},
+    "5.x": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "5.x, without its kind": {"rope_parameters": {"rope_theta": 5e5}},
+    "5.x, flat base": {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+    "4.x": {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+    "both": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 500000},
+    "nulls": {"rope_parameters": None, "rope_scaling": None, "rope_theta": None},
+}
+
+
+@pytest.mark.parametrize("case", ROPE)
+def test_the_rotary_base_is_that_of_transformers(case):
+    theirs = transformers.LlamaConfig(**{k: v for k, v in ROPE[case].items() if v is not None})
+    found = hf_config.decoder_from_json({"model_type": "llama"} | ROPE[case])
+    assert found.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+BAD_ROPE = {
+    "two bases": (
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4},
+        "rope_theta is stated in 2 places.*rope_parameters.rope_theta: 500000.0; rope_theta: 10000",
+    ),
+    "two bases, 4.x": (
+        {"rope_scaling": {"type": "default", "rope_theta": 5e5}, "rope_theta": 1e4},
+        "rope_theta is stated in 2 places",
+    ),
+    "scaled in one place": (
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "rope_type is stated in 2 places.*rope_scaling: 'linear'; rope_parameters: 'default'",
+    ),
+    "scaled in both": (
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        "rope_type = 'linear': expected 'default'",
+    ),
+    "an own one for each layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+        "rope_parameters = .*expected one object for all layers",
+    ),
+    "a word": ({"rope_scaling": "linear"}, "rope_scaling = 'linear': expected one object"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROPE)
+def test_rotary_angles_that_contradict_each_other_or_are_not_computed_are_refused(case):
+    values, message = BAD_ROPE[case]
+    with pytest.raises(ConfigError, match=message):
+        hf_config.decoder_from_json({"model_type": "llama"} | values)
+
+
+def test_other_facts_that_are_stated_twice_have_to_agree():
+    values, *others = llava_files(None, None, None)
+    tokens = {"image_token_index": 31000, "image_token_id": 31000}
+    assert hf_config.model_from_json(values | tokens, *others).image_token_id == 31000
+    message = "the id of <image> is stated in 2 places.*image_token_index: 31000; image_token_id: 7"
+    with pytest.raises(ConfigError, match=message):
+        hf_config.model_from_json(values | tokens | {"image_token_id": 7}, *others)
+    experts = {"num_experts": 4, "num_local_experts": 4, "norm_topk_prob": True}
+    experts["num_experts_per_tok"] = 2
+    moe = hf_config.decoder_from_json({"model_type": "qwen3_moe"} | experts).moe
+    assert moe is not None and moe.num_experts == 4
+    message = "the number of experts is stated in 2 places.*num_local_experts: 4; num_experts: 8"
+    with pytest.raises(ConfigError, match=message):
+        hf_config.decoder_from_json({"model_type": "qwen3_moe"} | experts | {"num_experts": 8})
+
+
+# Defaults of the llava class
+
+LLAVA_KEYS = (
+    "image_token_index",
+    "projector_hidden_act",
+    "vision_feature_select_strategy",
+    "vision_feature_layer",
+    "multimodal_projector_bias",
+    "tie_word_embeddings",
+)
+
+
+def read_as_transformers_does(values: dict) -> tuple:
+    """What `model_from_json` reads, from transformers' own class."""
+    theirs = transformers.LlavaConfig.from_dict(values)
+    full = theirs.to_dict() | {"image_token_index": theirs.image_token_index}
+    assert full["vision_config"]["model_type"] and full["text_config"]["model_type"]
+    return hf_config.model_from_json(full, {}, {})
+
+
+@pytest.mark.parametrize("key", LLAVA_KEYS)
+@pytest.mark.parametrize("null", [False, True])
+def test_a_key_that_a_llava_config_leaves_out_is_the_default_of_its_class(key, null):
+    values = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_token_index": 7,
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": -3,
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": True,
+        "text_config": {"model_type": "qwen2", "vocab_size": 152064, "eos_token_id": 3},
+        "vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": 5},
+    }
+    without = {name: value for name, value in values.items() if name != key}
+    found = hf_config.model_from_json(without | ({key: None} if null else {}), {}, {})
+    assert found == read_as_transformers_does(without)
+    changed = key in ("image_token_index", "vision_feature_layer", "tie_word_embeddings")
+    assert (found != hf_config.model_from_json(values, {}, {})) == changed
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"text_config": {"vocab_size": 32064}},
+        {"text_config": {"vocab_size": 32064}, "vision_config": {"num_hidden_layers": 5}},
+        {"text_config": {"vocab_size": 32064}, "vision_config": None},
+        {"image_token_index": 7},
+        {"image_token_index": 7, "text_config": None},
+    ],
+)
+def test_a_part_that_a_llava_config_leaves_out_is_the_default_of_its_class(parts):
+    values = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]} | parts
+    assert not original.is_original(values)
+    assert hf_config.model_from_json(values, {}, {}) == read_as_transformers_does(values)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -5, 1, 3, 5])
+def test_a_feature_layer_counted_from_the_first_is_the_one_that_transformers_takes(layer):
+    """hidden_states has the input of the first layer, and the output of each of the 5."""
+    values, *others = llava_files(None, None, None)
+    values["vision_config"] |= {"num_hidden_layers": 5}
+    found = hf_config.model_from_json(values | {"vision_feature_layer": layer}, *others).vision
+    assert range(6)[found.feature_layer] == range(6)[layer]
+
+
+@pytest.mark.parametrize(
+    "dense, step, wanted",
+    [
+        ([], 1, (0, 1, 2, 3, 4)),
+        ([], 2, (1, 3)),
+        ([], 3, (2,)),
+        ([1], 2, (3,)),
+        ([0], 1, (1, 2, 3, 4)),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_layers_are_sparse_where_those_of_transformers_are(family, dense, step, wanted):
+    config = getattr(hf_models, family)(
+        num_hidden_layers=5, decoder_sparse_step=step, mlp_only_layers=dense
+    )
+    model = getattr(transformers, hf_models.CLASSES[family])(config)
+    is_sparse = [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    assert tuple(np.flatnonzero(is_sparse)) == wanted
+    assert hf_config.decoder_from_json(config.to_dict()).sparse_layers == wanted
+
+
+NULLS = (
+    "attention_bias",
+    "mlp_bias",
+    "rope_scaling",
+    "quantization_config",
+    "use_sliding_window",
+    "mlp_only_layers",
+    "tie_word_embeddings",
+    "head_dim",
+    "layer_types",
+)
+
+
+@pytest.mark.parametrize("key", NULLS)
+def test_a_null_is_an_absent_key(key):
+    values = hf_models.qwen2_moe(tie_word_embeddings=False, mlp_only_layers=[]).to_dict()
+    values.pop(key, None)
+    assert hf_config.decoder_from_json(values | {key: None}) == hf_config.decoder_from_json(values)
 
 
 # Kind -> (options, longest sequence).

@@ -5,7 +5,7 @@ The folder has the weights, the configuration, the processor, and a model card.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
@@ -89,7 +89,15 @@ def _export_pretrained(checkpoint, target, options: Options) -> None:
                 copy_processor(pretrained.folder, epath.Path(folder))
             (folder / "README.md").write_text(card_of_pretrained(pretrained, dtype))
 
-        _write(target, config, pretrained.params, dtype, write_others, options)
+        _write(
+            target,
+            config,
+            pretrained.params,
+            dtype,
+            write_others,
+            options,
+            pretrained.end_token_ids,
+        )
 
 
 def _write(
@@ -99,10 +107,11 @@ def _write(
     dtype: str,
     others: Callable[[pathlib.Path], None],
     options: Options,
+    end_token_ids: Sequence[int] = (),
 ) -> None:
     if options.dropless:
         config = _dropless(config)
-    huggingface.save(target, config, params, dtype, others, options.shard_bytes)
+    huggingface.save(target, config, params, dtype, others, options.shard_bytes, end_token_ids)
 
 
 def _dropless(config: Config) -> Config:

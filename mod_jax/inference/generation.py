@@ -75,7 +75,8 @@ def generate(config: ModelConfig, params: dict, prompts: Prompts, max_new_tokens
     """Decodes greedily until every row has ended or has `max_new_tokens` tokens.
 
     Returns:
-      i32[B,T]. A row that has ended is filled up with end tokens.
+      i32[B,T]. A row that has ended is filled up with `config.end_token_id`, whichever of
+      `config.end_token_ids` ended it.
     """
     model = llava.bind(config, params)
     w_vd = llava.head(config, params)
@@ -100,13 +101,17 @@ def generate(config: ModelConfig, params: dict, prompts: Prompts, max_new_tokens
         best = jnp.argmax(logits, -1).astype(jnp.int32)
         return jnp.where(jnp.isfinite(jnp.max(logits, -1)), best, config.end_token_id)
 
+    def ends(token: jax.Array) -> jax.Array:
+        """Whether each token is one that ends an answer, bool[B]."""
+        return jnp.isin(token, jnp.array(config.end_token_ids))
+
     def is_unfinished(carry):
         step, _, ended, *_ = carry
         return (step < max_new_tokens) & ~jnp.all(ended)
 
     def advance(carry):
         step, token, ended, answer, cache = carry
-        ended |= token == config.end_token_id
+        ended |= ends(token)
         answer = answer.at[:, step].set(jnp.where(ended, config.end_token_id, token))
         column = token[:, None]
         hidden, _, cache = decoder(

@@ -17,6 +17,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from mod_jax.config import ConfigError, require
+from mod_jax.interop.finite import require_finite
 from mod_jax.interop.torch_bin import BadFile, open_bin
 
 WEIGHTS = "model.safetensors"
@@ -269,18 +270,23 @@ def write(
 
 
 def _convert(dtype: str, name: str, array: np.ndarray) -> np.ndarray:
-    """Converts a tensor to a dtype; raises ConfigError if float16 cannot hold its numbers."""
+    """Converts a tensor to a dtype.
+
+    Raises:
+      ConfigError: If a number is not finite, or too large for the dtype.
+    """
+    require_finite(name, array, "the model")
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(array, DTYPES[dtype])
-    if dtype == "float16":  # the largest float16 is 65504
-        overflowed = not np.isfinite(converted).all() and bool(np.isfinite(array).all())
-        require(
-            not overflowed,
-            "dtype",
-            dtype,
-            f"one that holds {name}, whose numbers go up to {np.abs(array).max()}",
-            "Choose bfloat16 or float32.",
-        )
+    # The largest float16 is 65504, the largest bfloat16 a little less than the largest float32.
+    overflowed = converted.dtype != array.dtype and not np.isfinite(converted).all()
+    require(
+        not overflowed,
+        "dtype",
+        dtype,
+        f"one that holds {name}, whose numbers go up to {np.abs(array).max()}",
+        "Choose bfloat16 or float32." if dtype == "float16" else "Choose float32.",
+    )
     return converted
 
 

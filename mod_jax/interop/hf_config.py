@@ -233,12 +233,11 @@ def _require_sizes(values: Mapping, keys: tuple[str, ...]) -> None:
     require(not wrong, "config.json", wrong, "positive integers")
 
 
-def decoder_from_json(values: JsonObject, tie_embeddings: bool = False) -> DecoderConfig:
+def decoder_from_json(values: JsonObject) -> DecoderConfig:
     """Reads a text configuration.
 
     Args:
       values: Contents of the config.json of a language model.
-      tie_embeddings: Whether the head is the embedding, if `values` do not say so.
 
     Raises:
       ConfigError: For a family or an option that the decoder does not compute.
@@ -285,7 +284,7 @@ def decoder_from_json(values: JsonObject, tie_embeddings: bool = False) -> Decod
         "norm_eps": c["rms_norm_eps"],
         "qkv_bias": c.get("qkv_bias", family == "qwen2"),
         "qk_norm": family in ("qwen3", "qwen3_moe"),
-        "tie_embeddings": c.get("tie_word_embeddings", tie_embeddings),
+        "tie_embeddings": c.get("tie_word_embeddings", False),
         "max_positions": _max_positions(c),
         "moe": moe,
     }
@@ -552,6 +551,8 @@ def model_from_json(
     are_objects = all(isinstance(part, dict) for part in parts)
     require(are_objects, "text_config, vision_config", parts, "a JSON object each")
     text = {"model_type": "llama"} | c["text_config"]
+    # The head is the embedding if either place says so.
+    text["tie_word_embeddings"] = text.get("tie_word_embeddings") or c["tie_word_embeddings"]
     tower = {"model_type": "clip_vision_model"} | c["vision_config"]
     family = TOWERS.get(tower["model_type"], "clip")
     fixed = {
@@ -564,7 +565,7 @@ def model_from_json(
     image_tokens = {key: values.get(key) for key in ("image_token_index", "image_token_id")}
     vision, decoder, _, image_token, ends = check(
         lambda: vision_from_json(tower, processor, c["vision_feature_layer"]),
-        lambda: decoder_from_json(text, c["tie_word_embeddings"]),
+        lambda: decoder_from_json(text),
         lambda: require_fixed(c, fixed, why),
         lambda: first_stated("the id of <image>", image_tokens),
         lambda: end_tokens_of(values, text, generation),

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,17 +50,12 @@ PREFIXES: dict[type[Config], str] = {
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
-def _entries(config: Config) -> list[names.Entry]:
-    if isinstance(config, ModelConfig):
-        return names.llava_entries(config)
-    if isinstance(config, DecoderConfig):
-        return names.decoder_entries(config)
-    return names.vision_entries(config)
+def _generation(folder: pathlib.Path) -> JsonObject:
+    return read_json(folder / "generation_config.json")
 
 
 def _llava(values: JsonObject, folder: pathlib.Path) -> ModelConfig:
-    generation = read_json(folder / "generation_config.json")
-    return hf_config.model_from_json(values, read_image_processor(folder), generation)
+    return hf_config.model_from_json(values, read_image_processor(folder), _generation(folder))
 
 
 def _language_model(values: JsonObject, folder: pathlib.Path) -> DecoderConfig:
@@ -134,8 +129,13 @@ def _open_stock(
 ) -> Pretrained[Config]:
     config = _read_config(values, folder)
     pieces = names.canonical(files.enter_context(open_tensors(folder)), PARTS[type(config)])
-    params = _to_ours(_entries(config), pieces, folder)
-    return Pretrained(config, params, str(folder), folder)
+    params = _to_ours(names.entries_of(config), pieces, folder)
+    ends: tuple[int, ...] = ()
+    if isinstance(config, DecoderConfig):
+        ends = hf_config.end_tokens_of(
+            values, {"model_type": values["model_type"]}, _generation(folder)
+        )
+    return Pretrained(config, params, str(folder), folder, ends)
 
 
 def _open_original(
@@ -179,7 +179,10 @@ def _open_original(
         if has_tower or not entry.ours.startswith("vision_tower.")
     ]
     params = {**tower_params, **_to_ours(entries, pieces, folder)}
-    opened = Pretrained(config, params, origin, pathlib.Path(tokenizer))
+    ends = hf_config.end_tokens_of(
+        values, {"model_type": original.family(values)}, _generation(folder)
+    )
+    opened = Pretrained(config, params, origin, pathlib.Path(tokenizer), ends)
     return with_vocabulary(opened, _load_tokenizer(tokenizer))
 
 
@@ -258,6 +261,7 @@ def save(
     dtype: str = "float32",
     others: Callable[[pathlib.Path], object] = _write_nothing,
     shard_bytes: int = SHARD_BYTES,
+    end_token_ids: Sequence[int] = (),
 ) -> None:
     """Writes a folder that stock transformers and vLLM load, completely or not at all.
 
@@ -273,6 +277,7 @@ def save(
       others: Function that writes further files into the folder: those of the processor and the
         tokenizer, and a model card.
       shard_bytes: Largest size of one file, in bytes.
+      end_token_ids: Ids of the tokens that end a text of a language model alone.
 
     Raises:
       ConfigError: If transformers has no class that computes exactly the same, the parameters do
@@ -282,9 +287,10 @@ def save(
     params = {name: array for name, array in params.items() if name.startswith(prefix)}
     config, params = _with_zero_biases(config, params)
     tensors = itertools.chain(
-        names.to_theirs(_entries(config), params), _shared_expert_gates(config)
+        names.to_theirs(names.entries_of(config), params), _shared_expert_gates(config)
     )
-    write(folder, hf_config.to_files(config, dtype), tensors, dtype, others, shard_bytes)
+    files = hf_config.to_files(config, dtype, end_token_ids)
+    write(folder, files, tensors, dtype, others, shard_bytes)
 
 
 def checksum(params: Mapping) -> str:

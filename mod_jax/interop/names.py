@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig
+from mod_jax.interop.finite import require_finite
 from mod_jax.interop.folder import DTYPES, Tensor
 from mod_jax.interop.hf_config import CLASS_TOKENS
 
@@ -269,6 +270,15 @@ def llava_entries(config: ModelConfig) -> list[Entry]:
     return entries
 
 
+def entries_of(config: ModelConfig | DecoderConfig | VisionConfig) -> list[Entry]:
+    """All parameters of a model, or of a part of one."""
+    if isinstance(config, ModelConfig):
+        return llava_entries(config)
+    if isinstance(config, DecoderConfig):
+        return decoder_entries(config)
+    return vision_entries(config)
+
+
 # Tensors that are ignored because no model here has them: CLIP's text side, SigLIP's pooling head,
 # constant tables, and the gate of qwen2_moe's shared expert. That expert itself is ignored only if
 # its tensors are empty, as the configuration says that its size is 0.
@@ -385,11 +395,13 @@ class Stack:
       entry: The tensors that the parameter consists of.
       pieces: These tensors, in the order of `entry.places()`.
       dtype: Dtype that holds the numbers of all pieces.
+      source: Where the tensors come from, for error messages.
     """
 
     entry: Entry
     pieces: tuple[Piece, ...]
     dtype: np.dtype
+    source: object
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -403,13 +415,16 @@ class Stack:
 
         Args:
           indices: One slice per dimension, for each block.
+
+        Raises:
+          ConfigError: If a number that is read is not finite.
         """
         requests = [
             [range(*span.indices(size)) for span, size in zip(index, self.shape, strict=True)]
             for index in indices
         ]
         blocks = [np.empty([len(span) for span in request], self.dtype) for request in requests]
-        for (place, _), piece in zip(self.entry.places(), self.pieces):
+        for (place, name), piece in zip(self.entry.places(), self.pieces):
             # The blocks that contain this element of the stacks.
             matching = [
                 number
@@ -418,7 +433,9 @@ class Stack:
             ]
             if not matching:
                 continue
-            array = self.entry.to_ours(piece.read())
+            array = piece.read()
+            require_finite(name, array, self.source)
+            array = self.entry.to_ours(array)
             for number in matching:
                 request = requests[number]
                 target = tuple(i - span.start for i, span in zip(place, request))
@@ -461,7 +478,7 @@ def to_ours(
         parts = tuple(pieces[name] for _, name in entry.places())
         dtypes = {part.tensor.dtype for part in parts}
         dtype = np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)
-        params[entry.ours] = Stack(entry, parts, dtype)
+        params[entry.ours] = Stack(entry, parts, dtype, source)
     return params
 
 
@@ -475,15 +492,26 @@ def to_theirs(entries: Sequence[Entry], params: Mapping) -> Iterator[tuple[str, 
     Raises:
       ConfigError: Listing every missing and unexpected parameter, and every wrong shape.
     """
+    require_parameters(entries, params, "the parameters")
+    for entry in entries:
+        # Passed on unnamed, so that a single stack at a time is in memory.
+        yield from _unstacked(entry, np.asarray(params[entry.ours]))
+
+
+def require_parameters(entries: Sequence[Entry], params: Mapping, source: object) -> None:
+    """Raises ConfigError listing every missing and unexpected parameter, and every wrong shape.
+
+    Args:
+      entries: All parameters of the model.
+      params: Name -> anything with a shape.
+      source: Where they come from, for the error message.
+    """
     shapes = {entry.ours: entry.shape for entry in entries}
     faults = _name_faults(shapes, params)
     for name in sorted(params.keys() & shapes.keys()):
         if params[name].shape != shapes[name]:
             faults.append(f"{name} has the shape {params[name].shape}, expected {shapes[name]}")
-    _refuse(faults, "the parameters")
-    for entry in entries:
-        # Passed on unnamed, so that a single stack at a time is in memory.
-        yield from _unstacked(entry, np.asarray(params[entry.ours]))
+    _refuse(faults, source)
 
 
 def _unstacked(entry: Entry, stacked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -19,6 +19,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,9 +28,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 from orbax.checkpoint import v1 as ocp
 
-from mod_jax.config import ModelConfig, from_dict, require
-from mod_jax.interop.folder import copy_processor
+from mod_jax.config import ConfigError, ModelConfig, from_dict, require
+from mod_jax.interop import names
+from mod_jax.interop.finite import require_finite
+from mod_jax.interop.folder import JsonObject, copy_processor
+from mod_jax.interop.hf_config import require_rows
 from mod_jax.interop.pretrained import PARTS, Config, Parameter, Pretrained
+from mod_jax.interop.stated import token_ids
 from mod_jax.models import llava
 from mod_jax.sharding import parameter_shardings
 from mod_jax.storage.place import absolute, is_remote
@@ -75,6 +80,7 @@ class Stored:
             # Gives the shape and the dtype without taking memory.
             template = np.broadcast_to(np.empty((), self.dtype), self.shape)
             array = ocp.load(self.folder, {self.name: template})[self.name]
+        require_finite(self.name, np.asarray(array), self.folder)
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
@@ -83,25 +89,52 @@ def open_native(path) -> Iterator[Pretrained[Config]]:
     """Opens the model in a native folder.
 
     Raises:
-      ConfigError: If the folder was written by another version of the format.
+      ConfigError: If the folder was written by another version of the format, or its arrays are
+        not those of its configuration.
     """
     folder = absolute(path)
-    about = json.loads((folder / ABOUT).read_text())
-    require(
-        about["format"] == FORMAT,
-        f"format of {folder}",
-        about["format"],
-        f"{FORMAT}, the format that this version reads",
-        "Import the model again.",
-    )
-    model = about["model"]
-    config = from_dict(KINDS[model["kind"]], model["config"], f"{folder / ABOUT}")
-    metadata = ocp.metadata(folder / PARAMS).metadata
+    about, config = _read_about(folder)
     params = {
         name: Stored(folder / PARAMS, name, tuple(array.shape), np.dtype(array.dtype))
-        for name, array in metadata.items()
+        for name, array in _metadata(folder / PARAMS).items()
     }
-    yield Pretrained(config, params, about["origin"], folder)
+    names.require_parameters(names.entries_of(config), params, folder)
+    ends = token_ids(str(folder / ABOUT), about.get("end_token_ids"))
+    yield Pretrained(config, params, str(about.get("origin")), folder, ends)
+
+
+def _read_about(folder: epath.Path) -> tuple[JsonObject, Config]:
+    """Reads model.json, and the configuration in it."""
+    path = folder / ABOUT
+    remedy = "Import the model again."
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}. {remedy}") from error
+    is_object = isinstance(about, dict)
+    found = about.get("format") if is_object else about
+    expected = f"{FORMAT}, the format that this version reads"
+    require(is_object and found == FORMAT, f"format of {folder}", found, expected, remedy)
+    model = about.get("model")
+    is_model = isinstance(model, dict) and isinstance(model.get("config"), dict)
+    known = is_model and model.get("kind") in KINDS
+    expected = f"an object with a config and a kind of {sorted(KINDS)}"
+    require(known, f"model in {path}", model, expected, remedy)
+    config = from_dict(KINDS[model["kind"]], model["config"], str(path))
+    if isinstance(config, ModelConfig):
+        require_rows(config, str(path))
+    return about, config
+
+
+def _metadata(folder: epath.Path) -> Mapping[str, Any]:
+    """Name -> shape and dtype of each array of a checkpoint."""
+    try:
+        return ocp.metadata(folder).metadata
+    except Exception as error:  # Orbax raises what its storage raises
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{folder}: expected an Orbax checkpoint ({reason[:200]}). Import the model again."
+        ) from error
 
 
 def save_native(path, pretrained: Pretrained[Config], mesh: Mesh | None = None) -> None:
@@ -141,6 +174,8 @@ def save_native(path, pretrained: Pretrained[Config], mesh: Mesh | None = None) 
                 "config": dataclasses.asdict(pretrained.config),
             }
             about = {"format": FORMAT, "model": model, "origin": pretrained.origin}
+            if pretrained.end_token_ids and not isinstance(pretrained.config, ModelConfig):
+                about["end_token_ids"] = pretrained.end_token_ids
             (work / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     except BaseException:
         if is_first_host and work.exists():

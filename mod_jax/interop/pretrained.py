@@ -17,6 +17,7 @@ from etils import epath
 
 from mod_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig, require
 from mod_jax.data.sources.record import MARKER
+from mod_jax.interop.hf_config import require_rows
 from mod_jax.models import llava
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -91,12 +92,15 @@ class Pretrained(Generic[ConfigT_co]):
       params: Name -> parameter, which can be read while the files are open.
       origin: Where it came from, for people.
       folder: Folder that may hold its tokenizer and image processor.
+      end_token_ids: Ids of the tokens that end a text, of a language model alone. A whole model has
+        them in its configuration.
     """
 
     config: ConfigT_co
     params: Mapping[str, Parameter]
     origin: str
     folder: epath.Path | pathlib.Path
+    end_token_ids: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -215,6 +219,7 @@ def join(
         {**tower.params, **adaptor.params, **language_model.params},
         f"{tower.origin} + {language_model.origin} + {adaptor.origin}",
         language_model.folder,
+        language_model.end_token_ids,
     )
     return with_vocabulary(joined, tokenizer)
 
@@ -233,7 +238,10 @@ def _new_adaptor(config: ModelConfig, seed: int) -> Adaptor:
 def with_vocabulary(
     pretrained: Pretrained[ModelConfig], tokenizer: "PreTrainedTokenizerFast"
 ) -> Pretrained[ModelConfig]:
-    """Sets the ids of `<image>` and of the end token, and adds rows for tokens that have none.
+    """Sets the ids of `<image>` and of the end tokens, and adds rows for tokens that have none.
+
+    Training learns the tokenizer's end token. The others that the language model ends a text with
+    end an answer too.
 
     New rows of the vocabulary, up to a multiple of 64, are the mean of the others. The logit of a
     mean row is the mean of the logits, so it is never the largest.
@@ -251,10 +259,13 @@ def with_vocabulary(
                 mean = table.mean(0, dtype=np.float32).astype(table.dtype)
                 new_rows = np.broadcast_to(mean, (rows - len(table), len(mean)))
                 params[name] = InMemory(np.concatenate([table, new_rows]))
+    end = tokenizer.eos_token_id
     config = dataclasses.replace(
         config,
         decoder=dataclasses.replace(config.decoder, vocab_size=rows),
         image_token_id=vocabulary[MARKER],
-        end_token_id=tokenizer.eos_token_id,
+        end_token_id=end,
+        other_end_token_ids=tuple(number for number in pretrained.end_token_ids if number != end),
     )
+    require_rows(config, pretrained.origin)
     return dataclasses.replace(pretrained, config=config, params=params)

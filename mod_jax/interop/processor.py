@@ -15,7 +15,7 @@ from mod_jax.config import ModelConfig, require
 from mod_jax.data.samples.tokens import TEMPLATES, chat_format
 from mod_jax.data.sources.record import MARKER
 from mod_jax.interop.folder import JsonObject, read_json
-from mod_jax.interop.hf_config import CLASS_TOKENS, feature_strategy
+from mod_jax.interop.hf_config import CLASS_TOKENS, feature_strategy, one_or_all
 from mod_jax.interop.image_processor import image_processor_to_json
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _generation_config(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast"
     if tokenizer.bos_token_id is not None:
         values["bos_token_id"] = tokenizer.bos_token_id
     return values | {
-        "eos_token_id": config.end_token_id,
+        "eos_token_id": one_or_all(config.end_token_ids),
         "pad_token_id": tokenizer.pad_token_id,
         "do_sample": False,
     }
