@@ -12,6 +12,7 @@ import hf_models
 import numpy as np
 import pytest
 import torch
+import transformers
 from layouts import TO_4X, apart, live_tensors, renamed, save_bin
 from safetensors.numpy import load_file, save_file
 
@@ -182,6 +183,61 @@ def test_a_broken_file_is_named(fault, saved, tmp_path):
     assert_refused(folder, *parts)
 
 
+@pytest.fixture
+def twice(saved, tmp_path):
+    """The good folder "whole", with the shards of "shards" and their index beside its file."""
+    folder = shutil.copytree(saved / "whole", tmp_path / "twice")
+    for name in (*SHARDS, INDEX):
+        shutil.copy(saved / "shards" / name, folder)
+    return folder
+
+
+def norm_of(folder: pathlib.Path) -> np.ndarray:
+    """A small parameter of a folder."""
+    with loading.open_pretrained(folder) as opened:
+        return np.asarray(opened.params["language_model.norm.scale_d"])
+
+
+def change_norm(path: pathlib.Path):
+    """Adds 1 to that parameter in a file."""
+    tensors = load_file(path)
+    tensors["language_model.model.norm.weight"] += 1
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(twice, caplog):
+    """The index is then one of shards that are no longer there."""
+    for shard in SHARDS:
+        (twice / shard).unlink()
+    change_norm(twice / WEIGHTS)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(twice)
+    wanted = theirs.model.language_model.norm.weight.detach().numpy()
+    np.testing.assert_array_equal(norm_of(twice), wanted)
+    assert f"{INDEX} is not used, as {WEIGHTS} is there" in caplog.text
+
+
+def test_the_same_weights_twice_are_read_and_different_ones_are_refused(twice, saved):
+    np.testing.assert_array_equal(norm_of(twice), norm_of(saved / "whole"))
+    change_norm(twice / WEIGHTS)
+    message = (
+        r"holds weights twice.*model.safetensors, and the shards in model.safetensors.index.json "
+        r"\(1 tensors differ, first language_model.model.norm.weight\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        norm_of(twice)
+
+
+def test_an_index_of_one_file_is_its_index(saved, tmp_path):
+    folder = shutil.copytree(saved / "whole", tmp_path / "source")
+    index = {"weight_map": {"language_model.model.norm.weight": WEIGHTS}}
+    (folder / INDEX).write_text(json.dumps(index))
+    assert norm_of(folder).shape == (48,)
+    index["weight_map"]["x"] = WEIGHTS
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=f"{WEIGHTS} lacks x"):
+        norm_of(folder)
+
+
 class Code:
     """An object whose pickle writes a file when it is read."""
 
@@ -262,6 +318,59 @@ def test_all_tensors_that_do_not_fit_are_named(fault, saved, tmp_path):
     changed = {name: x for name, x in (tensors | changes).items() if x is not None}
     save_file(changed, folder / WEIGHTS)
     assert_refused(folder, *parts)
+
+
+# Numbers
+
+# Name -> (number, what the message says about it).
+BAD_NUMBERS = {"nan": (np.nan, "= nan at 1 of 48 places"), "inf": (-np.inf, "= -inf at 1 of 48")}
+
+
+@pytest.mark.parametrize("kind", BAD_NUMBERS)
+def test_numbers_that_are_not_finite_are_refused(kind, saved, tmp_path):
+    number, part = BAD_NUMBERS[kind]
+    folder = shutil.copytree(saved / "whole", tmp_path / "source")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["language_model.model.norm.weight"][3] = number
+    save_file(tensors, folder / WEIGHTS)
+    assert_refused(folder, "language_model.model.norm.weight", str(folder), part)
+    with pytest.raises(ConfigError, match="expected finite numbers"):
+        hf_models.load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_parameters_that_are_not_finite_are_not_written(dtype, saved, tmp_path):
+    """As a run leaves them that lost its numbers."""
+    config, params = hf_models.load(saved / "whole")
+    params["language_model.norm.scale_d"][5] = np.nan
+    with pytest.raises(ConfigError, match=r"norm.weight in the model = nan.*expected finite"):
+        huggingface.save(tmp_path / "target", config, params, dtype)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "dtype, number, refused",
+    [
+        ("float16", 65504.0, False),
+        ("float16", -65520.0, True),
+        ("float16", 1e6, True),
+        ("bfloat16", 3.38e38, False),
+        ("bfloat16", 3.4e38, True),
+        ("float32", 3.4e38, False),
+    ],
+)
+def test_a_number_that_a_dtype_turns_into_infinity_is_refused(
+    dtype, number, refused, saved, tmp_path
+):
+    config, params = hf_models.load(saved / "whole")
+    params["language_model.norm.scale_d"][5] = number
+    if not refused:
+        huggingface.save(tmp_path / "target", config, params, dtype)
+        return
+    message = f"dtype = '{dtype}': expected one that holds .*norm.weight, whose numbers go up to"
+    with pytest.raises(ConfigError, match=message):
+        huggingface.save(tmp_path / "target", config, params, dtype)
+    assert not any(tmp_path.iterdir())
 
 
 # Configurations that contradict the tensors, or that the model does not compute

@@ -864,10 +864,16 @@ def test_pixel_statistics_come_from_the_processors_file(theirs):
     (theirs / "processor_config.json").write_text(json.dumps({"image_processor": statistics}))
     assert hf_models.load(theirs)[0].vision.pixel_std == (0.4, 0.5, 0.6)
     # as transformers 4.x writes it
-    (theirs / "preprocessor_config.json").write_text(
-        json.dumps(statistics | {"image_mean": [0.9, 0.2, 0.3]})
-    )
+    other = statistics | {"image_mean": [0.9, 0.2, 0.3]}
+    (theirs / "preprocessor_config.json").write_text(json.dumps(other))
+    message = "image_mean of the image processor in .* is stated in 2 places"
+    with pytest.raises(ConfigError, match=message):
+        hf_models.load(theirs)
+    (theirs / "processor_config.json").unlink()
     assert hf_models.load(theirs)[0].vision.pixel_mean == (0.9, 0.2, 0.3)
+    nulls = {"image_mean": None, "image_std": None}
+    (theirs / "preprocessor_config.json").write_text(json.dumps(nulls))
+    assert hf_models.load(theirs)[0].vision.pixel_mean == VisionConfig().pixel_mean
 
 
 # Identity

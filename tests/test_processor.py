@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 import pytest
 import small_tokenizers
+import transformers
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import (
@@ -375,7 +376,14 @@ def test_a_template_is_recognised_by_its_text():
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"chat_template.jinja": "own", "chat_template.json": '{"chat_template": "old"}'}, "own"),
+        (
+            {
+                "chat_template.jinja": "own",
+                "chat_template.json": '{"chat_template": "own"}',
+                "tokenizer_config.json": '{"chat_template": "tokenizer\'s"}',
+            },
+            "own",
+        ),
         (
             {
                 "chat_template.json": '{"chat_template": "old"}',
@@ -388,13 +396,57 @@ def test_a_template_is_recognised_by_its_text():
             {"tokenizer_config.json": '{"chat_template": [{"name": "tool_use", "template": "a"}]}'},
             None,
         ),
+        (
+            {
+                "tokenizer_config.json": (
+                    '{"chat_template": [{"name": "rag", "template": "a"}, '
+                    '{"name": "default", "template": "b"}]}'
+                )
+            },
+            "b",
+        ),
+        ({"chat_template.json": '{"chat_template": {"rag": "a", "default": "b"}}'}, "b"),
+        ({"processor_config.json": '{"chat_template": "p"}', "chat_template.jinja": "p"}, "p"),
+        ({"chat_template.json": '{"chat_template": null}', "chat_template.jinja": "j"}, "j"),
         ({}, None),
     ],
 )
-def test_the_template_of_a_folder_is_in_one_of_three_files(tmp_path, files, expected):
+def test_the_template_of_a_folder_is_in_one_of_four_files(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert read_template(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            {"chat_template.json": '{"chat_template": "old"}', "chat_template.jinja": "own"},
+            "the chat template of .* is stated in 2 places.*chat_template.json: 'old'; "
+            "chat_template.jinja: 'own'",
+        ),
+        (
+            {"processor_config.json": '{"chat_template": "p"}', "chat_template.jinja": "own"},
+            "processor_config.json: 'p'; chat_template.jinja: 'own'",
+        ),
+        ({"tokenizer_config.json": '{"chat_template": 3}'}, "chat_template in .* = 3: expected"),
+    ],
+)
+def test_templates_that_contradict_each_other_are_refused(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_template(tmp_path)
+
+
+def test_a_template_that_is_named_needs_none_of_the_folder(both, tmp_path):
+    ours = both("llama").ours
+    write_processor(tmp_path, ours.config, ours.tokenizer, ours.chat_template)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "old"}')
+    named = read_processor(tmp_path, ours.config, "brief")
+    assert named.chat_template == chat_template("brief")
+    with pytest.raises(ConfigError, match="is stated in 2 places"):
+        read_processor(tmp_path, ours.config)
 
 
 def test_a_text_has_one_bos_token_if_its_template_writes_it(both):
@@ -495,6 +547,55 @@ def test_the_fit_of_a_stock_folder_is_kept(both, tmp_path, fit, layout):
     text = "<image>\nWhat?"
     stock = AutoProcessor.from_pretrained(tmp_path)
     assert ours.encode(text)[0].tolist() == stock_ids(stock, text)
+
+
+# Name -> (class of the image processor, its settings as old and new files have them).
+OLD_FORMS = {
+    "numbers": ("CLIPImageProcessorPil", {"size": 28, "crop_size": 28}),
+    "a number and an object": (
+        "CLIPImageProcessorPil",
+        {"size": 28, "crop_size": {"height": 28, "width": 28}},
+    ),
+    "nulls": (
+        "CLIPImageProcessorPil",
+        {"size": 28, "crop_size": 28, "do_pad": None, "crop_pct": None, "image_seq_length": None},
+    ),
+    "no crop": (
+        "SiglipImageProcessorPil",
+        {
+            "size": {"height": 28, "width": 28},
+            "crop_size": None,
+            "do_center_crop": None,
+            **{key: list(value) for key, value in CLIP.items()},
+        },
+    ),
+    "a crop that SigLIP does not make": (
+        "SiglipImageProcessorPil",
+        {"size": [28, 28], "crop_size": 20, **{key: list(value) for key, value in CLIP.items()}},
+    ),
+    "padded": ("LlavaImageProcessorPil", {"size": 28, "crop_size": 28, "do_pad": True}),
+}
+
+
+@pytest.mark.parametrize("form", OLD_FORMS)
+def test_what_transformers_reads_is_read(both, tmp_path, form):
+    """Old files have numbers for sizes, and a null where a step is off."""
+    kind, values = OLD_FORMS[form]
+    ours = both("llama").ours
+    write_processor(tmp_path, ours.config, ours.tokenizer, ours.chat_template)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_processor_type": kind.removesuffix("Pil")} | values))
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path)
+    assert_same_pixels(read_processor(tmp_path, ours.config), theirs)
+
+
+@pytest.mark.parametrize("value", ["28", [28], True, 28.5])
+def test_a_size_that_is_none_is_refused(both, tmp_path, value):
+    ours = both("llama").ours
+    write_processor(tmp_path, ours.config, ours.tokenizer, ours.chat_template)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": value}))
+    with pytest.raises(ConfigError, match="size of the image processor = .*expected an object"):
+        read_processor(tmp_path, ours.config)
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])

@@ -80,10 +80,8 @@ def _export_pretrained(checkpoint, target, options: Options) -> None:
 
         def write_others(folder: pathlib.Path) -> None:
             if isinstance(config, ModelConfig):
-                processor = read_processor(pretrained.folder, config)
+                processor = read_processor(pretrained.folder, config, options.template)
                 template = processor.chat_template
-                if options.template or not template:
-                    template = chat_template(options.template or "qwen")
                 write_processor(folder, config, processor.tokenizer, template, processor.fit)
             elif isinstance(config, DecoderConfig):
                 copy_processor(pretrained.folder, epath.Path(folder))

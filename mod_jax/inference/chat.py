@@ -153,9 +153,6 @@ def load(
         with open_whole(path) as pretrained:
             config = pretrained.config
             params = read(pretrained)
-            processor = read_processor(pretrained.folder, config)
-        if template or processor.chat_template is None:
-            jinja = chat_template(template or "qwen")
-            processor = dataclasses.replace(processor, chat_template=jinja)
+            processor = read_processor(pretrained.folder, config, template)
     config = dataclasses.replace(config, dtype=dtype, remat="none")
     return Chat(config, jax.device_put(params), processor)

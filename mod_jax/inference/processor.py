@@ -14,7 +14,12 @@ from mod_jax.data.sources.record import MARKER
 from mod_jax.inference.generation import Prompts, left_pad
 from mod_jax.inference.messages import Message
 from mod_jax.interop.image_processor import fit_of, read_image_processor
-from mod_jax.interop.processor import check_picture_id, check_template, read_template
+from mod_jax.interop.processor import (
+    chat_template,
+    check_picture_id,
+    check_template,
+    read_template,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -112,13 +117,15 @@ class Processor:
         return left_pad(self.config, encoded, pixels, multiple=multiple)
 
 
-def read_processor(folder, config: ModelConfig) -> Processor:
+def read_processor(folder, config: ModelConfig, template: str | None = None) -> Processor:
     """Reads the processor of a native folder, or of a stock LLaVA by transformers 4.x or 5.x.
 
     Args:
       folder: Folder with a tokenizer. Without an image processor pictures are padded, as in the
         method.
       config: Configuration of the model in the folder.
+      template: Name of a chat template. None is that of the folder, or "qwen" (LLaVA-1.5's) if it
+        has none.
 
     Raises:
       ConfigError: If the tokenizer cannot be read, its id of `<image>` is not the model's, or the
@@ -127,4 +134,5 @@ def read_processor(folder, config: ModelConfig) -> Processor:
     tokenizer = load_tokenizer(folder)
     check_picture_id(tokenizer, config, folder)
     fit = fit_of(read_image_processor(folder), config.vision.image_size)
-    return Processor(tokenizer, read_template(folder), config, fit)
+    jinja = chat_template(template) if template else read_template(folder)
+    return Processor(tokenizer, jinja or chat_template("qwen"), config, fit)

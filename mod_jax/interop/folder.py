@@ -5,6 +5,7 @@ Weights are safetensors or PyTorch `.bin` files, either one file or shards with 
 
 import contextlib
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,6 +50,8 @@ PROCESSOR_FILES = (
 )
 
 JsonObject = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 class Tensor(Protocol):
@@ -150,7 +153,9 @@ ADAPTOR = ("mm_projector.bin", *WHOLE)
 def open_tensors(path, names: tuple[str, ...] = WHOLE) -> Iterator[dict[str, Tensor]]:
     """Opens the weights in a file or a folder, and yields name -> tensor.
 
-    A tensor is only read when it is sliced, which is possible inside the context only.
+    A tensor is only read when it is sliced, which is possible inside the context only. One file
+    comes before shards with an index, as in transformers. If both are there, they have to be the
+    same.
 
     Args:
       path: A folder, or one file.
@@ -158,7 +163,7 @@ def open_tensors(path, names: tuple[str, ...] = WHOLE) -> Iterator[dict[str, Ten
 
     Raises:
       ConfigError: Listing every file that is missing or unreadable, and every tensor that its file
-        lacks although the index lists it.
+        lacks although the index lists it; or if a file and shards beside it are different weights.
     """
     path = pathlib.Path(path)
     if path.is_file():
@@ -174,28 +179,70 @@ def open_tensors(path, names: tuple[str, ...] = WHOLE) -> Iterator[dict[str, Ten
         f"a file with one of the suffixes {tuple(FORMATS)}, or a folder with one of {names} or an "
         "index of its shards (NAME.index.json)",
     )
-    shard_of = _read_index(folder / f"{found[0]}.index.json")
+    name = found[0]
+    shard_of = _read_index(folder / f"{name}.index.json")
+    shards = set(shard_of.values())
+    is_one_file = (folder / name).is_file() and shards != {name}
+    with contextlib.ExitStack() as stack:
+        if is_one_file and shards and all((folder / shard).is_file() for shard in shards):
+            one = _open_files(folder, {name}, {}, stack)
+            _require_same(folder, name, one, _open_files(folder, shards, shard_of, stack))
+            yield one
+        elif is_one_file:
+            if shards:
+                log.warning("%s/%s.index.json is not used, as %s is there", folder, name, name)
+            yield _open_files(folder, {name}, {}, stack)
+        else:
+            yield _open_files(folder, shards, shard_of, stack)
+
+
+def _open_files(
+    folder: pathlib.Path,
+    files: set[str],
+    shard_of: Mapping[str, str],
+    stack: contextlib.ExitStack,
+) -> dict[str, Tensor]:
+    """Opens the tensors of several files until `stack` closes; `shard_of` is their index."""
     tensors: dict[str, Tensor] = {}
     faults: list[str] = []
-    with contextlib.ExitStack() as stack:
-        for shard in sorted(set(shard_of.values())) or [found[0]]:
-            try:
-                opened = FORMATS[pathlib.Path(shard).suffix](folder / shard, stack)
-            except FileNotFoundError:
-                faults.append(f"{shard} is missing")
-                continue
-            except (OSError, safetensors.SafetensorError, BadFile) as error:
-                faults.append(f"{shard} cannot be read ({' '.join(str(error).split())})")
-                continue
-            indexed = [name for name, place in shard_of.items() if place == shard]
-            faults += [f"{shard} lacks {name}" for name in indexed if name not in opened]
-            tensors.update(opened)
-        if faults:
-            raise ConfigError(
-                f"the weights in {folder} cannot be used: {'; '.join(faults)}. "
-                "Download what is missing or broken again."
-            )
-        yield tensors
+    for file in sorted(files):
+        try:
+            opened = FORMATS[pathlib.Path(file).suffix](folder / file, stack)
+        except FileNotFoundError:
+            faults.append(f"{file} is missing")
+            continue
+        except (OSError, safetensors.SafetensorError, BadFile) as error:
+            faults.append(f"{file} cannot be read ({' '.join(str(error).split())})")
+            continue
+        indexed = [name for name, place in shard_of.items() if place == file]
+        faults += [f"{file} lacks {name}" for name in indexed if name not in opened]
+        tensors.update(opened)
+    if faults:
+        raise ConfigError(
+            f"the weights in {folder} cannot be used: {'; '.join(faults)}. "
+            "Download what is missing or broken again."
+        )
+    return tensors
+
+
+def _require_same(
+    folder: pathlib.Path, file: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor]
+) -> None:
+    """Raises ConfigError if one file and the shards beside it hold different tensors."""
+
+    def is_same(name: str) -> bool:
+        shapes = (one[name].shape, other[name].shape)
+        if shapes[0] != shapes[1] or 0 in shapes[0]:  # an empty tensor cannot be sliced
+            return shapes[0] == shapes[1]
+        return np.array_equal(one[name][...], other[name][...])
+
+    different = sorted(one.keys() ^ other.keys()) or [name for name in one if not is_same(name)]
+    if different:
+        raise ConfigError(
+            f"{folder} holds weights twice, and they contradict each other: {file}, and the shards "
+            f"in {file}.index.json ({len(different)} tensors differ, first {different[0]}). "
+            "Remove the wrong ones; transformers reads the one file."
+        )
 
 
 def _is_stored(folder: pathlib.Path, name: str) -> bool:

@@ -4,9 +4,12 @@ This module imports neither transformers nor Pillow.
 """
 
 import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from mod_jax.config import VisionConfig, require
 from mod_jax.interop.folder import JsonObject, read_json
+from mod_jax.interop.stated import first_stated
 
 
 def _square(size: int) -> JsonObject:
@@ -59,11 +62,26 @@ def image_processor_to_json(vision: VisionConfig, fit: str = "pad") -> JsonObjec
 def read_image_processor(folder) -> JsonObject:
     """Reads the image processor of a folder; empty if there is none.
 
-    transformers 4.x writes it to preprocessor_config.json, 5.x to a part of processor_config.json.
+    transformers 5.x writes it to a part of processor_config.json, 4.x to preprocessor_config.json.
+
+    Raises:
+      ConfigError: If both are there and prepare pictures in different ways.
     """
     folder = pathlib.Path(folder)
-    values = read_json(folder / "preprocessor_config.json")
-    return values or read_json(folder / "processor_config.json").get("image_processor", {})
+    places = {
+        "processor_config.json": read_json(folder / "processor_config.json").get("image_processor"),
+        "preprocessor_config.json": read_json(folder / "preprocessor_config.json"),
+    }
+    found = {place: values for place, values in places.items() if values}
+    for place, values in found.items():
+        require(
+            isinstance(values, dict), f"image processor in {folder}/{place}", values, "an object"
+        )
+    completed = {place: _completed(values) for place, values in found.items()}
+    for key in (*OTHER_STEPS, "do_pad", "do_center_crop", "size", "image_mean", "image_std"):
+        stated = {place: values.get(key) for place, values in completed.items()}
+        first_stated(f"{key} of the image processor in {folder}", stated)
+    return next(iter(found.values()), {})
 
 
 def fit_of(values: JsonObject, size: int) -> str:
@@ -76,8 +94,7 @@ def fit_of(values: JsonObject, size: int) -> str:
     """
     if not values:
         return "pad"
-    defaults = {"do_pad": False, "do_center_crop": "crop_size" in values, **OTHER_STEPS}
-    found = defaults | values
+    found = _completed(values)
     known = {fit: steps | OTHER_STEPS for fit, steps in _steps_of_fits(size).items()}
     fits = [fit for fit, steps in known.items() if steps.items() <= found.items()]
     require(
@@ -87,3 +104,37 @@ def fit_of(values: JsonObject, size: int) -> str:
         f"one of {known}, the ways in which pictures can be prepared here",
     )
     return fits[0]
+
+
+def _completed(values: JsonObject) -> JsonObject:
+    """An image processor with what it leaves out, and sizes as objects, as transformers reads it.
+
+    Old files have numbers for sizes; that of the picture is its shortest edge. A step is off if its
+    key is null.
+    """
+    kind = values.get("image_processor_type") or values.get("feature_extractor_type")
+    crops = values.get("crop_size") is not None and "siglip" not in str(kind).lower()
+    found: JsonObject = {"do_pad": False, "do_center_crop": crops, **OTHER_STEPS}
+    for key, value in values.items():
+        if value is not None:
+            found[key] = value
+        elif key.startswith("do_"):
+            found[key] = False
+    for key, of_number in (("size", _shortest_edge), ("crop_size", _square)):
+        if key in found:
+            found[key] = _size(key, found[key], of_number)
+    return found
+
+
+def _shortest_edge(size: int) -> JsonObject:
+    return {"shortest_edge": size}
+
+
+def _size(key: str, value: Any, of_number: Callable[[int], JsonObject]) -> JsonObject:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if type(value) is int:
+        return of_number(value)
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    require(is_pair, f"{key} of the image processor", value, "an object, a number or two numbers")
+    return {"height": value[0], "width": value[1]}

@@ -8,6 +8,7 @@ any template.
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,12 @@ from mod_jax.data.sources.record import MARKER
 from mod_jax.interop.folder import JsonObject, read_json
 from mod_jax.interop.hf_config import CLASS_TOKENS, feature_strategy, one_or_all
 from mod_jax.interop.image_processor import image_processor_to_json
+from mod_jax.interop.stated import first_stated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 # The part of a chat template after the fields of a `Template`. The content of a message is either a
 # string, in which <image> (record.MARKER) stands for a picture, or a list of parts. A text part has
@@ -85,19 +89,41 @@ def template_of(jinja: str | None) -> str | None:
 def read_template(folder) -> str | None:
     """Reads the chat template of a folder; None if it has none.
 
-    It is in a file of its own (Jinja since transformers 4.50, before that JSON) or in that of the
-    tokenizer.
+    The processor's own comes first (in processor_config.json, in JSON until transformers 4.49, or
+    in Jinja), then the tokenizer's, which may show texts only. If there are several for different
+    uses, it is the one called "default", as in transformers.
+
+    Raises:
+      ConfigError: If the processor's files contradict each other.
     """
     folder = pathlib.Path(folder)
     jinja_file = folder / "chat_template.jinja"
-    if jinja_file.is_file():
-        return jinja_file.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = read_json(folder / name).get("chat_template")
-        # The tokenizer may have a list of templates, for tools and retrieval, instead of a string.
-        if isinstance(template, str):
-            return template
-    return None
+    is_file = jinja_file.is_file()
+    processors = {
+        name: _default_template(folder / name)
+        for name in ("processor_config.json", "chat_template.json")
+    }
+    processors[jinja_file.name] = jinja_file.read_text(encoding="utf-8") if is_file else None
+    stated = first_stated(f"the chat template of {folder}", processors)
+    return stated or _default_template(folder / "tokenizer_config.json")
+
+
+def _default_template(path: pathlib.Path) -> str | None:
+    """The chat template in a JSON file, which may have several with names."""
+    template = read_json(path).get("chat_template")
+    if isinstance(template, list):
+        template = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
+    if isinstance(template, dict):
+        if "default" not in template:
+            log.warning("%s: no chat template is called 'default', so none is used", path)
+        template = template.get("default")
+    known = template is None or isinstance(template, str)
+    require(known, f"chat_template in {path}", template, "a text, or texts with names")
+    return template or None
 
 
 def write_processor(
