@@ -13,15 +13,17 @@ Face folder that stock transformers and vLLM load.
 
 import argparse
 import contextlib
+import pathlib
 import sys
 
-from mod_jax.config import ConfigError, MeshConfig, ModelSource, require
-from mod_jax.data.samples.tokenizer import load_tokenizer
+from mod_jax.config import ConfigError, MeshConfig, ModelConfig, ModelSource, require
+from mod_jax.data.samples.tokenizer import READERS, load_tokenizer
 from mod_jax.export.folder import Options, export
 from mod_jax.interop.folder import DTYPES, SHARD_BYTES
 from mod_jax.interop.loading import open_pretrained, open_source
 from mod_jax.interop.native import save_native
 from mod_jax.interop.pretrained import Config, Pretrained
+from mod_jax.interop.processor import check_picture_id, check_rows
 from mod_jax.sharding import AXES, make_mesh
 
 
@@ -58,11 +60,21 @@ def import_(options: argparse.Namespace) -> None:
     )
     mesh = make_mesh(mesh_sizes(options.mesh)) if options.mesh else None
     with _open(options, sources) as pretrained:
+        _check_tokenizer(pretrained)
         save_native(target, pretrained, mesh)
         print(
             f"imported {pretrained.origin} ({pretrained.size / 1e6:,.1f} M parameters, "
             f"{pretrained.dtype}) to {target}"
         )
+
+
+def _check_tokenizer(pretrained: Pretrained[Config]) -> None:
+    """Checks that the tokenizer of a whole model, if its folder has one, is that of the model."""
+    folder = pathlib.Path(pretrained.folder)
+    if isinstance(pretrained.config, ModelConfig) and any((folder / f).is_file() for f in READERS):
+        tokenizer = load_tokenizer(folder)
+        check_picture_id(tokenizer, pretrained.config, folder)
+        check_rows(tokenizer, pretrained.config, folder)
 
 
 def _open(

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 import mod_jax
 from mod_jax import convert
-from mod_jax.config import MeshConfig, MoEConfig
+from mod_jax.config import ConfigError, MeshConfig, MoEConfig
 from mod_jax.data.samples.tokenizer import scenes_tokenizer
 from mod_jax.interop import huggingface, loading
 from mod_jax.interop.native import open_native, save_native
@@ -209,6 +209,24 @@ def test_errors_are_one_line(parts, sparse, tmp_path, monkeypatch):
         monkeypatch, "export", sparse, tmp_path / "target", "--template=morse"
     )
     assert not (tmp_path / "target").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(
+    sparse, tmp_path, monkeypatch
+):
+    """JAX would read the last row for the others, in training and in answers."""
+    rows = SPARSE.decoder.vocab_size
+    tokenizer = scenes_tokenizer()
+    tokenizer.add_tokens([f"more{number}" for number in range(rows + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(sparse)
+    message = (
+        f"= {rows}: expected more embedding rows than the tokenizer's largest id, {rows} ('more"
+    )
+    for command in ("import", "export"):
+        assert message in error_of(monkeypatch, command, sparse, tmp_path / "out")
+    with pytest.raises(ConfigError, match="expected more embedding rows"):
+        mod_jax.load(sparse)
+    assert [path.name for path in tmp_path.iterdir()] == ["sparse"]
 
 
 def test_mesh_sizes_are_read():

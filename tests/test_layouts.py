@@ -584,6 +584,96 @@ def test_a_folder_without_an_adaptor(stock, tmp_path):
         pass
 
 
+# Name of a tensor that is not the two layers' -> function that adds it to a saved adaptor.
+MORE = ("mm_projector.4.weight", "mm_projector.image_spatial_proj.4.bias", "image_newline")
+
+
+@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("file", ["mm_projector.bin", "pytorch_model.bin"])
+def test_an_adaptor_of_more_than_two_layers_is_refused(name, file, stock, tmp_path):
+    """Alone and within a whole model, whose other parts are not looked at."""
+    model, _ = stock(LLAMA)
+    tensors = renamed(live_tensors(model), TO_ORIGINAL)
+    if file == "mm_projector.bin":
+        tensors = {key: tensor for key, tensor in tensors.items() if "mm_projector" in key}
+    torch.save(tensors | {f"model.{name}": torch.ones(48)}, tmp_path / file)
+    with (
+        pytest.raises(ConfigError, match=rf"differ \(1\): unexpected model.{name}"),
+        loading.open_adaptor(tmp_path),
+    ):
+        pass
+
+
+def test_token_rows_beside_an_adaptor_are_refused(stock, tmp_path):
+    """`mm_use_im_start_end` trains tokens around a picture, which this model does not have."""
+    model, _ = stock(LLAMA)
+    path = save_adaptor(tmp_path / "mm_projector.bin", model, TO_ORIGINAL)
+    torch.save(torch.load(path) | {"model.embed_tokens.weight": torch.ones(101, 48)}, path)
+    with (
+        pytest.raises(ConfigError, match="unexpected model.embed_tokens.weight"),
+        loading.open_adaptor(path),
+    ):
+        pass
+
+
+def test_the_adaptor_of_a_lora_is_read_alone(stock, tmp_path):
+    """PEFT puts a prefix before the names of what is trained beside a LoRA."""
+    model, (_, params) = stock(LLAMA)
+    path = save_adaptor(tmp_path / "non_lora_trainables.bin", model, TO_ORIGINAL)
+    torch.save({f"base_model.model.{name}": x for name, x in torch.load(path).items()}, path)
+    with loading.open_adaptor(tmp_path) as adaptor:
+        assert_equal(
+            read(adaptor), {name: x for name, x in params.items() if name.startswith("adaptor.")}
+        )
+
+
+# What a LLaVA folder holds -> (files in it, parts of the message).
+OF_ANOTHER_KIND = {
+    "a first stage": (
+        ["config.json", "mm_projector.bin"],
+        ["it holds an adaptor alone (mm_projector.bin)", "--adaptor"],
+    ),
+    "a first stage without its config": (["mm_projector.bin"], ["an adaptor alone", "--adaptor"]),
+    "a LoRA": (
+        ["config.json", "adapter_config.json", "non_lora_trainables.bin"],
+        ["not a LoRA (adapter_config.json)", "non_lora_trainables.bin holds the adaptor alone"],
+    ),
+    "what a LoRA trained beside it": (
+        ["config.json", "non_lora_trainables.bin"],
+        ["an adaptor alone (non_lora_trainables.bin)", "--adaptor"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+def test_a_folder_of_another_kind_says_what_it_holds(kind, tmp_path):
+    files, parts = OF_ANOTHER_KIND[kind]
+    for name in files:
+        (tmp_path / name).write_text('{"model_type": "llava_llama"}')
+    with pytest.raises(ConfigError) as error, loading.open_pretrained(tmp_path):
+        pass
+    assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adaptor_that_zero_3_left_empty_is_named_as_such(alone, stock, tmp_path):
+    model, _ = stock(LLAMA)
+    if alone:
+        folder = save_adaptor(tmp_path / "mm_projector.bin", model, TO_ORIGINAL).parent
+        weights = folder / "mm_projector.bin"
+    else:
+        folder = write_original(tmp_path, model, *LAYOUTS["original LLaVA"][1:])
+        weights = folder / "pytorch_model.bin"
+    tensors = torch.load(weights)
+    empty = {name: torch.ones(0) if "mm_projector" in name else x for name, x in tensors.items()}
+    torch.save(empty, weights)
+    opened = loading.open_adaptor(folder) if alone else loading.open_pretrained(folder)
+    message = r"linear_1.weight has the shape \(0,\).*ZeRO-3.*zero_to_fp32.py"
+    with pytest.raises(ConfigError, match=message), opened:
+        pass
+
+
 @pytest.mark.parametrize("with_adaptor", [True, False])
 def test_a_student_from_parts(with_adaptor, stock, tmp_path):
     model, (wanted, params) = stock(LLAMA)

@@ -6,6 +6,7 @@ Parameters are sharded as on the mesh that they are written on.
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import ml_dtypes
@@ -154,6 +155,84 @@ def test_a_folder_of_another_version_is_refused(tmp_path):
         open_native(tmp_path / "model"),
     ):
         pass
+
+
+def edit_about(folder, change):
+    """Rewrites the model.json of a native folder."""
+    about = folder / "model.json"
+    values = json.loads(about.read_text())
+    change(values)
+    about.write_text(json.dumps(values))
+
+
+def change_decoder(**changes):
+    """Function that changes the language model in the values of a model.json."""
+    return lambda values: values["model"]["config"]["decoder"].update(changes)
+
+
+# What is wrong with model.json -> (function that changes its values, the message).
+NOT_OF_THE_ARRAYS = {
+    "fewer layers": (
+        change_decoder(num_layers=1),
+        r"attention.query.w_dnh has the shape \(2, 32, 4, 8\), expected \(1, 32, 4, 8\)",
+    ),
+    "an untied head": (
+        change_decoder(tie_embeddings=False),
+        r"differ \(1\): missing language_model.head.w_vd",
+    ),
+    "more rows": (change_decoder(vocab_size=96), r"\(80, 32\), expected \(96, 32\)"),
+    "another kind": (
+        lambda values: values.update(
+            model={"kind": "language_model", "config": values["model"]["config"]["decoder"]}
+        ),
+        "unexpected vision_tower",
+    ),
+    "a picture token without a row": (
+        lambda values: values["model"]["config"].update(image_token_id=80),
+        "image_token_id in .*model.json = 80: expected less than 80",
+    ),
+    "an unknown kind": (
+        lambda values: values["model"].update(kind="speech"),
+        "model in .*model.json = .*expected an object with a config and a kind of",
+    ),
+    "no model": (lambda values: values.pop("model"), "model in .* = None: expected an object"),
+    "no format": (lambda values: values.pop("format"), "format of .* = None: expected 1"),
+}
+
+
+@pytest.mark.parametrize("fault", NOT_OF_THE_ARRAYS)
+def test_a_model_json_that_is_not_of_its_arrays_is_refused(fault, tmp_path):
+    change, message = NOT_OF_THE_ARRAYS[fault]
+    save_native(tmp_path / "model", pretrained(DENSE))
+    edit_about(tmp_path / "model", change)
+    with pytest.raises(ConfigError, match=message), open_native(tmp_path / "model"):
+        pass
+
+
+def test_a_broken_native_folder_is_one_line(tmp_path):
+    folder = tmp_path / "model"
+    save_native(folder, pretrained(DENSE))
+    shutil.rmtree(folder / "params")
+    with pytest.raises(ConfigError, match="params: expected an Orbax checkpoint") as error:
+        open_native(folder).__enter__()
+    assert "\n" not in str(error.value)
+    (folder / "model.json").write_text("{")
+    with pytest.raises(ConfigError, match="model.json is not JSON"), open_native(folder):
+        pass
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    model = pretrained(DENSE)
+    name = "language_model.norm.scale_d"
+    broken = model.params[name].array.copy()
+    broken[0] = np.nan
+    params = {**model.params, name: InMemory(broken)}
+    save_native(tmp_path / "model", dataclasses.replace(model, params=params))
+    with (
+        open_native(tmp_path / "model") as found,
+        pytest.raises(ConfigError, match=f"{name} in .* = nan at 1 of 32 places: expected finite"),
+    ):
+        read(found)
 
 
 class Vocabulary:

@@ -17,6 +17,7 @@ from mod_jax.interop.image_processor import fit_of, read_image_processor
 from mod_jax.interop.processor import (
     chat_template,
     check_picture_id,
+    check_rows,
     check_template,
     read_template,
 )
@@ -36,7 +37,8 @@ class Processor:
       fit: How a picture is made a square, a key of data.samples.pixels.FITS: pad, crop or stretch.
 
     Raises:
-      ConfigError: If the template does not fit this tokenizer and model.
+      ConfigError: If a token of the tokenizer has no row in the model's embedding, or the template
+        does not fit the two.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -45,6 +47,7 @@ class Processor:
     fit: str = "pad"
 
     def __post_init__(self) -> None:
+        check_rows(self.tokenizer, self.config, "the model")
         check_template(self.chat_template, self.config, self.tokenizer)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:

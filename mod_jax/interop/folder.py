@@ -93,16 +93,25 @@ def read_config(folder) -> JsonObject:
     """Reads config.json of a folder.
 
     Raises:
-      ConfigError: If there is none, or the folder holds a LoRA adapter.
+      ConfigError: If there is none, or the folder holds a LoRA adapter, or an adaptor alone.
     """
     path = pathlib.Path(folder) / "config.json"
-    adapter = path.with_name("adapter_config.json")
+    adaptors = [name for name in ADAPTORS_ALONE if path.with_name(name).is_file()]
+    use = "Name it as the adaptor (--adaptor) beside --language-model and --vision-tower."
+    remedy = "Merge it into the model that it was trained on first."
+    if adaptors:
+        remedy += f" Its {adaptors[0]} holds the adaptor alone. {use}"
+    lora = path.with_name("adapter_config.json")
+    expected = f"whole weights, not a LoRA ({lora.name})"
+    require(not lora.is_file(), "folder", str(folder), expected, remedy)
+    is_whole = any(_is_stored(path.parent, name) for name in WHOLE)
     require(
-        not adapter.is_file(),
+        is_whole or not adaptors,
         "folder",
         str(folder),
-        f"whole weights, not a LoRA ({adapter.name})",
-        "Merge it into the model that it was trained on first.",
+        f"the weights of a model; it holds an adaptor alone ({', '.join(adaptors)}), as LLaVA's "
+        "first stage leaves it",
+        use,
     )
     require(path.is_file(), "folder", str(folder), "a Hugging Face folder with a config.json")
     return read_json(path)
@@ -145,8 +154,10 @@ FORMATS: dict[str, Callable[[pathlib.Path, contextlib.ExitStack], Mapping[str, T
 # Files that may hold the weights of a model, in order of preference. Each is either the file itself
 # or the name of shards with the index NAME.index.json.
 WHOLE = (WEIGHTS, "pytorch_model.bin")
-# Files that may hold an adaptor: alone, as the first stage of LLaVA leaves it, or in a whole model.
-ADAPTOR = ("mm_projector.bin", *WHOLE)
+# Files that hold an adaptor alone: of LLaVA's first stage, and of a LoRA.
+ADAPTORS_ALONE = ("mm_projector.bin", "non_lora_trainables.bin")
+# Files that may hold an adaptor, alone or in a whole model.
+ADAPTOR = (*ADAPTORS_ALONE, *WHOLE)
 
 
 @contextlib.contextmanager

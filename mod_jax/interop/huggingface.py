@@ -225,26 +225,22 @@ def open_adaptor(path) -> Iterator[Adaptor]:
 
     Args:
       path: mm_projector.bin, as the first stage of original LLaVA and of the LLaVA-MoD authors
-        leaves it; its folder; or any file or folder with the weights of a whole model.
+        leaves it, or non_lora_trainables.bin of a LoRA; its folder; or any file or folder with the
+        weights of a whole model.
 
     Raises:
-      ConfigError: If there is no two-layer adaptor, or the files cannot be read (`open_tensors`).
+      ConfigError: If there is no adaptor of exactly two layers, or the files cannot be read
+        (`open_tensors`).
     """
     path = pathlib.Path(path)
     with open_tensors(path, ADAPTOR) as tensors:
-        pieces = {
-            name: piece
-            for name, piece in names.canonical(tensors, "adaptor").items()
-            if name.startswith("multi_modal_projector.")
-        }
+        pieces = names.of_adaptor(names.canonical(tensors, "adaptor"))
         first = pieces.get("multi_modal_projector.linear_1.weight")
         shape = first.shape if first else ()
-        require(
-            len(shape) == 2,
-            "adaptor",
-            str(path),
-            "the tensors multi_modal_projector.linear_{1,2} or mm_projector.{0,2}",
-        )
+        expected = "the tensors multi_modal_projector.linear_{1,2} or mm_projector.{0,2}"
+        if 0 in shape:
+            expected += f"; linear_1.weight has the shape {shape}{names.UNGATHERED}"
+        require(len(shape) == 2 and 0 not in shape, "adaptor", str(path), expected)
         width, vision_width = shape
         entries = names.adaptor_entries(vision_width, width)
         yield Adaptor(names.to_ours(entries, pieces, path), str(path))

@@ -13,6 +13,7 @@ from mod_jax.config import ModelConfig, ModelSource, require
 from mod_jax.data.sources.record import MARKER
 from mod_jax.interop import huggingface, loading
 from mod_jax.interop.pretrained import read
+from mod_jax.interop.processor import check_rows
 from mod_jax.models import llava
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Model:
     Attributes:
       config: Configuration of the model.
       params: Name -> array.
-      origin: Folder or stage, for messages and for the metadata of checkpoints.
+      origin: Folder or stage, for messages.
     """
 
     config: ModelConfig
@@ -34,12 +35,16 @@ class Model:
     origin: str
 
     def identity(self, names: Iterable[str]) -> dict:
-        """Returns the origin, the configuration, and the SHA-256 of the parameters `names`."""
+        """Returns the configuration, and the SHA-256 of the parameters `names`.
+
+        Both are content: a model is the same wherever its folder is. What may change while a stage
+        runs is left out: what is recomputed, and what ends an answer besides the token that
+        training learns.
+        """
         config = dataclasses.asdict(self.config)
-        del config["remat"]  # what is recomputed may change while a stage runs
+        del config["remat"], config["other_end_token_ids"]
         arrays = {name: np.asarray(self.params[name]) for name in names}
         return {
-            "origin": self.origin,
             "config": json.loads(json.dumps(config)),  # tuples become lists, as in a checkpoint
             "checksum": huggingface.checksum(arrays),
         }
@@ -67,14 +72,7 @@ def check_tokenizer(config: ModelConfig, origin: str, tokenizer: "PreTrainedToke
             f"the tokenizer's, {value}",
             "Name the tokenizer it was trained with.",
         )
-    rows = config.decoder.vocab_size
-    largest = max(tokenizer.get_vocab().values())
-    require(
-        largest < rows,
-        f"vocabulary of {origin}",
-        rows,
-        f"more embedding rows than the tokenizer's largest id, {largest}",
-    )
+    check_rows(tokenizer, config, origin)
 
 
 def load_model(

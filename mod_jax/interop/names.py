@@ -293,6 +293,7 @@ EMPTY = re.compile(r"\.mlp\.shared_expert\.")
 Spelling = tuple[re.Pattern[str], str]
 
 ADAPTOR_SPELLINGS: tuple[Spelling, ...] = (
+    (re.compile(r"^base_model\.model\."), ""),  # that of a LoRA (PEFT)
     (re.compile(r"^(model\.)?multi_modal_projector\."), "multi_modal_projector."),
     (
         re.compile(r"^(model\.)?mm_projector\.(image_spatial_proj\.)?0\."),
@@ -326,6 +327,15 @@ SPELLINGS: dict[str, tuple[Spelling, ...]] = {
     "language_model": (),
     "vision_tower": ((re.compile(r"^(vision_model\.)?"), "vision_model."),),
 }
+# What an empty tensor says, in a message about it.
+UNGATHERED = (
+    " (DeepSpeed's ZeRO-3 leaves it empty if it is saved without being gathered: make the file again "
+    "with zero_to_fp32.py)"
+)
+# Names in the weights of a whole model that are of its tower or language model, not its adaptor.
+OTHER_PARTS = re.compile(
+    r"^(model\.)?(language_model|vision_tower|image_tower|layers|embed_tokens|norm|lm_head)\."
+)
 FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)$")
 
 
@@ -369,6 +379,16 @@ def canonical(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Piece]:
         else:
             pieces[name] = Piece(tensor, None, tuple(tensor.shape))
     return pieces
+
+
+def of_adaptor(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """The tensors of the adaptor: all but those of the tower and the language model.
+
+    In a file without layers, which holds an adaptor alone, that is all of them.
+    """
+    if not any(".layers." in f".{name}" for name in pieces):
+        return dict(pieces)
+    return {name: piece for name, piece in pieces.items() if not OTHER_PARTS.search(name)}
 
 
 def _unfused(prefix: str, projection: str, tensor: Tensor) -> dict[str, Piece]:
@@ -467,7 +487,8 @@ def to_ours(
     shared = [name for name in shapes if name in pieces]
     for name in shared:
         if pieces[name].shape != shapes[name]:
-            faults.append(f"{name} has the shape {pieces[name].shape}, expected {shapes[name]}")
+            fault = f"{name} has the shape {pieces[name].shape}, expected {shapes[name]}"
+            faults.append(fault + (UNGATHERED if 0 in pieces[name].shape else ""))
     for name in shared:
         dtype = pieces[name].tensor.dtype
         if dtype not in DTYPES.values():

@@ -16,7 +16,7 @@ from mod_jax.config import ModelConfig, require
 from mod_jax.data.samples.tokens import TEMPLATES, chat_format
 from mod_jax.data.sources.record import MARKER
 from mod_jax.interop.folder import JsonObject, read_json
-from mod_jax.interop.hf_config import CLASS_TOKENS, feature_strategy, one_or_all
+from mod_jax.interop.hf_config import CLASS_TOKENS, feature_strategy, one_or_all, require_rows
 from mod_jax.interop.image_processor import image_processor_to_json
 from mod_jax.interop.stated import first_stated
 
@@ -145,10 +145,11 @@ def write_processor(
       fit: How a picture is made a square, a key of data.samples.pixels.FITS.
 
     Raises:
-      ConfigError: If the tokenizer's id of `<image>` is not the model's, or the template is not
-        for this model and tokenizer.
+      ConfigError: If the tokenizer's id of `<image>` is not the model's, one of its tokens has no
+        row in the embedding, or the template is not for this model and tokenizer.
     """
     check_picture_id(tokenizer, config, folder)
+    check_rows(tokenizer, config, folder)
     check_template(template, config, tokenizer)
     folder = pathlib.Path(folder)
     files = {
@@ -229,4 +230,24 @@ def check_picture_id(tokenizer: "PreTrainedTokenizerFast", config: ModelConfig, 
         found,
         f"the model's, {config.image_token_id}",
         "Use the tokenizer that the model was trained with.",
+    )
+
+
+def check_rows(tokenizer: "PreTrainedTokenizerFast", config: ModelConfig, place) -> None:
+    """Raises ConfigError unless each token of the tokenizer and of the model has an embedding row.
+
+    Args:
+      tokenizer: A fast Hugging Face tokenizer.
+      config: Configuration of the model.
+      place: Where the model comes from, for the message.
+    """
+    require_rows(config, str(place))
+    vocabulary = tokenizer.get_vocab()
+    largest = max(vocabulary, key=vocabulary.__getitem__)
+    require(
+        vocabulary[largest] < config.decoder.vocab_size,
+        f"vocabulary of {place}",
+        config.decoder.vocab_size,
+        f"more embedding rows than the tokenizer's largest id, {vocabulary[largest]} ({largest!r})",
+        "JAX would read the last row for it. Use the tokenizer that the model was trained with.",
     )
