@@ -3,6 +3,7 @@
 test_families.py tests that they compute what transformers computes.
 """
 
+import base64
 import dataclasses
 import io
 import subprocess
@@ -197,6 +198,41 @@ def test_the_next_question_compiles_nothing(model):
     assert ask("Why?") == ask("How many?")
 
 
+def test_several_questions_are_answered_as_each_alone(model):
+    asked = ["What is it?", CONVERSATION, "Is <image> like <image>?", [CONVERSATION[2]]]
+    pictures = [[], [SEEN], [SEEN, OTHER], []]
+    alone = [model.generate(text, shown, NEW) for text, shown in zip(asked, pictures)]
+    assert model.generate(asked, pictures, NEW) == alone
+    assert len(set(alone)) == len(asked)
+    assert model.generate(asked[:1], max_new_tokens=NEW) == alone[:1]
+
+
+def test_neither_padding_nor_other_texts_change_a_model_with_a_capacity(model):
+    decoder = dataclasses.replace(model.config.decoder, moe=MoEConfig(capacity_factor=0.5))
+    config = dataclasses.replace(model.config, decoder=decoder)
+    tight = chat.Chat(config, small.params_of(config), model.processor)
+    texts = ["How many cats are there?", "No"]
+    alone = [tight.logits(text) for text in texts]
+    batch = tight.logits(texts)
+    assert batch.shape == (2, len(alone[0]), alone[0].shape[1])
+    assert all(np.array_equal(row[-len(own) :], own) for row, own in zip(batch, alone))
+    assert tight.generate(texts, (), 2) == [tight.generate(text, (), 2) for text in texts]
+
+
+def test_a_part_may_carry_its_picture_by_a_path_or_a_url(model, tmp_path):
+    SEEN.save(tmp_path / "seen.png")
+    data = base64.b64encode(encoded(SEEN)).decode()
+    parts = [
+        {"type": "image", "path": str(tmp_path / "seen.png")},
+        {"type": "image", "url": (tmp_path / "seen.png").as_uri()},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+    ]
+    question = {"type": "text", "text": "Which?"}
+    wanted = model.generate("<image>\nWhich?", [SEEN], NEW)
+    for part in parts:
+        assert model.generate([{"role": "user", "content": [part, question]}], (), NEW) == wanted
+
+
 # Folders
 
 
@@ -245,6 +281,80 @@ def test_another_number_of_pictures_than_markers_is_refused(ask, model):
 def test_a_picture_that_cannot_be_read_is_refused(ask, picture, message, model):
     with pytest.raises(BadSample, match=message):
         getattr(model, ask)("<image>", [picture])
+
+
+# What is asked -> (arguments of generate, message).
+BAD_QUESTIONS = {
+    "nothing": (("",), "text = '': expected a question, or pictures"),
+    "spaces": (("  \n",), "expected a question, or pictures"),
+    "no question": (([],), r"messages = \[\]: expected at least one message"),
+    "a number": ((3,), "text = 3: expected a text"),
+    "None": ((None,), "text = None: expected a text"),
+    "no conversation": (([[]], [[]]), r"messages = \[\]: expected at least one message"),
+    "an empty question among others": ((["Why?", ""],), "text = '': expected a question"),
+    "no new tokens": (("Why?", (), 0), "max_new_tokens = 0: expected a positive integer"),
+    "fewer than none": (("Why?", (), -1), "max_new_tokens = -1: expected a positive integer"),
+    "half a token": (("Why?", (), 0.5), "max_new_tokens = 0.5: expected a positive integer"),
+    "too few lists of pictures": (
+        (["Why?", "How?"], [[SEEN]]),
+        "images = '1 lists of pictures': expected 2, one for each text",
+    ),
+    "pictures without their lists": ((["Why?"], [SEEN]), "images = 'Image': expected a list of"),
+    "a list in a list": (("Why?", [[SEEN]]), "images = 'list': expected pictures: a Pillow"),
+    "no content": (([{"role": "user"}],), r"messages\[0\]: content = None: expected a text"),
+    "a video": (
+        ([{"role": "user", "content": [{"type": "video"}]}],),
+        "expected parts of type text or image",
+    ),
+    "a role that the template does not know": (
+        ([{"role": "tool", "content": "4"}],),
+        "messages = .*expected messages that the chat template can show",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", BAD_QUESTIONS)
+def test_what_cannot_be_asked_is_one_line(asked, model):
+    arguments, message = BAD_QUESTIONS[asked]
+    ours = dataclasses.replace(
+        model, processor=dataclasses.replace(model.processor, chat_template=chat_template("brief"))
+    )
+    with pytest.raises(ConfigError, match=message) as error:
+        ours.generate(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([],), r"text = \[\]: expected a text, or a list of at least one"),
+        (("",), "text = '': expected a text of at least one token"),
+        ((["Why?", ""],), "text = '': expected a text of at least one token"),
+        (([3],), "text = 3: expected a text"),
+        ((["Why?", "How?"], [[], [], []]), "images = '3 lists of pictures': expected 2"),
+    ],
+)
+def test_texts_without_logits_are_one_line(arguments, message, model):
+    with pytest.raises(ConfigError, match=message):
+        model.logits(*arguments)
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ messages[0].content.missing() }}",
+        "{{ messages[7]['role'] }}",
+        "{{ 1 + messages }}",
+        "{% for x in %}",
+    ],
+)
+def test_a_template_that_raises_is_one_line(jinja, model):
+    processor = dataclasses.replace(model.processor, chat_template=jinja)
+    message = r"messages = \[.*expected messages that the chat template can show \("
+    with pytest.raises(ConfigError, match=message) as error:
+        dataclasses.replace(model, processor=processor).generate("Why?")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("ask", ["logits", "generate"])

@@ -2,23 +2,75 @@
 
 A message is {"role", "content"}. Its content is a string, in which `<image>` marks a picture, or a
 list of parts. A part is {"type": "text", "text"}, in which `<image>` is just text, or {"type":
-"image"}, which may carry its picture as "image" or "path".
+"image"}, which may carry its picture as "image" (a picture), "path", "url" or "base64", or OpenAI's
+{"type": "image_url", "image_url": {"url"}}. A URL is data:, file:, http: or https:, or a path.
 """
 
-from collections.abc import Callable, Sequence
+import base64
+import binascii
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
-from mod_jax.config import require
+from mod_jax.config import ConfigError, require
 from mod_jax.data.sources.record import MARKER
 
 Message = dict[str, Any]
 Content = str | Sequence[dict[str, Any]]
 
 PICTURE = {"type": "image"}
+# Types of a part that is a picture.
+PICTURES = ("image", "image_url")
+# What a chat template raises: itself, or since it cannot show the messages that it gets.
+TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError)
 # Text of the message that `_shows` renders.
 WORD = "probe"
+MOST_CHARACTERS = 80  # of what a user wrote, in a message
+TIMEOUT = 60  # seconds
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Checks that a conversation has the form that this module describes.
+
+    Raises:
+      ConfigError: Naming the first message, or part of one, that has not.
+    """
+    expect(len(messages) > 0, "messages", messages, "at least one message")
+    for number, message in enumerate(messages):
+        key = f"messages[{number}]"
+        is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        expect(is_message, key, message, 'an object with "role" and "content"')
+        content = message.get("content")
+        is_content = isinstance(content, (str, list, tuple))
+        expect(is_content, f"{key}: content", content, "a text, or a list of parts")
+        if not isinstance(content, str):
+            for place, part in enumerate(content):
+                _check_part(f"{key}: content[{place}]", part)
+
+
+def _check_part(key: str, part: object) -> None:
+    if not isinstance(part, Mapping) or part.get("type") not in ("text", *PICTURES):
+        kinds = f"parts of type text or image (also {', '.join(PICTURES[1:])})"
+        raise ConfigError(f"{key} = {short(part)}: expected {kinds}.")
+    if part["type"] == "text":
+        expect(isinstance(part.get("text"), str), key, part, 'a "text"')
+    if part["type"] == "image_url":
+        expect(bool(_url_of(part)), key, part, 'a picture as {"image_url": {"url": ...}}')
+
+
+def expect(ok: bool, key: str, value: object, expected: str) -> None:
+    """Raises ConfigError about what a user wrote, which it quotes briefly, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{key} = {short(value)}: expected {expected}.")
+
+
+def short(value: object) -> str:
+    """Returns what a user wrote as a message quotes it."""
+    text = repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
 
 
 def pictures_shown(messages: Sequence[Message], images: Sequence = ()) -> list:
@@ -29,9 +81,10 @@ def pictures_shown(messages: Sequence[Message], images: Sequence = ()) -> list:
       images: The pictures that no part carries.
 
     Raises:
-      ConfigError: If there are more or fewer of them than the conversation shows, or a part is of
-        another type.
+      ConfigError: If there are more or fewer of them than the conversation shows, the conversation
+        is malformed (`check_messages`), or a URL cannot be read.
     """
+    check_messages(messages)
     places = [picture for message in messages for picture in _places(message["content"])]
     missing = sum(picture is None for picture in places)
     require(
@@ -48,9 +101,59 @@ def _places(content: Content) -> list:
     """The picture of each place for one; None if the conversation does not carry it."""
     if isinstance(content, str):
         return [None] * content.count(MARKER)
-    for part in content:
-        require(part["type"] in ("text", "image"), "content", part, "parts of type text or image")
-    return [part.get("image", part.get("path")) for part in content if part["type"] == "image"]
+    return [_carried(part) for part in content if part["type"] in PICTURES]
+
+
+def _carried(part: Mapping[str, Any]) -> Any:
+    """The picture that a part carries; None if it carries none."""
+    for key in ("image", "path"):
+        picture = part.get(key)
+        if picture is not None:
+            return _read_url(picture) if isinstance(picture, str) else picture
+    url = _url_of(part)
+    if url:
+        return _read_url(url)
+    return None if part.get("base64") is None else _decoded(part["base64"])
+
+
+def _url_of(part: Mapping[str, Any]) -> str | None:
+    """The URL of a part, in transformers' form or in OpenAI's; None if it has none."""
+    url = part.get("image_url") or part.get("url")
+    if isinstance(url, Mapping):
+        url = url.get("url")
+    expect(url is None or isinstance(url, str), "url of a picture", url, "a text")
+    return url or None
+
+
+def _read_url(url: str) -> bytes | str:
+    """The encoded picture behind a URL, or its path.
+
+    Raises:
+      ConfigError: If it cannot be read.
+    """
+    scheme = urllib.parse.urlsplit(url[:MOST_CHARACTERS]).scheme.lower()
+    if scheme == "data":
+        header, _, data = url.partition(",")
+        is_base64 = header.lower().endswith(";base64")
+        return _decoded(data) if is_base64 else urllib.parse.unquote_to_bytes(data)
+    if scheme == "file":
+        return urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
+    if scheme not in ("http", "https"):
+        return url
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            return answer.read()
+    except (OSError, ValueError) as error:  # URLError is an OSError
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"url = {short(url)}: expected a picture ({reason}).") from error
+
+
+def _decoded(text: object) -> bytes:
+    """The bytes of a picture in base64."""
+    try:
+        return base64.b64decode(str(text).partition("base64,")[2] or str(text), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ConfigError(f"picture = {short(text)}: expected base64 ({error}).") from error
 
 
 def for_template(
@@ -73,7 +176,7 @@ def for_template(
         # Pictures are dropped from the parts, and markers in text are broken up.
         parts = [
             PICTURE
-            if part["type"] == "image"
+            if part["type"] in PICTURES
             else {"type": "text", "text": part["text"].replace(MARKER, "< image>")}
             for part in content
         ]
@@ -90,7 +193,7 @@ def _shows(render: Callable[[list[Message]], str], content: Content) -> bool:
     """
     try:
         text = render([{"role": "user", "content": content}])
-    except (TemplateError, TypeError):
+    except TEMPLATE_ERRORS:
         return False
     return text.count(MARKER) == 1 and WORD in text
 

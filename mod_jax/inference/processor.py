@@ -12,7 +12,7 @@ from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.data.samples.tokens import TEMPLATES
 from mod_jax.data.sources.record import MARKER
 from mod_jax.inference.generation import Prompts, left_pad
-from mod_jax.inference.messages import Message
+from mod_jax.inference.messages import Message, short
 from mod_jax.interop.image_processor import fit_of, read_image_processor
 from mod_jax.interop.processor import (
     chat_template,
@@ -105,17 +105,20 @@ class Processor:
           multiple: The length is rounded up to a multiple of this.
 
         Raises:
-          ValueError: If the number of markers in a text is not the number of its pictures.
+          ValueError: If the number of markers in a text is not the number of its pictures, or
+            (ConfigError) a text has no token.
           BadSample: If a picture cannot be read.
         """
         for text, shown in zip(texts, pictures, strict=True):
             markers = text.count(MARKER)
             if markers != len(shown):
                 raise ValueError(
-                    f"text {text!r} marks {markers} pictures with {MARKER}, expected {len(shown)}, "
-                    "one marker for each picture."
+                    f"text {short(text)} marks {markers} pictures with {MARKER}, expected "
+                    f"{len(shown)}, one marker for each picture."
                 )
         encoded = [self.encode(text) for text in texts]
+        for text, (ids, _) in zip(texts, encoded):
+            require(len(ids) > 0, "text", text, "a text of at least one token")
         pixels = [self.pixels(shown) for shown in pictures]
         return left_pad(self.config, encoded, pixels, multiple=multiple)
 

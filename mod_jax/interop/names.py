@@ -329,8 +329,8 @@ SPELLINGS: dict[str, tuple[Spelling, ...]] = {
 }
 # What an empty tensor says, in a message about it.
 UNGATHERED = (
-    " (DeepSpeed's ZeRO-3 leaves it empty if it is saved without being gathered: make the file again "
-    "with zero_to_fp32.py)"
+    " (DeepSpeed's ZeRO-3 leaves it empty if it is saved without being gathered: make the file "
+    "again with zero_to_fp32.py)"
 )
 # Names in the weights of a whole model that are of its tower or language model, not its adaptor.
 OTHER_PARTS = re.compile(
