@@ -549,7 +549,8 @@ class OptimizerConfig(Checked):
       warmup_share: Share of the steps that warm up.
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
-      weight_decay: Decoupled weight decay.
+      weight_decay: Decoupled weight decay of the weights of matrix products; norms, biases, routers
+        and the tower's positions do not decay.
       clip_norm: Largest norm of the whole gradient; 0 switches clipping off.
     """
 

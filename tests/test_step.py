@@ -4,6 +4,7 @@ It changes the parameters that train and no others.
 """
 
 import dataclasses
+import fnmatch
 import functools
 
 import jax
@@ -18,6 +19,7 @@ from mod_jax.config import (
     ConfigError,
     DataConfig,
     MeshConfig,
+    MoEConfig,
     ObjectiveConfig,
     OptimizerConfig,
     SourceConfig,
@@ -350,15 +352,51 @@ def test_the_optimizer_is_adamw_on_the_clipped_gradient(clip_norm):
     schedule = make_schedule(config, 4)
     rng = np.random.default_rng(0)
     p = rng.normal(size=5)
-    params = {"w": jnp.asarray(p, jnp.float32)}
+    name = "language_model.head.w_vd"
+    params = {name: jnp.asarray(p, jnp.float32)}
     state = optimizer.init(params)
     m, v = 0, 0
     for t, size in enumerate([3.0, 0.1, 1.0], 1):
         g = rng.normal(size=5) * size
-        updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, params)
+        updates, state = optimizer.update({name: jnp.asarray(g, jnp.float32)}, state, params)
         params = optax.apply_updates(params, updates)
         g = g * min(1, clip_norm / np.linalg.norm(g)) if clip_norm else g
         m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g**2
         direction = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.98**t)) + 1e-8)
         p = p - float(schedule(t - 1)) * (direction + 0.1 * p)
-        np.testing.assert_allclose(params["w"], p, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(params[name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_reaches_the_weights_of_matrix_products():
+    """Without a gradient, a step multiplies them by 1 - lr * weight_decay, and nothing else."""
+    optimizer = make_optimizer(OptimizerConfig(lr=0.5, weight_decay=0.1, warmup_share=0.0), 4)
+    decoder = dataclasses.replace(
+        SPARSE.decoder, qk_norm=True, tie_embeddings=False, moe=MoEConfig(residual=True)
+    )
+    siglip = dataclasses.replace(SPARSE.vision, family="siglip")
+    params = params_of(dataclasses.replace(SPARSE, decoder=decoder))
+    params |= params_of(dataclasses.replace(SPARSE, vision=siglip, decoder=decoder))
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
+    decayed = {name for name, update in updates.items() if np.any(update)}
+    for name in decayed:
+        np.testing.assert_allclose(updates[name], -0.5 * 0.1 * params[name], rtol=1e-6)
+    for pattern in ("*scale_?", "*.bias_d", "*.b_*", "*class_embedding_d", "*.positions.w_td"):
+        assert fnmatch.filter(params, pattern) and not fnmatch.filter(decayed, pattern)
+    for pattern in ("*.router.w_de", "*.mix.w_d2"):
+        assert fnmatch.filter(params, pattern) and not fnmatch.filter(decayed, pattern)
+    for part in ("query", "key", "value", "out", "gate", "up", "down", "linear_1", "linear_2"):
+        weights = fnmatch.filter(params, f"*.{part}.w_*")
+        assert weights and set(weights) <= decayed
+    assert {f"language_model.{x}.w_vd" for x in ("embedding", "head")} <= decayed
+    assert "vision_tower.patches.w_pd" in decayed
+
+
+def test_the_optimizers_state_is_that_of_optax_adamw():
+    """So checkpoints do not depend on how the decay is written."""
+    params = {"language_model.head.w_vd": jnp.ones(3), "language_model.norm.scale_d": jnp.ones(3)}
+    config = OptimizerConfig(clip_norm=0.0)
+    ours = make_optimizer(config, 4).init(params)
+    theirs = optax.adamw(make_schedule(config, 4)).init(params)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)

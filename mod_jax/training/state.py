@@ -81,10 +81,38 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, decay], [warmup])
 
 
+# Parts of names of weights that no matrix product of the network's width multiplies: the choice of
+# experts, the mixture with the residual expert, and the positions of the tower, which are added.
+NOT_DECAYED = (".router.", ".mix.", ".positions.")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay reaches a parameter: the weights of matrix products.
+
+    The embedding table is one, as it is the output head too where the two are tied. Biases, scales
+    of norms, the class embedding and `NOT_DECAYED` are none.
+    """
+    is_weight = name.rpartition(".")[2].startswith("w_")
+    return is_weight and not any(part in name for part in NOT_DECAYED)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW, after clipping by the global norm unless `clip_norm` is 0."""
-    adamw = optax.adamw(
-        make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+    """AdamW, after clipping by the global norm unless `clip_norm` is 0.
+
+    It is for flat dicts of parameters, whose names say what decays.
+    """
+
+    def decay(updates: dict, params: dict) -> dict:
+        return {
+            name: update + config.weight_decay * params[name] if decays(name) else update
+            for name, update in updates.items()
+        }
+
+    # optax.adamw with a mask, but the mask would add a level to the state in every checkpoint
+    adamw = optax.chain(
+        optax.scale_by_adam(config.b1, config.b2),
+        optax.stateless(decay),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
     if not config.clip_norm:
         return adamw
