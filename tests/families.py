@@ -26,7 +26,6 @@ from stock.check import (
     CONVERSATION,
     INPUTS,
     NEW_TOKENS,
-    NOTHING,
     Difference,
     Results,
     difference,
@@ -143,6 +142,9 @@ FAMILIES = {
 }
 
 
+NO_TOKEN = 2**30  # an id without a row: no answer ends
+
+
 def ours(chat: Chat, with_pictures: bool = True) -> Results:
     """What a model that we loaded makes of `stock.check.inputs`."""
     texts, pictures = inputs(with_pictures)
@@ -150,7 +152,7 @@ def ours(chat: Chat, with_pictures: bool = True) -> Results:
     lengths = prompts.segment_ids.sum(1)
     left = chat.logits(texts, pictures)
     alone = [row[-length:] for row, length in zip(left, lengths)]
-    endless = dataclasses.replace(chat.config, end_token_id=NOTHING)
+    endless = dataclasses.replace(chat.config, end_token_id=NO_TOKEN, other_end_token_ids=())
     with jax.default_matmul_precision("highest"):  # as `chat.logits`
         right = logits(chat.config, chat.params, right_padded(prompts))
         answers = generate(endless, chat.params, prompts, NEW_TOKENS)
