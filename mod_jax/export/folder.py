@@ -82,6 +82,7 @@ def _export_pretrained(checkpoint, target, options: Options) -> None:
             if isinstance(config, ModelConfig):
                 processor = read_processor(pretrained.folder, config, options.template)
                 template = processor.chat_template
+                assert template is not None, "read_processor gives every folder one"
                 write_processor(folder, config, processor.tokenizer, template, processor.fit)
             elif isinstance(config, DecoderConfig):
                 copy_processor(pretrained.folder, epath.Path(folder))

@@ -204,7 +204,7 @@ def is_conversation(text: object) -> bool:
     return isinstance(text, (list, tuple)) and all(isinstance(item, Mapping) for item in text)
 
 
-def batch_of(texts: object, images: object) -> tuple[Sequence[Any], Sequence[Sequence[Picture]]]:
+def batch_of(texts: Any, images: Any) -> tuple[Sequence[Any], Sequence[Sequence[Picture]]]:
     """Returns several texts, and the pictures of each.
 
     Raises:

@@ -43,7 +43,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         key = f"messages[{number}]"
         is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
         expect(is_message, key, message, 'an object with "role" and "content"')
-        content = message.get("content")
+        content: Any = message.get("content")
         is_content = isinstance(content, (str, list, tuple))
         expect(is_content, f"{key}: content", content, "a text, or a list of parts")
         if not isinstance(content, str):

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mod_jax.batch import Array
 from mod_jax.data.batches.pipeline import Batches
 from mod_jax.training import metrics
 
@@ -44,7 +45,7 @@ class _Step(NamedTuple):
 
     number: int
     values: dict
-    samples: np.ndarray
+    samples: Array
     read: dict[str, int]
 
 
@@ -94,7 +95,7 @@ class Log:
         )
         self._bar: TaskID = self._progress.add_task(name, total=steps, completed=done, seen="")
 
-    def note(self, step: int, values: dict, samples: np.ndarray) -> None:
+    def note(self, step: int, values: dict, samples: Array) -> None:
         """Takes the metrics of a dispatched step, name -> (sum, count), and its samples.
 
         Raises:
@@ -141,7 +142,7 @@ class Log:
                 "optimizer.lr, or remove the samples that the log names."
             )
 
-    def _names(self, samples: np.ndarray) -> str:
+    def _names(self, samples: Array) -> str:
         """Names of the first samples of a batch, and how many there are beside them."""
         numbers = [int(number) for number in np.ravel(samples) if number >= 0]
         named = [f"record {n} ({self._name_of(n)})" for n in numbers[:MOST_NAMED]]

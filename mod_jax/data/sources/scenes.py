@@ -18,8 +18,9 @@ class ScenesSource:
           ConfigError: If the folder does not hold exactly one prepared set, or has no such split.
         """
         self._folder = pathlib.Path(path)
-        self._records: Any = load_scenes(path, split)
-        self._index = index_of_split(self._records.dataset_info.splits[split])
+        records: Any = load_scenes(path, split)
+        self._records = records
+        self._index = index_of_split(records.dataset_info.splits[split])
 
     def __len__(self) -> int:
         return len(self._records)
