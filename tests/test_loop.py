@@ -221,8 +221,8 @@ def test_a_signal_saves_the_step_and_says_how_it_goes_on(number, run, tmp_path, 
 def test_a_second_signal_stops_at_once(run, tmp_path):
     def interrupt(batch: int) -> None:
         if batch == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread, so that two do not become one
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as error:
         run(Data(interrupt))

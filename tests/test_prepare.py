@@ -281,7 +281,7 @@ def test_a_whole_folder_is_left_as_it_is(chats, whole):
         ("seed", "seed 0 instead of 1"),
         ("shards", "shards 5 instead of 4"),
         ("touch", "modified .* instead of"),
-        ("split", "split '' instead of 'test'"),
+        ("kind", "kind 'chat' instead of 'preference'"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused_with_what_differs(
@@ -296,9 +296,9 @@ def test_a_folder_of_other_settings_is_refused_with_what_differs(
     try:
         if change == "touch":
             pathlib.Path(chats.path).touch()
-        split = "test" if change == "split" else ""
+        kind = "preference" if change == "kind" else "chat"
         other, _ = make_plan(
-            SourceConfig("chat", chats.path, chats.images, split),
+            SourceConfig(kind, chats.path, chats.images),
             str(tmp_path / "out"),
             SHARDS - (change == "shards"),
             int(change == "seed"),
