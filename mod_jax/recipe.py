@@ -205,7 +205,7 @@ class Recipe:
                 ),
                 data=data,
                 folder=self.workdir / "stages" / name,
-                metadata=self._metadata(name, before, teacher),
+                metadata={**self._metadata(name, before, teacher), "data": _identities(data)},
             )
             params = loop.run(work, self.mesh, self.config.keep_checkpoints, self.config.log_every)
         self._students[name] = _after(name, before, params)
@@ -215,6 +215,11 @@ class Recipe:
 def _after(stage: str, before: Model, trained: dict) -> Model:
     """Returns the student after a stage: what the stage trained, and the rest as it was."""
     return Model(before.config, {**before.params, **trained}, f"stage {stage}")
+
+
+def _identities(data: Batches) -> dict:
+    """Returns the identity of each source: one that grew since a stop would change the batches."""
+    return {str(number): source.identity for number, source in enumerate(data.sources)}
 
 
 def _without_tower(params: dict) -> dict:

@@ -6,6 +6,7 @@ from its newest checkpoint. --stage runs one stage alone. --dry-run reads the da
 statistics and names every sample that would be skipped; it writes nothing.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -22,6 +23,7 @@ from mod_jax.report import dry_run
 from mod_jax.report.scores import print_table
 from mod_jax.sharding import make_mesh
 from mod_jax.storage.atomic import write_json
+from mod_jax.storage.lock import locked
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe, a file in configs/.", lock_config=True
@@ -58,8 +60,10 @@ def run(config: RecipeConfig, workdir: pathlib.Path, stage: str | None = None) -
     recipe = Recipe(config, workdir, mesh)
     recipe.check()
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", dataclasses.asdict(config))
-    with jax.set_mesh(mesh):
+    # Of several hosts that run one recipe together, the first one holds the lock.
+    lock = locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, jax.set_mesh(mesh):
+        write_json(workdir / "config.json", dataclasses.asdict(config))
         for name in [stage] if stage else config.order:
             recipe.run(name)
         if stage or not config.evaluation.models:

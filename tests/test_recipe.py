@@ -31,6 +31,7 @@ from mod_jax.interop.model import Model
 from mod_jax.recipe import Recipe
 from mod_jax.sharding import make_mesh
 from mod_jax.storage.atomic import write_json
+from mod_jax.storage.lock import locked
 from mod_jax.training import step
 from mod_jax.training.checkpoint import Checkpoints, abstract
 from mod_jax.training.state import TrainState, make_optimizer, new_state, split_trained
@@ -352,6 +353,27 @@ def test_going_on_with_another_configuration_or_model_is_refused(
     refusal = r"was made with another configuration; use another --workdir or set back: .*"
     with pytest.raises(ConfigError, match=refusal + message):
         run_stage(values, workdir, name)
+
+
+def test_going_on_with_a_source_that_grew_is_refused(folder, finished, nothing_compiled):
+    workdir, _ = finished
+    values = recipe(folder)
+    path = pathlib.Path(values["stages"]["mimic"]["data"]["sources"][0]["path"])
+    before = path.read_bytes()
+    entries = json.loads(before)
+    message = rf"data\.0\.records: was {len(entries)}, is {len(entries) + 1}"
+    try:
+        path.write_text(json.dumps([*entries, entries[0]]))
+        with pytest.raises(ConfigError, match=message):
+            run_stage(values, workdir, "mimic")
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_run_that_another_process_works_in_is_refused(folder, tmp_path, nothing_compiled):
+    with locked(tmp_path):
+        assert_stops(recipe(folder), tmp_path, "expected a folder that no other process writes to")
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_the_refusal_comes_first_and_leaves_the_run_as_it_is(
