@@ -38,7 +38,9 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        self._restore()
+        # The handlers from before may ignore the next one, as in a background job of a shell.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print(
             "\nstopping: the step in progress is finished and saved; again to stop at once",
             file=sys.stderr,
