@@ -4,6 +4,8 @@ Rows of no group give 0. Every implementation is compared with a loop over rows 
 all gradients.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,14 +83,54 @@ def test_rows_of_no_group_touch_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def test_bfloat16_is_accumulated_in_float32():
+def blocks_with_gradients(x, w, sizes, dy):
+    return module._blocks(x, w, sizes), *module._blocks_gradients(x, w, sizes, dy)
+
+
+def ragged_with_gradients(x, w, sizes, dy):
+    return module._ragged(x, w, sizes), *module._ragged_gradients(x, w, sizes, dy)
+
+
+PATHS = {"blocks": blocks_with_gradients, "ragged_dot": ragged_with_gradients}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_the_gradients_of_either_platform(path, sizes):
+    """`grouped_matmul` takes those of the CPU here, and `ragged_dot`'s on accelerators."""
+    x, w, dy = operands(600)
+    found = jax.jit(path)(x, w, jnp.array(sizes), dy)
+    for ours, expected in zip(found, by_rows(x, w, sizes, dy), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_bfloat16_is_accumulated_in_float32(path):
+    """Products of bfloat16 numbers are exact in float32; all are positive, so that sums grow.
+
+    A sum of 300 of them in bfloat16, or of blocks that were rounded to it, is off by 1e-3.
+    """
+    sizes = [300, 0, 17, 283]
+    x, w, dy = (abs(a) + jnp.bfloat16(1) for a in operands(600, jnp.bfloat16))
+    y, dx, dw = jax.jit(path)(x, w, jnp.array(sizes), dy)
+    wanted = by_rows(x, w, sizes, dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(dw, wanted[2], rtol=1e-6)
+    for ours, expected in zip((y, dx), wanted):  # one rounding to bfloat16, at the end
+        np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=2**-8)
+    jaxpr = str(jax.make_jaxpr(path)(x, w, jnp.array(sizes), dy))
+    dtypes = re.findall(r":(\w+)\[[\d,]+\] = (?:ragged_)?dot_general\[", jaxpr)
+    assert dtypes == ["f32"] * 3
+
+
+def test_the_gradient_of_a_float32_weight_is_float32():
     x, w, dy = operands(600, jnp.bfloat16)
     sizes = [300, 0, 17, 283]
-    for ours, expected in zip(
-        with_gradients(grouped_matmul, x, w, jnp.array(sizes), dy),
-        by_rows(x, w, sizes, dy),
-        strict=True,
-    ):
-        assert ours.dtype == jnp.bfloat16
-        # rtol: one rounding to bfloat16; atol: the float32 sum of up to 300 terms before it
-        np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=2**-8, atol=1e-4)
+    w32 = w.astype(jnp.float32)
+    y, dx, dw = with_gradients(grouped_matmul, x, w32, jnp.array(sizes), dy)
+    same_y, same_dx, rounded = with_gradients(grouped_matmul, x, w, jnp.array(sizes), dy)
+    np.testing.assert_array_equal(y, same_y)
+    np.testing.assert_array_equal(dx, same_dx)
+    assert dw.dtype == jnp.float32
+    np.testing.assert_array_equal(dw.astype(jnp.bfloat16), rounded)
+    np.testing.assert_allclose(dw, by_rows(x, w, sizes, dy)[2], rtol=1e-5, atol=1e-4)

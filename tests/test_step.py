@@ -25,8 +25,9 @@ from mod_jax.config import (
     SourceConfig,
     StageConfig,
 )
+from mod_jax.models import llava
 from mod_jax.models.vision import VisionTower
-from mod_jax.sharding import check_rows, make_mesh
+from mod_jax.sharding import check_rows, make_mesh, parameter_shardings
 from mod_jax.training import step
 from mod_jax.training.loop import to_devices
 from mod_jax.training.metrics import mean as metrics_mean
@@ -286,6 +287,31 @@ def test_micro_batches_take_rows_round_robin():
         np.testing.assert_array_equal(
             getattr(micros, field.name)[1], getattr(batch, field.name)[1::2]
         )
+
+
+def test_no_gradient_passes_through_bfloat16():
+    """Under bfloat16 activations the gradient of every parameter is summed in float32.
+
+    One that was summed in bfloat16, over positions or devices, would have nothing but numbers that
+    bfloat16 holds.
+    """
+    stage, student, teacher, _, frozen, batch = parts("sparse mimic")
+    decoder = dataclasses.replace(student.decoder, tie_embeddings=False)
+    student = dataclasses.replace(student, decoder=decoder, dtype="bfloat16")
+    teacher = dataclasses.replace(teacher, dtype="bfloat16")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    params = params_of(student)
+    run = functools.partial(step.gradients, stage.objective, 1, student, teacher)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(mesh, params, llava.axes(student)))
+        gradient, _ = jax.jit(run)(placed, Frozen({}, frozen.teacher), to_devices(batch, mesh))
+    rounded = {
+        name
+        for name, array in gradient.items()
+        if np.all(array.astype(jnp.bfloat16).astype(jnp.float32) == array)
+    }
+    # The norm after the tower's last layer is not run: features are those of the layer before.
+    assert rounded == {f"vision_tower.post_norm.{leaf}" for leaf in ("scale_d", "bias_d")}
 
 
 def test_a_pattern_that_matches_nothing_is_refused():

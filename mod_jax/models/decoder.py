@@ -19,6 +19,7 @@ from mod_jax.models.moe import MoE, MoEAux
 from mod_jax.models.parameters import constant, weight
 from mod_jax.models.remat import REMAT
 from mod_jax.ops.attention import attention, visible
+from mod_jax.ops.linear import add, linear
 from mod_jax.sharding import constrain_rows
 
 
@@ -110,13 +111,13 @@ class Attention(nnx.Module):
         Returns:
           query f[B,S,N,H], key f[B,S,K,H], value f[B,S,K,H].
         """
-        query = jnp.einsum("bsd,dnh->bsnh", x, self.query.w_dnh[...].astype(x.dtype))
-        key = jnp.einsum("bsd,dkh->bskh", x, self.key.w_dkh[...].astype(x.dtype))
-        value = jnp.einsum("bsd,dkh->bskh", x, self.value.w_dkh[...].astype(x.dtype))
+        query = linear(x, self.query.w_dnh[...])
+        key = linear(x, self.key.w_dkh[...])
+        value = linear(x, self.value.w_dkh[...])
         if self.bias:
-            query += self.query.b_nh[...].astype(x.dtype)
-            key += self.key.b_kh[...].astype(x.dtype)
-            value += self.value.b_kh[...].astype(x.dtype)
+            query = add(query, self.query.b_nh[...])
+            key = add(key, self.key.b_kh[...])
+            value = add(value, self.value.b_kh[...])
         if self.qk_norm:
             query = self.query_norm(query)
             key = self.key_norm(key)
@@ -124,7 +125,7 @@ class Attention(nnx.Module):
 
     def merge(self, heads: jax.Array) -> jax.Array:
         """Applies the output projection to the attended heads: f[B,S,N,H] -> f[B,S,D]."""
-        return jnp.einsum("bsnh,nhd->bsd", heads, self.out.w_nhd[...].astype(heads.dtype))
+        return linear(heads, self.out.w_nhd[...], inputs=2)
 
 
 def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -4,11 +4,11 @@ Axes: D width, F width of the feed-forward layer.
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mod_jax.config import DecoderConfig
 from mod_jax.models.parameters import weight
+from mod_jax.ops.linear import linear
 
 
 def swiglu(
@@ -24,10 +24,8 @@ def swiglu(
     Returns:
       f[..., D] in the dtype of `x`.
     """
-    gate_w_df, up_w_df, down_w_fd = (w.astype(x.dtype) for w in (gate_w_df, up_w_df, down_w_fd))
-    gate = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate_w_df))
-    up = jnp.einsum("...d,df->...f", x, up_w_df)
-    return jnp.einsum("...f,fd->...d", gate * up, down_w_fd)
+    gate = jax.nn.silu(linear(x, gate_w_df))
+    return linear(gate * linear(x, up_w_df), down_w_fd)
 
 
 class FeedForward(nnx.Module):

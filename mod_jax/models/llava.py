@@ -18,6 +18,7 @@ from mod_jax.models.decoder import Decoder
 from mod_jax.models.moe import MoEAux
 from mod_jax.models.parameters import constant, weight
 from mod_jax.models.vision import VisionTower
+from mod_jax.ops.linear import add, linear
 
 
 class Adaptor(nnx.Module):
@@ -41,8 +42,7 @@ class Adaptor(nnx.Module):
 
 
 def _linear(x: jax.Array, parameters: nnx.Dict) -> jax.Array:
-    product = jnp.einsum("...i,io->...o", x, parameters.w_io[...].astype(x.dtype))
-    return product + parameters.b_o[...].astype(x.dtype)
+    return add(linear(x, parameters.w_io[...]), parameters.b_o[...])
 
 
 class Llava(nnx.Module):

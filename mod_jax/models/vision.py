@@ -16,6 +16,7 @@ from mod_jax.config import VisionConfig
 from mod_jax.models.parameters import constant, weight
 from mod_jax.models.remat import REMAT
 from mod_jax.ops.attention import attention
+from mod_jax.ops.linear import add, linear
 
 # Prefix of the tower's parameters in the flat dict of a multimodal model (`models/llava.py`).
 TOWER_PREFIX = "vision_tower."
@@ -70,12 +71,10 @@ class VisionAttention(nnx.Module):
         """f[M,T,D] -> f[M,T,D]; every position attends to every position of its picture."""
 
         def project(projection: nnx.Dict) -> jax.Array:
-            heads = jnp.einsum("mtd,dnh->mtnh", x, projection.w_dnh[...].astype(x.dtype))
-            return heads + projection.b_nh[...].astype(x.dtype)
+            return add(linear(x, projection.w_dnh[...]), projection.b_nh[...])
 
         heads = attention(project(self.query), project(self.key), project(self.value))
-        merged = jnp.einsum("mtnh,nhd->mtd", heads, self.out.w_nhd[...].astype(x.dtype))
-        return merged + self.out.b_d[...].astype(x.dtype)
+        return add(linear(heads, self.out.w_nhd[...], inputs=2), self.out.b_d[...])
 
 
 class VisionMLP(nnx.Module):
@@ -96,10 +95,10 @@ class VisionMLP(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[M,T,D] -> f[M,T,D]."""
-        inner = jnp.einsum("mtd,df->mtf", x, self.up.w_df[...].astype(x.dtype))
-        inner = ACTIVATIONS[self.activation](inner + self.up.b_f[...].astype(x.dtype))
-        out = jnp.einsum("mtf,fd->mtd", inner, self.down.w_fd[...].astype(x.dtype))
-        return out + self.down.b_d[...].astype(x.dtype)
+        inner = add(linear(x, self.up.w_df[...]), self.up.b_f[...])
+        return add(
+            linear(ACTIVATIONS[self.activation](inner), self.down.w_fd[...]), self.down.b_d[...]
+        )
 
 
 class VisionLayer(nnx.Module):
@@ -185,13 +184,12 @@ class VisionTower(nnx.Module):
         pixels = images.astype(jnp.float32) / 255 - jnp.asarray(config.pixel_mean)
         pixels = pixels / jnp.asarray(config.pixel_std)
         patches = patchify(pixels.astype(dtype), config.patch_size)
-        x = jnp.einsum("mtp,pd->mtd", patches, self.patches.w_pd[...].astype(dtype))
+        x = linear(patches, self.patches.w_pd[...])
         if config.family == "siglip":
-            return x + self.patches.b_d[...].astype(dtype) + self.positions.w_td[...].astype(dtype)
-        class_d = self.class_embedding_d[...].astype(dtype)
-        class_m1d = jnp.broadcast_to(class_d, (len(x), 1, config.hidden_size))
-        x = jnp.concatenate([class_m1d, x], axis=1)
-        return self.pre_norm(x + self.positions.w_td[...].astype(dtype))
+            return add(add(x, self.patches.b_d[...]), self.positions.w_td[...])
+        class_m1d = jnp.broadcast_to(self.class_embedding_d[...], (len(x), 1, config.hidden_size))
+        x = jnp.concatenate([class_m1d.astype(dtype), x], axis=1)
+        return self.pre_norm(add(x, self.positions.w_td[...]))
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:

@@ -39,8 +39,9 @@ def expert_layer(
       x: f[B,S,D].
       choices: i32[B,S,K], distinct experts of each token; E stands for no expert.
       weights: f32[B,S,K], weights of the choices.
-      gate_w_edf, up_w_edf: f[E,D,F].
-      down_w_efd: f[E,F,D].
+      gate_w_edf, up_w_edf: f[E,D,F], gathered and multiplied in the dtype of `x`; their gradients
+        are summed in float32.
+      down_w_efd: f[E,F,D], the same.
 
     Returns:
       f[B,S,D] in the dtype of `x`.
@@ -49,7 +50,7 @@ def expert_layer(
       ConfigError: If the experts or the rows do not divide over the mesh.
     """
     # equivalent to: expert_layer_oracle(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd)
-    experts = [w.astype(x.dtype) for w in (gate_w_edf, up_w_edf, down_w_efd)]
+    experts = (gate_w_edf, up_w_edf, down_w_efd)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _route(x, choices, weights, *experts, peers=1)
@@ -103,20 +104,38 @@ def _device(
     gate, up, down = (varying(w, "data") for w in experts)
 
     # equivalent to: the same without checkpoint. The forward pass saves everything except the
-    # gathered weights, which the backward pass gathers again.
+    # gathered weights and their casts, which the backward pass makes again.
+    again = ("all_gather", "convert_element_type")
+
     @functools.partial(
-        jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather"
+        jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name not in again
     )
     def run(x, weights, gate, up, down):
         with jax.named_scope("gather_weights"):
-            whole = [
-                jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
-                for w, axis in ((gate, 1), (up, 1), (down, 2))
-            ]
+            whole = [_gathered(axis, x.dtype, w) for w, axis in ((gate, 1), (up, 1), (down, 2))]
         return _route(x, choices, weights, *whole, peers=peers)
 
     # The down projection only sums over this device's part of F.
     return jax.lax.psum(run(x, weights, gate, up, down), "tensor")
+
+
+def _gather(axis: int, dtype: jnp.dtype, w: jax.Array) -> jax.Array:
+    """Gathers a weight over `fsdp` in `dtype`; the result has the weight's own dtype again.
+
+    So its gradient has that dtype too, in which it is then scattered. XLA removes the two casts
+    between the gather and the product.
+    """
+    whole = jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
+    return whole.astype(w.dtype)
+
+
+def _scatter(axis: int, dtype: jnp.dtype, _: None, dw: jax.Array) -> tuple[jax.Array]:
+    """The transpose of `_gather`, without its casts."""
+    return (jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gathered = jax.custom_vjp(_gather, nondiff_argnums=(0, 1))
+_gathered.defvjp(lambda axis, dtype, w: (_gather(axis, dtype, w), None), _scatter)
 
 
 def _route(

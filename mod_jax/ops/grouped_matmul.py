@@ -14,6 +14,12 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 256  # rows of a block on CPU
+# x[n,D] and dy[n,F] -> [E,D,F]: the sum over the rows of each group.
+GROUPS_SUMMED = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=(0,),
+    rhs_group_dimensions=(),
+)
 
 
 @jax.custom_vjp
@@ -22,13 +28,15 @@ def grouped_matmul(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> ja
 
     Args:
       x: f[n,D], sorted by group. Rows past sum(group_sizes) belong to no group.
-      w_edf: f[E,D,F], one weight per group.
+      w_edf: f[E,D,F], one weight per group, cast to the dtype of `x` for the product. Its gradient
+        is summed in float32, and has its dtype.
       group_sizes: i32[E], rows of each group; they sum to at most n.
 
     Returns:
       f[n,F] in the dtype of `x`, accumulated in float32; 0 in the rows of no group.
     """
     # equivalent to: grouped_matmul_oracle(x, w_edf, group_sizes)
+    w_edf = w_edf.astype(x.dtype)
     return jax.lax.platform_dependent(x, w_edf, group_sizes, cpu=_blocks, default=_ragged)
 
 
@@ -37,10 +45,11 @@ def _forward(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array):
 
 
 def _backward(saved: tuple, dy: jax.Array):
+    x, w_edf, group_sizes = saved
     dx, dw_edf = jax.lax.platform_dependent(
-        *saved, dy, cpu=_blocks_gradients, default=_ragged_gradients
+        x, w_edf.astype(x.dtype), group_sizes, dy, cpu=_blocks_gradients, default=_ragged_gradients
     )
-    return dx, dw_edf, None
+    return dx, dw_edf.astype(w_edf.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -63,8 +72,14 @@ def _ragged(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array
 
 
 def _ragged_gradients(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, dy: jax.Array):
-    _, pull = jax.vjp(lambda x, w_edf: _ragged(x, w_edf, group_sizes), x, w_edf)
-    return pull(dy)
+    """(dx in the dtype of `x`, dw f32[E,D,F])."""
+    dx = _ragged(dy, w_edf.swapaxes(1, 2), group_sizes)
+    grouped = jnp.arange(len(x)) < group_sizes.sum()
+    dy = jnp.where(grouped[:, None], dy, 0)
+    dw_edf = jax.lax.ragged_dot_general(
+        x, dy, group_sizes, GROUPS_SUMMED, preferred_element_type=jnp.float32
+    )
+    return dx, dw_edf
 
 
 def _each_block(body: Callable, start: jax.Array, rows: int, group_sizes: jax.Array) -> jax.Array:
@@ -119,6 +134,7 @@ def _blocks(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array
 
 
 def _blocks_gradients(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, dy: jax.Array):
+    """(dx in the dtype of `x`, dw f32[E,D,F])."""
     t = min(BLOCK, len(x))
 
     def body(dw_edf, group, first_row, mine):
@@ -130,4 +146,4 @@ def _blocks_gradients(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, dy
 
     dx = _block_product("tf,df->td", dy, w_edf, group_sizes, x.shape[1])
     dw_edf = _each_block(body, jnp.zeros_like(w_edf, dtype=jnp.float32), len(x), group_sizes)
-    return dx, dw_edf.astype(w_edf.dtype)
+    return dx, dw_edf
