@@ -41,15 +41,16 @@ def grouped_matmul(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> ja
 
 
 def _forward(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array):
-    return grouped_matmul(x, w_edf, group_sizes), (x, w_edf, group_sizes)
+    dtype = jnp.zeros((), w_edf.dtype)  # what is saved has to be an array
+    return grouped_matmul(x, w_edf, group_sizes), (x, w_edf.astype(x.dtype), group_sizes, dtype)
 
 
 def _backward(saved: tuple, dy: jax.Array):
-    x, w_edf, group_sizes = saved
+    *operands, dtype = saved
     dx, dw_edf = jax.lax.platform_dependent(
-        x, w_edf.astype(x.dtype), group_sizes, dy, cpu=_blocks_gradients, default=_ragged_gradients
+        *operands, dy, cpu=_blocks_gradients, default=_ragged_gradients
     )
-    return dx, dw_edf.astype(w_edf.dtype), None
+    return dx, dw_edf.astype(dtype.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)

@@ -23,7 +23,7 @@ def linear(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
       f[..., F] in the dtype of `x`.
     """
     # equivalent to: jnp.tensordot(x, w.astype(x.dtype), inputs)
-    if x.dtype == w.dtype:
+    if x.dtype == jnp.float32 or w.dtype != jnp.float32:
         return _product(inputs, x, w)
     return _with_float32_gradient(inputs, x, w)
 
@@ -51,7 +51,7 @@ def _product(inputs: int, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _forward(inputs: int, x: jax.Array, w: jax.Array):
-    return _product(inputs, x, w), (x, w)
+    return _product(inputs, x, w), (x, w.astype(x.dtype))
 
 
 def _backward(inputs: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array):
@@ -59,9 +59,8 @@ def _backward(inputs: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array):
     rows = tuple(range(x.ndim - inputs))
     in_w = tuple(range(inputs, w.ndim))
     in_dy = tuple(range(len(rows), dy.ndim))
-    dx = jnp.tensordot(dy, w.astype(dy.dtype), (in_dy, in_w))
-    dw = jnp.tensordot(x, dy, (rows, rows), preferred_element_type=jnp.float32)
-    return dx, dw.astype(w.dtype)
+    dx = jnp.tensordot(dy, w, (in_dy, in_w))
+    return dx, jnp.tensordot(x, dy, (rows, rows), preferred_element_type=jnp.float32)
 
 
 _with_float32_gradient = jax.custom_vjp(_product, nondiff_argnums=(0,))
