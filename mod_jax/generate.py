@@ -49,7 +49,7 @@ def scene(number: int) -> bytes:
     recipe, _ = open_run(RUN.value, STAGE.value)
     evaluation = recipe.config.evaluation
     require(bool(evaluation.models), "--scene", number, expected, remedy)
-    scenes = load_scenes(evaluation.path, evaluation.split)
+    scenes = load_scenes(recipe.find(evaluation.path), evaluation.split)
     require(0 <= number < len(scenes), "--scene", number, f"a number within 0..{len(scenes) - 1}")
     record = scenes[number]
     objects = [

@@ -31,8 +31,13 @@ from mod_jax.interop.model import Model, load_model
 from mod_jax.models.upcycle import upcycle
 from mod_jax.models.vision import TOWER_PREFIX
 from mod_jax.sharding import make_mesh
+from mod_jax.storage.atomic import write_json
+from mod_jax.storage.place import moved
 from mod_jax.training import checkpoint, loop
 from mod_jax.training.state import Frozen, make_optimizer, new_state, split_trained
+
+# Key of config.json: the current folder of the command that wrote it.
+STARTED_IN = "started_in"
 
 
 class Recipe:
@@ -43,13 +48,16 @@ class Recipe:
       workdir: Folder of the run; a stage writes to stages/NAME/{checkpoints, metrics.jsonl, events,
         parameters.txt}.
       mesh: Mesh to run on; while stages run it has to be the ambient one too (`jax.set_mesh`).
+      start: Folder from which relative paths start; "" is the current one. What is not there is
+        looked for around `workdir` (`storage.place.moved`).
     """
 
-    def __init__(self, config: RecipeConfig, workdir: pathlib.Path, mesh: Mesh):
+    def __init__(self, config: RecipeConfig, workdir: pathlib.Path, mesh: Mesh, start: str = ""):
         self.config = config
         self.workdir = pathlib.Path(workdir).absolute()
         self.mesh = mesh
-        self.tokenizer = load_tokenizer(config.tokenizer)
+        self._start = start
+        self.tokenizer = load_tokenizer(self.find(config.tokenizer))
         self._students: dict[str, Model] = {}
 
     @functools.cached_property
@@ -84,8 +92,16 @@ class Recipe:
     def _first_student(self) -> Model:
         return self._load(self.config.student, self.config.remat)
 
+    def find(self, path: str) -> str:
+        """Returns where a path of the configuration is."""
+        return moved(path, self._start, self.workdir)
+
     def _load(self, source: ModelSource, remat: str) -> Model:
-        model = load_model(source, self.tokenizer, self.config.dtype, remat)
+        parts = ("folder", "language_model", "vision_tower", "adaptor")
+        places = {part: self.find(getattr(source, part)) for part in parts}
+        model = load_model(
+            dataclasses.replace(source, **places), self.tokenizer, self.config.dtype, remat
+        )
         positions = model.config.decoder.max_positions
         lengths = {
             name: self.config.stages[name].data.sequence_length for name in self.config.order
@@ -253,6 +269,12 @@ def check_pairs(name: str, stage: StageConfig, sources: Sequence[Source]) -> Non
     )
 
 
+def write_config(config: RecipeConfig, workdir: pathlib.Path) -> None:
+    """Writes config.json of a run, and the folder from which its relative paths start."""
+    start = str(pathlib.Path().absolute())
+    write_json(workdir / "config.json", dataclasses.asdict(config) | {STARTED_IN: start})
+
+
 def is_run(path) -> bool:
     """Returns whether a folder is one that `mod_jax.train` made."""
     path = pathlib.Path(path) / "config.json"
@@ -274,8 +296,9 @@ def open_run(folder, stage: str | None = None) -> tuple[Recipe, str]:
         is_run(folder), "run", str(folder), "a folder that mod_jax.train made, with its config.json"
     )
     values = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    start = values.pop(STARTED_IN, "")
     config = from_dict(RecipeConfig, values)
     stage = stage or config.order[-1]
     require(stage in config.stages, "stage", stage, f"one of {config.order}")
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    return Recipe(config, pathlib.Path(folder), mesh), stage
+    return Recipe(config, pathlib.Path(folder), mesh, start), stage

@@ -7,7 +7,6 @@ statistics and names every sample that would be skipped; it writes nothing.
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import sys
 
@@ -18,7 +17,7 @@ from ml_collections import config_flags
 from mod_jax.config import ConfigError, RecipeConfig, from_dict, require
 from mod_jax.data.batches.skips import TooManyBadSamples
 from mod_jax.data.batches.workers import WorkerDied
-from mod_jax.recipe import Recipe
+from mod_jax.recipe import Recipe, write_config
 from mod_jax.report import dry_run
 from mod_jax.report.scores import print_table
 from mod_jax.sharding import make_mesh
@@ -63,7 +62,7 @@ def run(config: RecipeConfig, workdir: pathlib.Path, stage: str | None = None) -
     # Of several hosts that run one recipe together, the first one holds the lock.
     lock = locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with lock, jax.set_mesh(mesh):
-        write_json(workdir / "config.json", dataclasses.asdict(config))
+        write_config(config, workdir)
         for name in [stage] if stage else config.order:
             recipe.run(name)
         if stage or not config.evaluation.models:

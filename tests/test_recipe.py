@@ -185,6 +185,61 @@ def finished_by_command(folder, finished, tmp_path_factory) -> pathlib.Path:
     return copy
 
 
+def with_relative_models(values: dict) -> dict:
+    """The recipe, with its tokenizer and models in the folder models/ of the current folder."""
+    values = changed(values, "tokenizer", "models/tokenizer")
+    values = changed(values, "student.folder", "models/student")
+    return changed(values, "teacher.folder", "models/teacher")
+
+
+# How a project is moved: where the project is then, and its run.
+MOVES = {
+    "not at all": ("project", "project/runs/mine"),
+    "as a whole": ("elsewhere/project", "elsewhere/project/runs/mine"),
+    "the run alone": ("project", "elsewhere/mine"),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_with_relative_paths_loads_from_any_folder_moved_or_not(
+    move, folder, finished, tmp_path, monkeypatch
+):
+    run, students = finished
+    project = tmp_path / "project"
+    shutil.copytree(folder, project / "models")
+    shutil.copytree(run, project / "runs" / "mine")
+    monkeypatch.chdir(project)
+    config = from_dict(RecipeConfig, with_relative_models(recipe(folder)))
+    train.write_config(config, project / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    place, moved_run = (tmp_path / part for part in MOVES[move])
+    if place != project:
+        shutil.move(project, place)
+    elif moved_run != project / "runs" / "mine":
+        shutil.move(project / "runs" / "mine", moved_run)
+    params = mod_jax.load(moved_run, "adaptor").params
+    wanted = students["adaptor"].params
+    assert all(np.array_equal(params[name], wanted[name]) for name in wanted)
+
+
+def test_other_weights_at_the_place_of_a_student_are_refused(
+    folder, finished, tmp_path, monkeypatch
+):
+    """Identity is content: a folder of the same name is not the same model."""
+    shutil.copytree(folder, tmp_path / "models")
+    shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    config = from_dict(RecipeConfig, with_relative_models(recipe(folder)))
+    train.write_config(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "models" / "student")
+    with pytest.raises(ConfigError, match="folder = .*models/student': expected"):
+        mod_jax.load("run")
+    huggingface.save(tmp_path / "models" / "student", DENSE, params_of(DENSE, 5))
+    with pytest.raises(ConfigError, match=r"student.checksum: was '\w+.*, is '"):
+        mod_jax.load("run", "adaptor")
+
+
 @pytest.fixture
 def nothing_compiled(monkeypatch):
     """Fails the test if a train step is traced."""
