@@ -395,7 +395,8 @@ class SourceConfig(Checked):
       path: chat and preference: a file with a JSON list, or JSON Lines (.jsonl). rlaif: a file, a
         folder or a glob pattern. tfds: the folder of a prepared data set, or its name. Otherwise a
         folder.
-      images: Where the pictures of a JSON source are: a folder, gs://..., a .zip or a .tar.
+      images: Where the pictures are that a JSON source, or a parquet row without bytes, names: a
+        folder, gs://..., a .zip or a .tar.
       split: tfds: one of the data set's splits. scenes: "train", "crowd", "preference" or "test".
       weight: Share of the mixture, relative to the weights of the other sources.
       text_only: Whether pictures are dropped, to train a language model on the texts.
@@ -415,7 +416,7 @@ class SourceConfig(Checked):
         kinds = ("chat", "preference", "rlaif", "tfds", "prepared", "scenes")
         require(self.kind in kinds, "data.sources.kind", self.kind, f"one of {kinds}")
         reads = {
-            "images": self.kind in ("chat", "preference"),
+            "images": self.kind in ("chat", "preference", "rlaif"),
             "split": self.kind in ("tfds", "scenes"),
         }
         _require_read(self, "data.sources", reads, f"a source of kind {self.kind}")

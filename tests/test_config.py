@@ -334,7 +334,7 @@ def test_a_key_that_it_reads_or_that_has_its_default_is_not(objective):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kind": "rlaif", "images": "pictures"}, r"images = 'pictures': .* kind rlaif does not"),
+        ({"kind": "tfds", "images": "pictures"}, r"images = 'pictures': .* kind tfds does not"),
         ({"kind": "chat", "split": "train"}, r"split = 'train': .* kind chat does not"),
         ({"kind": "scenes", "images": "i"}, r"images = 'i': .* kind scenes does not"),
     ],
