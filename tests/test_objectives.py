@@ -192,23 +192,31 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def check_metric(metric, values):
+    """Compares a metric, (sum, count), with the values that it is the mean of."""
+    wanted = (sum(float(value.detach()) for value in values), len(values))
+    np.testing.assert_allclose(metric, wanted, rtol=2e-5)
+
+
 def test_next_token_is_the_mean_cross_entropy_over_answers():
     student, teacher = make_views(CHATS)
     reference = Reference(student, teacher)
     value, metrics, gradient = ours(ObjectiveConfig(), CHATS, student, None)
     reference.check(value, gradient, mean(reference.surprise(CHATS)))
-    assert float(metrics["next_token"][1]) == 10
+    check_metric(metrics["next_token"], reference.surprise(CHATS))
 
 
 @pytest.mark.parametrize("next_token_weight", [0.0, 0.7])
 def test_mimic_is_the_mean_kl_over_answers(next_token_weight):
     student, teacher = make_views(CHATS)
     reference = Reference(student, teacher)
-    value, _, gradient = ours(ObjectiveConfig("mimic", next_token_weight), CHATS, student, teacher)
-    desired = mean(reference.divergence(np.asarray(CHATS.loss_weights))) + next_token_weight * mean(
-        reference.surprise(CHATS)
-    )
-    reference.check(value, gradient, desired)
+    config = ObjectiveConfig("mimic", next_token_weight)
+    value, metrics, gradient = ours(config, CHATS, student, teacher)
+    divergence = reference.divergence(np.asarray(CHATS.loss_weights))
+    surprise = reference.surprise(CHATS)
+    reference.check(value, gradient, mean(divergence) + next_token_weight * mean(surprise))
+    check_metric(metrics["kl"], divergence)
+    check_metric(metrics["next_token"], surprise)
 
 
 def test_all_tokens_compares_every_position_that_the_next_one_continues():
@@ -224,6 +232,8 @@ def test_all_tokens_compares_every_position_that_the_next_one_continues():
     reference.check(
         value, gradient, mean(reference.divergence(mask)) + 0.5 * mean(reference.surprise(batch))
     )
+    check_metric(metrics["kl"], reference.divergence(mask))
+    check_metric(metrics["next_token"], reference.surprise(batch))
     assert (float(metrics["kl"][1]), float(metrics["next_token"][1])) == (10, 9)
 
 
@@ -277,10 +287,9 @@ def test_preference_losses_are_the_published_formulas(name, seed):
     student, teacher = make_views(PAIRS, seed)
     reference = Reference(student, teacher)
     value, metrics, gradient = ours(preference(name), PAIRS, student, teacher)
-    reference.check(value, gradient, PREFERENCES[name][1](reference.ratios(PAIRS)))
-    np.testing.assert_allclose(
-        metrics["preference"][0] / metrics["preference"][1], value, rtol=1e-6
-    )
+    desired = PREFERENCES[name][1](reference.ratios(PAIRS))
+    reference.check(value, gradient, desired)
+    np.testing.assert_allclose(metrics["preference"], (5 * desired.item(), 5), rtol=2e-5)
 
 
 def test_rewards_are_reported_over_pairs():
@@ -388,13 +397,56 @@ def test_router_losses_are_added_once_with_their_weights():
     np.testing.assert_allclose(
         with_experts - without, 0.02 * np.sum(aux.balance) + 0.3 * np.sum(aux.z), rtol=1e-5
     )
-    assert float(metrics["balance"][1]) == 20  # routed positions
+    routed = np.sum(np.asarray(CHATS.segment_ids) > 0)
+    answers = np.sum(np.asarray(CHATS.loss_weights))
+    assert (routed, answers) == (20, 10), "otherwise the test could not tell the two"
     load = np.asarray(aux.load)
-    np.testing.assert_allclose(
-        metrics["expert_share_max"][0] / 20,
-        (load / np.maximum(load.sum(1, keepdims=True), 1)).max(),
-        rtol=1e-6,
-    )
+    wanted = {
+        "balance": np.sum(aux.balance),
+        "router_z": np.sum(aux.z),
+        "expert_share_max": (load / load.sum(1, keepdims=True)).max(),
+    }
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], (routed * value, routed), rtol=1e-6)
+
+
+def test_a_micro_batch_weighs_its_router_losses_by_its_routed_tokens():
+    """Not by its answers: a micro-batch of long questions routes as many tokens."""
+    student, _ = make_views(CHATS)
+    config = ObjectiveConfig(balance_weight=0.02, z_weight=0.3)
+    totals = objectives.totals(config, CHATS)
+    shares = []
+    for rows in (slice(0, 1), slice(1, 2), slice(2, 4)):
+        micro = jax.tree.map(lambda x, rows=rows: x[rows], CHATS)
+        view = View(student.hidden[rows], student.head_w_vd)
+        aux = make_aux(seed=rows.start)
+        with_experts, _ = loss(config, micro, view, None, aux, totals)
+        without, _ = loss(config, micro, view, None, DENSE, totals)
+        own = 0.02 * np.sum(aux.balance) + 0.3 * np.sum(aux.z)
+        shares.append(float(with_experts - without) / own)
+    routed = np.sum(np.asarray(CHATS.segment_ids) > 0, axis=1)
+    wanted = np.array([routed[0], routed[1], routed[2] + routed[3]]) / routed.sum()
+    np.testing.assert_allclose(shares, wanted, rtol=1e-4)
+    assert not np.any(np.asarray(CHATS.loss_weights)[1]), "the second one has no answer"
+
+
+TAUGHT = {
+    "mimic": ObjectiveConfig("mimic", 0.5, all_tokens=True),
+    "compat": ObjectiveConfig("mimic", compat=True),
+    **{name: preference(name) for name in ("sigmoid", "ipo", "kto_pair")},
+}
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_the_teacher_gets_no_gradient(name):
+    """Neither its hidden states nor its head; the student's both do."""
+    config = TAUGHT[name]
+    batch = PAIRS if config.kind == "preference" else CHATS
+    totals = objectives.totals(config, batch)
+    run = lambda views: loss(config, batch, *views, DENSE, totals)[0]
+    student, teacher = jax.grad(run)(make_views(batch))
+    assert np.any(student.hidden) and np.any(student.head_w_vd)
+    assert not np.any(teacher.hidden) and not np.any(teacher.head_w_vd)
 
 
 def test_compat_masks_the_divergence_by_unshifted_labels_and_reports_a_cross_entropy():

@@ -14,7 +14,6 @@ import optax
 import pytest
 from small import DENSE, SPARSE, TEACHER, chats, pairs, params_of
 
-from mod_jax import objectives
 from mod_jax.config import (
     ConfigError,
     DataConfig,
@@ -168,17 +167,24 @@ def test_the_tower_runs_once(case, monkeypatch):
 
 
 def test_the_teacher_gets_no_gradient():
-    """Not even through the features that it shares with the student."""
-    stage, student, teacher, trained, frozen, batch = parts("dense mimic")
+    """Not whatever an objective does with its view, nor through the features that both read.
 
-    def loss(params, frozen):
-        seen, reference, aux = step.views(student, teacher, params, frozen, batch)
-        totals = objectives.totals(stage.objective, batch)
-        return objectives.loss(stage.objective, batch, seen, reference, aux, totals)[0]
+    So the view is differentiated itself, also in the tower, which makes the features.
+    """
+    _, student, teacher, trained, frozen, batch = parts("dense mimic")
 
-    to_student, to_frozen = jax.jit(jax.grad(loss, (0, 1)))(trained, frozen)
-    assert all(np.any(g) for g in to_student.values())
-    assert not any(np.any(g) for g in to_frozen.teacher.values())
+    def of_views(params, frozen):
+        seen, reference, _ = step.views(student, teacher, params, frozen, batch)
+        return [
+            jnp.sum(jnp.sin(view.hidden)) + jnp.sum(view.head_w_vd) for view in (seen, reference)
+        ]
+
+    _, pull = jax.vjp(jax.jit(of_views), trained, frozen)
+    to_student, to_frozen = pull([jnp.ones(()), jnp.zeros(())])
+    assert any(np.any(g) for g in to_student.values())
+    assert np.any(to_frozen.student["vision_tower.patches.w_pd"]), "the features have a gradient"
+    from_teacher = pull([jnp.zeros(()), jnp.ones(())])
+    assert not any(np.any(g) for g in jax.tree.leaves(from_teacher))
 
 
 UNEVEN = {
@@ -278,6 +284,32 @@ def test_loss_and_gradient_must_both_be_finite(loss, gradient, skipped, monkeypa
     same = jax.tree.map(lambda a, b: bool((a == b).all()), after.params, state.params)
     assert set(same.values()) == {skipped}
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((after, found)))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0, 100.0])
+def test_metrics_of_a_step_are_those_of_its_gradient_and_batch(clip_norm, monkeypatch):
+    """`gradient_norm` is that before clipping, of the gradient and not of the update."""
+    stage = make_stage(LANGUAGE, ObjectiveConfig("mimic"))
+    config = OptimizerConfig(lr=1e-2, warmup_share=0.03, clip_norm=clip_norm)
+    stage = dataclasses.replace(stage, optimizer=config)
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    given = {"a.w_df": np.array([[3.0, 1.0]], np.float32), "a.b_f": np.full(3, -2.0, np.float32)}
+    metrics = {"loss": (jnp.float32(7), jnp.float32(1))}
+    monkeypatch.setattr(step, "gradients", lambda *_: (given, metrics))
+    state = new_state(jax.tree.map(jnp.ones_like, given), optimizer)
+    batch = chats()
+    for number in range(2):
+        state, found = step.train_step(stage, DENSE, TEACHER, optimizer, state, None, batch)
+        wanted = {
+            "loss": 7.0,
+            "nonfinite": 0.0,
+            "gradient_norm": np.sqrt(9 + 1 + 3 * 4),
+            "lr": 1e-2 * (number + 1) / 3,  # three steps of warm-up
+            "padding": np.mean(np.asarray(batch.segment_ids) == 0),
+        }
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], (value, 1), rtol=1e-6, err_msg=name)
 
 
 def test_micro_batches_take_rows_round_robin():
