@@ -97,11 +97,14 @@ class Recipe:
         return moved(path, self._start, self.workdir)
 
     def _load(self, source: ModelSource, remat: str) -> Model:
-        parts = ("folder", "language_model", "vision_tower", "adaptor")
-        places = {part: self.find(getattr(source, part)) for part in parts}
-        model = load_model(
-            dataclasses.replace(source, **places), self.tokenizer, self.config.dtype, remat
+        source = dataclasses.replace(
+            source,
+            folder=self.find(source.folder),
+            language_model=self.find(source.language_model),
+            vision_tower=self.find(source.vision_tower),
+            adaptor=self.find(source.adaptor),
         )
+        model = load_model(source, self.tokenizer, self.config.dtype, remat)
         positions = model.config.decoder.max_positions
         lengths = {
             name: self.config.stages[name].data.sequence_length for name in self.config.order
