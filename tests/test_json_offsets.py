@@ -62,12 +62,37 @@ def test_a_list_is_cut_into_its_elements_whatever_the_window(
 
 
 @EXAMPLES
-@given(RECORDS, st.booleans(), st.sampled_from(["\n", "\r\n", "\n \n\n"]), st.booleans())
+@given(
+    RECORDS.filter(lambda records: not isinstance(records[0], list)),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n \n\n"]),
+    st.booleans(),
+)
 def test_lines_are_cut_into_records_and_blank_ones_are_none(tmp_path, records, plain, gap, ends):
     path = tmp_path / "lines.jsonl"
     texts = [encoded(record, plain) for record in records]
     path.write_bytes((gap.join(texts) + gap * ends).encode())
     assert parts(path) == texts
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "A.JSONL", "a.NdJson", "a.JSON"])
+@pytest.mark.parametrize("window", [1, 4096])
+def test_a_byte_order_mark_is_skipped_and_suffixes_have_no_case(tmp_path, name, window):
+    records = [{"id": "ü"}, {"id": 2}]
+    is_lines = name.lower() != "a.json"
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    text = "\n".join(lines) if is_lines else json.dumps(records, ensure_ascii=False)
+    for encoding in ("utf-8-sig", "utf-8"):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        found = [json.loads(part) for part in parts(tmp_path / name, window=window)]
+        assert found == records
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_refused_as_that(tmp_path, name, encoding):
+    (tmp_path / name).write_text("\ufeff" + "[{}]", encoding=encoding)
+    refused(tmp_path / name, "the text is UTF-16, expected UTF-8")
 
 
 def refused(path: pathlib.Path, message: str, **options) -> None:
@@ -114,8 +139,11 @@ def test_lines_cut_within_the_last_record_are_refused(tmp_path):
      ("1 records are complete; the text from byte 4 on is invalid at byte 9 of 12: "
       "Expecting ':' delimiter")),
     ("a.json", "[1, " + "[" * 100_000, "1 records are complete; .*nested too deeply"),
-    ("a.jsonl", "[" * 100_000, "0 records are complete; .*nested too deeply"),
-    ("a.jsonl", '[\n{"a": 1}\n]', "0 records are complete; the text from byte 0 on"),
+    ("a.jsonl", '{"a": ' + "[" * 100_000, "0 records are complete; .*nested too deeply"),
+    ("a.jsonl", '[\n{"a": 1}\n]', "at byte 0 of 12: a list, where each line has to hold"),
+    ("a.jsonl", '[{"a": 1}, {"a": 2}]', "a list, .*; name a list .json"),
+    ("A.JSONL", ' [{"a": 1}]', "at byte 0 of 11: a list"),
+    ("a.json", '\ufeff{"a": 1}', "at byte 3 of 11: a list begins with"),
     ("a.jsonl", "{}\n{}\ngarbage", "2 records are complete; the text from byte 6 on"),
 ])  # fmt: skip
 def test_other_forms_are_refused_with_the_place(tmp_path, name, text, message):

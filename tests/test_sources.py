@@ -275,9 +275,12 @@ def test_bad_chats_say_why(tmp_path, entry, reason):
 
 
 @pytest.mark.parametrize("entry, reason", [
-    ({"question": "Q", "chosen": "A"}, "question, chosen and rejected are not three texts"),
+    ({"question": "Q", "chosen": "A"},
+     "a pair without rejected or rejected_response: it has question, chosen"),
+    ({"question": "Q", "rejected": "A"}, "a pair without chosen: it has question, rejected"),
     ({"question": None, "chosen": "A", "rejected": "B"},
-     "question, chosen and rejected are not three texts"),
+     ("a pair without conversations or messages or prompt or question: "
+      "it has question, chosen, rejected")),
     ({"question": "Q", "chosen": "A", "rejected": " "},
      "chosen or rejected without an answer text"),
     ({"question": "<image> <image>", "chosen": "A", "rejected": "B", "image": "a.png"},
@@ -357,20 +360,44 @@ def test_rlaif_is_a_file_a_folder_or_a_pattern(tmp_path):
 
 
 def test_a_question_has_its_picture_in_front_unless_it_says_where(tmp_path):
-    rows = [
-        rlaif_row(0, question="Q <image>"),
-        rlaif_row(1, question=" Q"),
-        rlaif_row(2, image=None),
-        rlaif_row(3, image={"bytes": None, "path": "x"}),
-    ]
+    rows = [rlaif_row(0, question="Q <image>"), rlaif_row(1, question=" Q")]
     write_rlaif(tmp_path / "rows.parquet", rows, 10)
     source = open_source(SourceConfig("rlaif", str(tmp_path / "rows.parquet")))
     assert [(record.turns[0][0], len(record.images)) for record in source] == [
         ("Q <image>", 1),
         ("<image>\nQ", 1),
-        ("What is 2?", 0),
-        ("What is 3?", 0),
     ]
+
+
+def test_a_picture_that_is_not_there_is_never_no_picture(tmp_path):
+    """A path without bytes is looked for where the configuration says."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png("red"))
+    pictures = [
+        {"bytes": None, "path": "images/a.png"},
+        {"bytes": b"", "path": "images/a.png"},
+        {"bytes": None, "path": "images/none.png"},
+        None,
+        {"bytes": None, "path": None},
+        {"bytes": b"", "path": None},
+    ]
+    rows = [rlaif_row(number, image=picture) for number, picture in enumerate(pictures)]
+    path = tmp_path / "rows.parquet"
+    write_rlaif(path, rows, 10)
+    found = open_source(SourceConfig("rlaif", str(path), str(tmp_path)))
+    assert [found[number].images[0].read_bytes() for number in range(2)] == [png("red")] * 2
+    assert found[2].images == (tmp_path / "images/none.png",)  # bad when it is decoded
+    null = "image is empty, and no marker in the question says that it may be"
+    assert faults(found) == {
+        "rows.parquet:3": null,
+        "rows.parquet:4": null,
+        "rows.parquet:5": "image is empty: 0 bytes",
+    }
+    nowhere = faults(open_source(SourceConfig("rlaif", str(path))))
+    assert nowhere["rows.parquet:0"] == (
+        "picture 'images/a.png', but no data.sources.images to find it in"
+    )
+    assert len(nowhere) == 6
 
 
 def test_rows_without_texts_are_bad_by_name(tmp_path):
@@ -380,7 +407,7 @@ def test_rows_without_texts_are_bad_by_name(tmp_path):
         2,
     )
     assert faults(open_source(SourceConfig("rlaif", str(tmp_path / "rows.parquet")))) == {
-        "rows.parquet:1": "question, chosen and rejected are not three texts",
+        "rows.parquet:1": "a pair without chosen: it has image, question, chosen, rejected",
         "rows.parquet:2": "chosen or rejected without an answer text",
     }
 
@@ -392,8 +419,8 @@ def test_other_parquet_is_refused(tmp_path):
     )
     refused(
         SourceConfig("rlaif", str(tmp_path / "other.parquet")),
-        r"other\.parquet': expected the columns .*'rejected', 'image\.bytes'\]; "
-        r"it has \['question', 'chosen', 'image'\]",
+        r"other\.parquet': expected the columns question, chosen, rejected, image \(or images\); "
+        "it has question, chosen, image",
     )
     write_rlaif(tmp_path / "cut.parquet", [rlaif_row(0)], 1)
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-20])

@@ -399,7 +399,7 @@ def test_text_only_drops_the_pictures(open_json):
         ({"conversations": [human("Q"), {"from": "bot", "value": "A"}]}, "unknown speaker 'bot'"),
         ({"conversations": [{"from": "human"}]}, "not a list of {from, value}"),
         ({"conversations": []}, "no turns"),
-        ({"id": "x"}, "not a list"),
+        ({"id": "x"}, "a chat without conversations or messages: it has id"),
         ("text", "not a JSON object"),
     ],
 )
@@ -414,7 +414,11 @@ def test_the_error_says_why_a_chat_is_bad(open_json, entry, reason):
     [
         ([human("Q"), gpt("A")], [human("R"), gpt("B")], "different human turns"),
         ([human("Q"), gpt("A")], [human("Q"), gpt("")], "without an answer text"),
-        ([human("Q"), gpt("A")], None, "not a list"),
+        (
+            [human("Q"), gpt("A")],
+            None,
+            "a pair without rejected or rejected_response: it has chosen",
+        ),
     ],
 )
 def test_the_error_says_why_a_pair_is_bad(open_json, chosen, rejected, reason):

@@ -11,11 +11,16 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mod_jax.config import VisionConfig, require
-from mod_jax.data.sources.record import BadSample
+from mod_jax.data.sources.record import BadSample, shortened
 
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
 MAX_SIDE = 30_000  # px; a picture of this height takes seconds to pad
 STRIP_PIXELS = 2**22  # number of pixels that are padded at once
+# Pixels of the square that the shorter side of a padded picture has to fill. With less, the colour
+# of the padding changes by less than a twentieth.
+LEAST_SHOWN = 0.05
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that hold texts
 # Pixel formats that are recognized by their first bytes. This leaves out PostScript, for which
 # Pillow runs another program, and TGA, which any bytes could be.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
@@ -63,16 +68,45 @@ def decode(picture: Picture) -> Image.Image:
       BadSample: If the file is missing, truncated or too large, or is not a picture.
     """
     with picture_faults(picture):
-        image = _open(picture)
-        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-            raise BadSample(
-                f"picture too large: {image.width} x {image.height} px, "
-                f"more than {MAX_PIXELS} in all or {MAX_SIDE} on a side"
-            )
-        image.load()
-        with contextlib.suppress(Exception):  # broken metadata do not spoil the picture
-            ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        try:
+            return _decoded(picture)
+        except ValueError:
+            # Pillow limits the texts in a PNG, which a picture does not need.
+            encoded = _without_texts(picture)
+            if encoded is None:
+                raise
+            return _decoded(encoded)
+
+
+def _decoded(picture: Picture) -> Image.Image:
+    image = _open(picture)
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        raise BadSample(
+            f"picture too large: {image.width} x {image.height} px, "
+            f"more than {MAX_PIXELS} in all or {MAX_SIDE} on a side"
+        )
+    image.load()
+    with contextlib.suppress(Exception):  # broken metadata do not spoil the picture
+        ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
+def _without_texts(picture: Picture) -> bytes | None:
+    """Returns the bytes of a PNG without the chunks of PNG_TEXTS; None if there are none."""
+    if not isinstance(picture, (bytes, str, pathlib.Path)):
+        return None
+    encoded = _encoded(picture)
+    if not encoded.startswith(PNG):
+        return None
+    kept = [PNG]
+    start = len(PNG)
+    while start < len(encoded):
+        end = start + 12 + int.from_bytes(encoded[start : start + 4])  # length, name, data, CRC
+        if encoded[start + 4 : start + 8] not in PNG_TEXTS:
+            kept.append(encoded[start:end])
+        start = end
+    whole = b"".join(kept)
+    return whole if len(whole) < len(encoded) else None
 
 
 @contextlib.contextmanager
@@ -83,10 +117,10 @@ def picture_faults(picture: Picture) -> Iterator[None]:
     except (BadSample, MemoryError):
         raise
     except FileNotFoundError:
-        path = str(picture)
-        raise BadSample(f"no such picture file: {path}") from None
+        raise BadSample(f"no such picture file: {shortened(str(picture))}") from None
     except Exception as error:  # decoders raise errors of many types on broken bytes
-        raise BadSample(f"unreadable picture: {str(error) or type(error).__name__}") from error
+        reason = shortened(str(error) or type(error).__name__)
+        raise BadSample(f"unreadable picture: {reason}") from error
 
 
 def _open(picture: Picture) -> Image.Image:
@@ -94,7 +128,7 @@ def _open(picture: Picture) -> Image.Image:
         return picture.copy()  # `exif_transpose` would change the caller's
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
-    encoded = picture if isinstance(picture, bytes) else pathlib.Path(picture).read_bytes()
+    encoded = _encoded(picture)
     try:
         return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
@@ -102,6 +136,10 @@ def _open(picture: Picture) -> Image.Image:
             f"unreadable picture: {len(encoded)} bytes, none of {', '.join(FORMATS)}; "
             f"they begin with {encoded[:16]!r}"
         ) from None
+
+
+def _encoded(picture: bytes | str | pathlib.Path) -> bytes:
+    return picture if isinstance(picture, bytes) else pathlib.Path(picture).read_bytes()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -122,9 +160,17 @@ def pad(image: Image.Image, vision: VisionConfig) -> Image.Image:
     Pillow resizes rows first, then columns. This function does the same, but only for the picture's
     own rows and strip by strip, so the square itself is never made: it would take 1.6 GB for a
     panorama 20,000 px wide.
+
+    Raises:
+      BadSample: If the picture is so narrow that nothing but padding would be left of it.
     """
     size = vision.image_size
     side = max(image.size)
+    if min(image.size) * size < LEAST_SHOWN * side:
+        raise BadSample(
+            f"picture too narrow: {image.width} x {image.height} px becomes nothing but padding in "
+            f"a square of {size} px"
+        )
     fill = tuple(int(255 * mean) for mean in vision.pixel_mean)
     left, top = ((side - length) // 2 for length in image.size)
     square = Image.new("RGB", (size, side), fill)

@@ -25,11 +25,13 @@ class Sample:
       tokens: The sequence positions that the sample occupies.
       images: u8[N,H,W,3], its N pictures.
       number: Index of the record in the concatenation of all sources.
+      unused: Keys of its entry that carry nothing for training.
     """
 
     tokens: Tokens
     images: np.ndarray
     number: int
+    unused: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -106,7 +108,7 @@ class Samples:
         if self.decode:
             for image, picture in zip(images, record.images):
                 image[:] = load_image(picture, self.vision, self.config.fit)
-        return Sample(tokens, images, self.first + index)
+        return Sample(tokens, images, self.first + index, record.unused)
 
     @functools.cached_property
     def _encoder(self) -> TextEncoder:

@@ -179,16 +179,22 @@ class _Writer:
         self._template = TEMPLATES[chat.template]
         self._pending = ""
         self._answer_start: int | None = None  # index in the pending text
+        self._answer_role = ANSWER  # of the answer that begins there
         self._add(encoder.begin, PLAIN)
 
-    def conversation(self, turns: Turns) -> None:
+    def conversation(self, turns: Turns, system: str = "", unlearnt: Sequence[int] = ()) -> None:
         """Writes all turns; of a prompt, up to the place where the model's answer begins.
 
-        Nothing follows the last answer, so the template's `after_answer` is not written after it.
+        A system text replaces that of the template, unless the template writes no questions either.
+        Answers of the turns `unlearnt` count as plain text. Nothing follows the last answer, so the
+        template's `after_answer` is not written after it.
         """
         template = self._template
-        if template.system:
-            self._template_text(template.before_system + template.system + template.after_system)
+        text = (system if template.questions else "") or template.system
+        if text:
+            self._template_text(template.before_system)
+            self._pending += text
+            self._template_text(template.after_system)
         for number, (question, answer) in enumerate(turns):
             if number:
                 self._template_text(template.after_answer)
@@ -196,7 +202,7 @@ class _Writer:
             self._question(question)
             self._template_text(template.assistant)
             if answer is not None:
-                self._answer(answer)
+                self._answer(answer, PLAIN if number in unlearnt else ANSWER)
         self._flush()
 
     def _add(self, ids: Sequence[int], role: int) -> None:
@@ -204,7 +210,7 @@ class _Writer:
         self.roles += [role] * len(ids)
 
     def _flush(self) -> None:
-        """Tokenizes the pending text. Tokens ending after `_answer_start` belong to the answer."""
+        """Tokenizes the pending text. Tokens ending after `_answer_start` have `_answer_role`."""
         if not self._pending:
             return
         at_beginning = len(self.ids) == len(self._encoder.begin)
@@ -217,7 +223,7 @@ class _Writer:
         self._pending = ""
         self._answer_start = None
         self._add(encoding.ids[:plain], PLAIN)
-        self._add(encoding.ids[plain:], ANSWER)
+        self._add(encoding.ids[plain:], self._answer_role)
 
     def _special(self, ids: Sequence[int], role: int) -> None:
         self._flush()
@@ -241,10 +247,11 @@ class _Writer:
             self._special(picture, PICTURE)
             self._pending += piece
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, text: str, role: int) -> None:
         self._answer_start = len(self._pending)
+        self._answer_role = role
         self._pending += self._template.gap + text
-        self._special([self._chat.end_token_id], ANSWER)
+        self._special([self._chat.end_token_id], role)
 
 
 def marked(text: str, pictures: int) -> str:
@@ -264,10 +271,16 @@ def marked(text: str, pictures: int) -> str:
     return text if markers else (MARKER + "\n") * pictures + text
 
 
-def _encode(turns: Turns, encoder: TextEncoder, chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (ids i32[S], roles i32[S])."""
+def _encode(
+    turns: Turns,
+    encoder: TextEncoder,
+    chat: ChatFormat,
+    system: str = "",
+    unlearnt: Sequence[int] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (ids i32[S], roles i32[S]); arguments as for `_Writer.conversation`."""
     writer = _Writer(encoder, chat)
-    writer.conversation(turns)
+    writer.conversation(turns, system, unlearnt)
     return np.array(writer.ids, np.int32), np.array(writer.roles, np.int32)
 
 
@@ -300,7 +313,7 @@ def tokenize(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length:
       chat: The text format.
       max_length: Largest number of positions (S).
     Raises:
-      BadSample: If no token of an answer fits.
+      BadSample: If no token of an answer fits, or what fits of a pair's answers is the same.
     """
     make = _pair if record.is_pair else _chat
     tokens = make(record, encoder, chat, max_length)
@@ -310,7 +323,7 @@ def tokenize(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length:
 
 
 def _chat(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: int) -> Tokens:
-    ids, roles = _encode(record.turns, encoder, chat)
+    ids, roles = _encode(record.turns, encoder, chat, record.system, record.unlearnt)
     length = min(len(ids) - 1, max_length)
     # A picture that was cut in two is removed altogether.
     picture_tokens = int(np.count_nonzero(roles[:length] == PICTURE))
@@ -334,8 +347,9 @@ def _pair(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: in
     token, which predicts the first token of the branch's answer.
     """
     *earlier, (question, chosen) = record.turns
-    chosen_ids, roles = _encode((*earlier, (question, chosen)), encoder, chat)
-    rejected_ids, _ = _encode((*earlier, (question, record.rejected)), encoder, chat)
+    system = record.system
+    chosen_ids, roles = _encode((*earlier, (question, chosen)), encoder, chat, system)
+    rejected_ids, _ = _encode((*earlier, (question, record.rejected)), encoder, chat, system)
     not_answer = np.flatnonzero(roles != ANSWER)
     if not not_answer.size or roles[not_answer[-1]] == PICTURE:
         raise BadSample(
@@ -354,6 +368,11 @@ def _pair(record: Record, encoder: TextEncoder, chat: ChatFormat, max_length: in
         for ids, length in zip((chosen_ids, rejected_ids), kept)
     ]
     ends = [prompt_end, *(prompt_end + kept)]
+    if np.array_equal(branches[0], branches[1]):
+        raise BadSample(
+            f"chosen and rejected are the same tokens: {kept[0]} are left of each within "
+            f"{max_length} positions"
+        )
     starts = [0, prompt_end, prompt_end]
     positions = [np.arange(start, end, dtype=np.int32) for start, end in zip(starts, ends)]
     no_pictures = np.zeros(kept.sum(), bool)

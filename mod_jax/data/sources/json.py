@@ -8,11 +8,11 @@ from mod_jax.data.sources.json_offsets import KEY, SEPARATORS, index_records
 from mod_jax.data.sources.llava_form import Reader, read_chat, read_pair
 from mod_jax.data.sources.local_file import LocalFile
 from mod_jax.data.sources.pictures import open_pictures
-from mod_jax.data.sources.record import BadSample, Picture, Record, printable
+from mod_jax.data.sources.record import BadSample, Record, printable
 
 
 class JsonSource:
-    """Random access to the entries {id, image: str | list, ...} of a JSON file.
+    """Random access to the entries of a JSON file.
 
     `llava_form` describes the entries. A record is parsed when it is read; the source holds 8 bytes
     per record.
@@ -52,11 +52,7 @@ class JsonSource:
 
     def __getitem__(self, number: int) -> Record:
         entry = self._entry(number)
-        files = _picture_files(entry)
-        images: tuple[Picture, ...] = ()
-        if self._pictures is not None:
-            images = tuple(self._pictures[file] for file in files)
-        return self._read(entry, _name(entry, number), images)
+        return self._read(entry, _name(entry, number), self._pictures)
 
     def _entry(self, number: int) -> dict:
         start, end = self._offsets[number : number + 2].tolist()
@@ -68,15 +64,6 @@ class JsonSource:
         if not isinstance(entry, dict):
             raise BadSample("record is not a JSON object")
         return entry
-
-
-def _picture_files(entry: dict) -> list[str]:
-    files = entry.get("image") or []
-    if isinstance(files, str):
-        files = [files]
-    if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
-        raise BadSample("image is neither a file name nor a list of file names")
-    return files
 
 
 def _name(entry: dict, number: int) -> str:

@@ -19,9 +19,12 @@ import numpy as np
 from mod_jax.config import ConfigError
 
 KEY = "data.sources.path"
+LIST = ".json"  # suffix of a list, which any other suffix may replace
 LINES = (".jsonl", ".ndjson")  # suffixes of JSON Lines
 SEPARATORS = b" \t\r\n,"
 AFTER_VALUE = (" ", "\t", "\r", "\n", ",", "]")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8; it may stand before the text
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 WINDOW = 1 << 23  # bytes read at a time
 LONGEST = 1 << 28  # bytes of the longest record; one that does not end within them is invalid
 NOT_SPACE = re.compile("[^ \t\r\n]")
@@ -42,11 +45,20 @@ def index_records(path: pathlib.Path, window: int = WINDOW, longest: int = LONGE
         message names the byte and the number of complete records before it.
     """
     with open(path, "rb") as file:
-        if path.suffix in LINES:
-            offsets = _lines(file, longest)
+        begin = _beginning(file)
+        if path.suffix.lower() in LINES:
+            offsets = _lines(file, begin, longest)
         else:
-            offsets = _elements(_Window(file, window, longest))
+            offsets = _elements(_Window(file, window, longest), begin)
     return np.frombuffer(offsets, np.int64)
+
+
+def _beginning(file: BinaryIO) -> int:
+    """Returns the byte at which the text begins, after a byte order mark."""
+    mark = file.read(len(BYTE_ORDER_MARK))
+    if mark.startswith(UTF_16):
+        _refuse(file, 0, 0, 0, "the text is UTF-16, expected UTF-8")
+    return len(mark) if mark == BYTE_ORDER_MARK else 0
 
 
 def _refuse(file: BinaryIO, records: int, start: int, byte: int, why: str) -> NoReturn:
@@ -126,14 +138,15 @@ class _Window:
             size *= 2
 
 
-def _elements(window: _Window) -> array.array:
-    """Returns the offsets of a list's elements, and where the last one ends."""
+def _elements(window: _Window, begin: int) -> array.array:
+    """Returns the offsets of the elements of a list after `begin`, and where the last one ends."""
     offsets = array.array("q")
 
     def refuse(byte: int, why: str) -> NoReturn:
         _refuse(window.file, len(offsets), start, byte, why)
 
-    start, found = window.after_space(0)
+    window.move(begin, window.size)
+    start, found = window.after_space(begin)
     if not found:
         refuse(start, "the file is empty")
     if found != "[":
@@ -161,14 +174,15 @@ def _elements(window: _Window) -> array.array:
     return offsets
 
 
-def _lines(file: BinaryIO, longest: int) -> array.array:
-    """Returns the offsets of all lines that are not blank, and the size of the file.
+def _lines(file: BinaryIO, begin: int, longest: int) -> array.array:
+    """Returns the offsets of all lines after `begin` that are not blank, and the size of the file.
 
     Only the first and the last line are parsed. Any other may be a bad record, which is found when
     it is read, but a file that was truncated shows in its last line.
     """
     offsets = array.array("q")
-    at = 0
+    at = begin
+    file.seek(begin)
     first = b""
     last = b""
     for line in iter(functools.partial(file.readline, longest), b""):
@@ -179,6 +193,9 @@ def _lines(file: BinaryIO, longest: int) -> array.array:
         at += len(line)
     if not offsets:
         _refuse(file, 0, 0, 0, "the file is empty")
+    if first.lstrip().startswith(b"["):
+        why = f"a list, where each line has to hold one record; name a list {LIST}"
+        _refuse(file, 0, offsets[0], offsets[0], why)
     for number, line in ((0, first), (len(offsets) - 1, last)):
         start = offsets[number]
         text = line.decode("latin-1")

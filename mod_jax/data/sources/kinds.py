@@ -5,7 +5,13 @@ import hashlib
 from typing import Protocol
 
 from mod_jax.config import SourceConfig
-from mod_jax.data.sources.record import BadSample, Record, check, without_pictures
+from mod_jax.data.sources.record import (
+    BadSample,
+    Record,
+    check,
+    shortened,
+    without_pictures,
+)
 
 
 class Records(Protocol):
@@ -37,7 +43,7 @@ def _open_json(config: SourceConfig) -> Records:
 def _open_rlaif(config: SourceConfig) -> Records:
     from mod_jax.data.sources.parquet import RlaifSource
 
-    return RlaifSource(config.path, with_pictures=not config.text_only)
+    return RlaifSource(config.path, None if config.text_only else config.images)
 
 
 def _open_tfds(config: SourceConfig) -> Records:
@@ -109,7 +115,7 @@ class Source:
 
     def name(self, number: int) -> str:
         """Returns the record's id, by which its user finds it. Never raises."""
-        return self._records.name(number)
+        return shortened(" ".join(self._records.name(number).split()))
 
     def __getitem__(self, number: int) -> Record:
         number = range(len(self))[number]  # IndexError past the end; a negative one counts from it

@@ -1,6 +1,11 @@
-"""RLAIF-V's parquet files. A row has a picture's bytes, a question and two answers."""
+"""RLAIF-V's parquet files. A row has a picture, a question and two answers.
+
+The picture is {bytes, path}, as the datasets library writes it. If it has no bytes, its path is
+looked for among the pictures of the source.
+"""
 
 import collections
+import dataclasses
 import glob
 import itertools
 import pathlib
@@ -11,19 +16,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mod_jax.config import ConfigError, require
+from mod_jax.data.sources import keys
 from mod_jax.data.sources.llava_form import read_pair
 from mod_jax.data.sources.local_file import LocalFile
-from mod_jax.data.sources.record import BadSample, Record
+from mod_jax.data.sources.pictures import open_pictures
+from mod_jax.data.sources.record import BadSample, Record, shortened
 
 KEY = "data.sources.path"
 TEXTS = ("question", "chosen", "rejected")
-PICTURE = "image.bytes"
 ROWS_AT_A_TIME = 32
 BUFFER = 1 << 20  # bytes read at a time, so that a row group is streamed and never held in memory
 
 
 class RlaifSource:
-    """Random access to the rows of parquet files; columns other than these four are not read.
+    """Random access to the rows of parquet files.
+
+    Of the columns, those are read that matter by their names (`keys`).
 
     Parquet is made for sequential reading. Within a row group, reading forward costs nothing extra;
     reading backward starts again at the beginning of the group. Rows in random order therefore cost
@@ -34,18 +42,29 @@ class RlaifSource:
     writes them), never a row group. Threads read one at a time.
     """
 
-    def __init__(self, path: str, with_pictures: bool):
+    def __init__(self, path: str, images: str | None):
         """Reads the metadata of the files.
 
         Args:
           path: A parquet file, a folder of them, or a glob pattern.
-          with_pictures: Whether the picture column is read. Without it records have no pictures.
+          images: Where the pictures of rows that have only a path are (see `open_pictures`). None
+            leaves pictures out: their column is not read, and the records keep their markers.
         Raises:
           ConfigError: If there are no such files, or one is truncated or lacks a column.
         """
         self._files = [LocalFile(file, KEY) for file in _find(path)]
-        self._columns = [*TEXTS, PICTURE] if with_pictures else [*TEXTS]
-        rows_of_groups = [_row_groups(file.path, self._columns) for file in self._files]
+        self._pictures = None if images is None else open_pictures(images)
+        needed = [*TEXTS] if images is None else [*TEXTS, "image"]
+        columns = [_columns(file.path, needed) for file in self._files]
+        # Of each file: the columns that are read, and those that carry nothing.
+        self._columns = [
+            [name for name in names if name in needed or _is_read(name, images is not None)]
+            for names in columns
+        ]
+        self._unread = [
+            tuple(name for name in names if not keys.may_matter(name)) for names in columns
+        ]
+        rows_of_groups = [_row_groups(file.path) for file in self._files]
         self._groups = [
             (file, group) for file, rows in enumerate(rows_of_groups) for group in range(len(rows))
         ]
@@ -81,10 +100,10 @@ class RlaifSource:
             with self._lock:
                 row = self._row(number)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise BadSample(f"unreadable row: {error}") from None
-        picture = (row.get("image") or {}).get("bytes")
-        images = (picture,) if picture else ()
-        return read_pair(row, self.name(number), images)
+            raise BadSample(f"unreadable row: {shortened(str(error))}") from None
+        record = read_pair(row, self.name(number), self._pictures)
+        unread = self._unread[_part(self._first_of_file, number)]
+        return dataclasses.replace(record, unused=record.unused + unread)
 
     def _row(self, number: int) -> dict:
         part = _part(self._first, number)
@@ -94,7 +113,7 @@ class RlaifSource:
         if reader is None or reader.part != part or row < reader.first:
             file, group = self._groups[part]
             self._files[file].verify()
-            reader = _GroupReader(part, self._files[file].path, group, self._columns)
+            reader = _GroupReader(part, self._files[file].path, group, self._columns[file])
         fields = reader.row(row)
         self._reader = reader
         return fields
@@ -147,14 +166,30 @@ def _find(path: str) -> list[pathlib.Path]:
     return files
 
 
-def _row_groups(path: pathlib.Path, columns: list[str]) -> list[int]:
-    """Returns the number of rows of each row group of a file that has these columns."""
+def _columns(path: pathlib.Path, needed: list[str]) -> list[str]:
+    """Returns the names of the columns of a file, which have to include those that are needed.
+
+    The pictures may be in a column of lists, `images`, instead.
+    """
     try:
-        metadata = pq.read_metadata(path)
+        found = pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(
             f"{KEY} = {str(path)!r}: expected a whole parquet file ({error})."
         ) from None
-    found = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    require(set(columns) <= set(found), KEY, str(path), f"the columns {columns}; it has {found}")
+    missing = set(needed) - set(found)
+    if "images" in found:
+        missing -= {"image"}
+    expected = f"the columns {', '.join(needed)} (or images)"
+    require(not missing, KEY, str(path), f"{expected}; it has {', '.join(found)}")
+    return found
+
+
+def _is_read(column: str, with_pictures: bool) -> bool:
+    return keys.may_matter(column) and (with_pictures or not keys.is_about_pictures(column))
+
+
+def _row_groups(path: pathlib.Path) -> list[int]:
+    """Returns the number of rows of each row group of a file."""
+    metadata = pq.read_metadata(path)
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]

@@ -3,10 +3,15 @@
 Every place can be read by name, from any thread and process.
 """
 
+import contextlib
 import functools
+import os
 import pathlib
 import posixpath
+import re
 import tarfile
+import unicodedata
+import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -16,12 +21,18 @@ from etils import epath
 
 from mod_jax.config import ConfigError, require
 from mod_jax.data.sources.local_file import LocalFile
-from mod_jax.data.sources.record import BadSample
+from mod_jax.data.sources.record import BadSample, quoted, shortened
 
 KEY = "data.sources.images"
 BUCKET = "gs://"
+FILE = "file://"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+DRIVE = re.compile(r"[A-Za-z]:/")  # with which a path of Windows begins
 TAR_END = bytes(1024)  # a tar ends with two blocks of zeros
 LARGEST = 1 << 28  # bytes; a member of a zip that claims to be larger is not unpacked
+MOST_LINKS = 40  # links that are followed one after the other
+IS_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8
+CODE_PAGES = ("utf-8", "cp1252", "cp850", "gb18030", "cp932", "cp949", "cp950", "cp1251", "cp866")
 FOLDER_AT_OPENING = "the folder that existed when the source was opened"
 BRING_BACK = "It was removed or unmounted; bring it back."
 
@@ -63,32 +74,56 @@ def open_pictures(place: str) -> Pictures:
         "an existing folder, a folder of a bucket (gs://), or an archive",
     )
     require(
-        path.suffix in ARCHIVES,
+        path.suffix.lower() in ARCHIVES,
         KEY,
         place,
         f"an archive of {' or '.join(ARCHIVES)}",
         "A compressed tar does not allow random access: unpack it.",
     )
-    return ARCHIVES[path.suffix](path)
+    return ARCHIVES[path.suffix.lower()](path)
 
 
-def _inside(name: str) -> str:
-    """Returns the normalised name.
+def spellings(name: str, *places: str) -> list[str]:
+    """Returns the names under which a place may hold a picture, relative to the place.
 
+    The name as it is written comes first, since a file may be called exactly so. Then comes the
+    normal form (`normal`), and then its other Unicode form, as macOS writes it.
+
+    Args:
+      name: As a record names it. It may also be a path, or a file:// URL, that leads into a place.
+      *places: Absolute paths of the place.
     Raises:
-      BadSample: If it leads out of its folder.
+      BadSample: If the name leads out of the place, or is another URL.
     """
-    plain = posixpath.normpath(name)
-    if plain.startswith(("/", "../")) or plain == "..":
-        raise BadSample(f"picture outside of {KEY}: {name!r}")
-    return plain
+    text = urllib.parse.unquote(name.removeprefix(FILE)) if name.startswith(FILE) else name
+    for place in places:
+        for path in (text, text.strip().replace("\\", "/")):
+            if path.startswith(place.rstrip("/") + "/"):
+                text = path[len(place.rstrip("/")) + 1 :]
+    plain = normal(text)
+    if URL.match(text):
+        raise BadSample(f"picture at a URL, which is not downloaded: {quoted(name)}")
+    if plain.startswith(("/", "../")) or plain == ".." or DRIVE.match(plain):
+        raise BadSample(f"picture outside of {KEY}: {quoted(name)}")
+    found = [posixpath.normpath(text), plain, unicodedata.normalize("NFD", plain)]
+    return list(dict.fromkeys(found))
+
+
+def normal(name: str) -> str:
+    """Returns the one form in which names are compared.
+
+    Without space around it, with slashes instead of backslashes, without "." and "..", and with
+    composed characters (Unicode's form NFC).
+    """
+    plain = posixpath.normpath(name.strip().replace("\\", "/"))
+    return unicodedata.normalize("NFC", plain)
 
 
 class NoPictures:
     """The place of a source without pictures. A record that names a picture is bad."""
 
     def __getitem__(self, name: str) -> bytes:
-        raise BadSample(f"picture {name!r}, but no {KEY} to find it in")
+        raise BadSample(f"picture {quoted(name)}, but no {KEY} to find it in")
 
 
 class FolderPictures:
@@ -96,11 +131,16 @@ class FolderPictures:
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
+        self._paths = (str(folder.absolute()), str(folder.resolve()))
 
     def __getitem__(self, name: str) -> pathlib.Path:
         # A lost mount must stop the run. Without this check every record would be bad instead.
         require(self._folder.is_dir(), KEY, str(self._folder), FOLDER_AT_OPENING, BRING_BACK)
-        return self._folder / _inside(name)
+        paths = [self._folder / spelling for spelling in spellings(name, *self._paths)]
+        path = next(filter(os.path.isfile, paths), paths[0])
+        if os.path.isdir(path):
+            raise BadSample(f"no such picture file: {quoted(str(path))} is a folder")
+        return path
 
 
 class BucketPictures:
@@ -112,28 +152,31 @@ class BucketPictures:
 
     def __getitem__(self, name: str) -> bytes:
         folder = epath.Path(self._place)
-        try:
-            return (folder / _inside(name)).read_bytes()
-        except FileNotFoundError:
-            require(folder.is_dir(), KEY, self._place, FOLDER_AT_OPENING, BRING_BACK)
-            raise BadSample(f"no such picture: {folder / name}") from None
+        for spelling in spellings(name, self._place):
+            with contextlib.suppress(FileNotFoundError):
+                return (folder / spelling).read_bytes()
+        require(folder.is_dir(), KEY, self._place, FOLDER_AT_OPENING, BRING_BACK)
+        raise _missing(name, self._place)
+
+
+def _missing(name: str, place: object) -> BadSample:
+    return BadSample(f"no such picture in {shortened(str(place))}: {quoted(name)}")
 
 
 class TarPictures:
-    """Members of a tar.
+    """Members of a tar, also by the names of its hard and symbolic links.
 
     The offsets of all members are indexed once, at opening, and pickled with the object.
     """
 
     def __init__(self, path: pathlib.Path):
         self._file = LocalFile(path, KEY)
+        self._members: dict[str, tuple[int, int]] = {}  # name -> (start, size)
+        self._links: dict[str, str] = {}  # name -> the name that it stands for
         try:
             with tarfile.open(path, "r:") as archive:
-                self._members = {
-                    posixpath.normpath(member.name): (member.offset_data, member.size)
-                    for member in archive
-                    if member.isreg()
-                }
+                for member in archive:
+                    self._add(member)
                 end = archive.offset
         except tarfile.TarError as error:
             raise ConfigError(
@@ -147,12 +190,32 @@ class TarPictures:
             f"a whole tar; it breaks off at byte {end}, after {len(self._members)} files",
         )
 
+    def _add(self, member: tarfile.TarInfo) -> None:
+        name = normal(member.name.lstrip("/"))
+        if member.isreg():
+            self._members[name] = (member.offset_data, member.size)
+        elif member.islnk():
+            self._links[name] = normal(member.linkname.lstrip("/"))
+        elif member.issym():
+            self._links[name] = normal(posixpath.join(posixpath.dirname(name), member.linkname))
+
     def __getitem__(self, name: str) -> bytes:
-        member = self._members.get(_inside(name))
-        if member is None:
-            raise BadSample(f"no such picture in {self._file.path}: {name}")
-        start, size = member
-        return self._file.read(start, size)
+        plain = normal(spellings(name, str(self._file.path.absolute()))[0])
+        for _ in range(MOST_LINKS):
+            if plain in self._members:
+                start, size = self._members[plain]
+                return self._file.read(start, size)
+            plain = self._followed(plain)
+        raise _missing(name, self._file.path)
+
+    def _followed(self, name: str) -> str:
+        """Replaces the first part of a path that is a link, be it to a file or to a folder."""
+        parts = name.split("/")
+        for count in range(1, len(parts) + 1):
+            link = self._links.get("/".join(parts[:count]))
+            if link is not None:
+                return normal("/".join([link, *parts[count:]]))
+        return name
 
 
 class ZipPictures:
@@ -175,18 +238,39 @@ class ZipPictures:
         # by a count of its readers, and that count is not thread-safe.
         return zipfile.ZipFile(self._file.opened)
 
+    @functools.cached_property
+    def _members(self) -> dict[str, zipfile.ZipInfo]:
+        """Name in the normal form -> member."""
+        files = [member for member in self._archive.filelist if not member.is_dir()]
+        return {normal(member.filename.lstrip("/")): member for member in files}
+
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_archive"}
+        own = ("_archive", "_members")  # of this process
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def _member(self, name: str) -> zipfile.ZipInfo:
+        written, *others = spellings(name, str(self._file.path.absolute()))
+        exact = self._archive.NameToInfo.get(written) or self._members.get(normal(written))
+        if exact:
+            return exact
+        # Tools that do not mark a name as UTF-8 write it in the code page of their system, and
+        # zipfile decodes all of these as cp437.
+        for page in CODE_PAGES:
+            for spelling in (written, *others):
+                with contextlib.suppress(UnicodeError):
+                    decoded = normal(spelling.encode(page).decode("cp437"))
+                    member = self._members.get(decoded)
+                    if member and not member.flag_bits & IS_UTF8:
+                        return member
+        raise _missing(name, self._file.path)
 
     def __getitem__(self, name: str) -> bytes:
+        member = self._member(name)
+        if member.file_size > LARGEST:
+            size = member.file_size
+            raise BadSample(f"picture of more than {LARGEST} bytes: {quoted(name)} ({size})")
         try:
-            member = self._archive.getinfo(_inside(name))
-            if member.file_size > LARGEST:
-                size = member.file_size
-                raise BadSample(f"picture of more than {LARGEST} bytes: {name} ({size})")
             return self._archive.read(member)
-        except KeyError:
-            raise BadSample(f"no such picture in {self._file.path}: {name}") from None
         except (
             zipfile.BadZipFile,
             zlib.error,
@@ -194,7 +278,10 @@ class ZipPictures:
             NotImplementedError,
             RuntimeError,
         ) as error:
-            raise BadSample(f"unreadable in {self._file.path}: {name} ({error})") from None
+            raise BadSample(
+                f"unreadable in {shortened(str(self._file.path))}: {quoted(name)} "
+                f"({shortened(str(error))})"
+            ) from None
 
 
 ARCHIVES: dict[str, Callable[[pathlib.Path], Pictures]] = {".zip": ZipPictures, ".tar": TarPictures}

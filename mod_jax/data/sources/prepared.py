@@ -1,7 +1,8 @@
 """The prepared form of a source: a folder of array_record shards, and an index that names them.
 
 A record is a msgpack map {id: str, turns: [[question, answer], ...], rejected: str,
-images: [encoded bytes, ...]}. The index, index.json, is written last. It is
+images: [encoded bytes, ...]}. It may also have system: str, and unlearnt: [number of a turn, ...].
+The index, index.json, is written last. It is
 {format, records, shards: [{file, records, bytes}, ...], skipped: {reason: [[id, detail], ...]},
 source: the settings that the folder was made with}.
 """
@@ -33,9 +34,14 @@ def encode_record(record: Record) -> bytes:
       OSError: If a picture's file cannot be read.
     """
     images = [image if isinstance(image, bytes) else image.read_bytes() for image in record.images]
-    return msgpack.packb(
-        {"id": record.id, "turns": record.turns, "rejected": record.rejected, "images": images}
-    )
+    fields = {
+        "id": record.id,
+        "turns": record.turns,
+        "rejected": record.rejected,
+        "images": images,
+    }
+    optional = {"system": record.system, "unlearnt": record.unlearnt}
+    return msgpack.packb(fields | {key: value for key, value in optional.items() if value})
 
 
 def decode_record(data: bytes) -> Record:
@@ -47,7 +53,14 @@ def decode_record(data: bytes) -> Record:
     try:
         fields = msgpack.unpackb(data)
         turns = tuple((str(question), str(answer)) for question, answer in fields["turns"])
-        return Record(fields["id"], tuple(fields["images"]), turns, fields["rejected"])
+        return Record(
+            fields["id"],
+            tuple(fields["images"]),
+            turns,
+            fields["rejected"],
+            fields.get("system", ""),
+            tuple(fields.get("unlearnt", ())),
+        )
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise BadSample(f"not a prepared record: {error!r}") from None
 

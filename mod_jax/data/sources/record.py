@@ -2,11 +2,15 @@
 
 import dataclasses
 import pathlib
+import re
 
 from mod_jax.data import MARKER
 
 Picture = bytes | pathlib.Path  # an encoded picture, or its file
 Turns = tuple[tuple[str, str], ...]  # (question, answer) of each
+MOST_QUOTED = 80  # characters of what a user wrote that a message repeats
+# Placeholders of what is not supported. A tag that is closed is HTML that the text is about.
+LEFT_OVER = re.compile(r"<\|?(video|audio|speech|sound)(_pad|_?\d+)?\|?>", re.IGNORECASE)
 
 
 class BadSample(ValueError):
@@ -27,12 +31,18 @@ class Record:
         preference pair is the chosen one.
       rejected: The rejected answer to the last question of a preference pair; empty for a plain
         conversation.
+      system: The conversation's own system text; empty if it has that of the template.
+      unlearnt: Numbers of the turns whose answers are context only, not learnt.
+      unused: Keys of the entry that carry nothing for training. They do not make records differ.
     """
 
     id: str
     images: tuple[Picture, ...]
     turns: Turns
     rejected: str = ""
+    system: str = ""
+    unlearnt: tuple[int, ...] = ()
+    unused: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def is_pair(self) -> bool:
@@ -41,7 +51,10 @@ class Record:
 
 
 def check(record: Record) -> Record:
-    """Returns the record unchanged if its markers match its pictures and every turn has an answer.
+    """Returns the record unchanged if training can use it as it is.
+
+    Its markers match its pictures, every turn has an answer, one of them is learnt, there is
+    something to prefer in a pair, and no placeholder of a video or a sound is left in a text.
 
     Raises:
       BadSample: Otherwise.
@@ -56,16 +69,34 @@ def check(record: Record) -> Record:
         raise BadSample("question without an answer text")
     if any(MARKER in answer for answer in (*answers, record.rejected)):
         raise BadSample("picture token in an answer")
+    if MARKER in record.system:
+        raise BadSample("picture token in the system text")
     if markers > pictures:
         raise BadSample(f"picture token without picture: {markers} tokens, {pictures} pictures")
     if markers < pictures:
         raise BadSample(f"picture without picture token: {markers} tokens, {pictures} pictures")
+    if len(record.unlearnt) == len(answers):
+        raise BadSample("no answer is learnt")
+    if record.is_pair and _without_space(answers[-1]) == _without_space(record.rejected):
+        raise BadSample(f"chosen and rejected are the same text: {quoted(record.rejected)}")
+    for text in (record.system, *questions, *answers, record.rejected):
+        _check_text(text)
+    return record
+
+
+def _check_text(text: str) -> None:
+    found = LEFT_OVER.search(text)
+    if found and f"</{found[1].lower()}>" not in text.lower():
+        raise BadSample(f"{found[0]} in a text: only pictures are supported")
     try:
-        "".join((*questions, *answers, record.rejected)).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         surrogate = error.object[error.start]
         raise BadSample(f"unpaired surrogate in the text ({surrogate!a})") from None
-    return record
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def without_pictures(record: Record) -> Record:
@@ -79,3 +110,19 @@ def without_pictures(record: Record) -> Record:
 def printable(name) -> str:
     """Returns `name` as text that can be written as UTF-8: unpaired surrogates are escaped."""
     return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def quoted(value: object) -> str:
+    """Returns what a user wrote as a message quotes it: in one line of at most MOST_QUOTED.
+
+    The middle of a longer text is left out, as a path is told by its end.
+    """
+    return f"{shortened(value)!r}" if isinstance(value, str) else shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """Returns a text in at most MOST_QUOTED characters; "..." stands for its middle."""
+    if len(text) <= MOST_QUOTED:
+        return text
+    kept = (MOST_QUOTED - 3) // 2
+    return f"{text[:kept]}...{text[-kept:]}"

@@ -1,17 +1,21 @@
 """Data sets of TFDS, prepared as array_record, which allows random access without TensorFlow."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from mod_jax.config import ConfigError, require
+from mod_jax.data.sources import keys
 from mod_jax.data.sources.array_record import index_of_split, read_stored
 from mod_jax.data.sources.llava_form import Reader, read_chat, read_pair
+from mod_jax.data.sources.pictures import NoPictures
 from mod_jax.data.sources.record import BadSample, Record, printable
 
 KEY = "data.sources.path"
@@ -44,15 +48,20 @@ def _is_picture(feature) -> bool:
     return isinstance(inner, features.Image)
 
 
-def _text(value: bytes) -> str:
-    return value.decode()
-
-
-def _messages(value: dict) -> list[dict]:
-    return [
-        {"from": speaker.decode(), "value": text.decode()}
-        for speaker, text in zip(value["from"], value["value"])
-    ]
+def _plain(value: Any) -> Any:
+    """Turns a value of TFDS into the types of JSON: texts, numbers, lists, and messages."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        columns = {key: _plain(column) for key, column in value.items()}
+        if not all(isinstance(column, list) for column in columns.values()):
+            return columns
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 class _Form(NamedTuple):
@@ -61,31 +70,32 @@ class _Form(NamedTuple):
     Attributes:
       keys: The features that hold the texts.
       fits: Whether a feature has the type that this form needs.
-      convert: Turns the value of such a feature into texts.
-      read: Makes a record of the converted texts.
+      read: Makes a record of the entry.
     """
 
     keys: tuple[str, ...]
     fits: Callable[[Any], bool]
-    convert: Callable[[Any], Any]
     read: Reader
 
 
 FORMS = (
-    _Form(("conversations",), _is_messages, _messages, read_chat),
-    _Form(("chosen", "rejected"), _is_messages, _messages, read_pair),
-    _Form(("question", "chosen", "rejected"), _is_text, _text, read_pair),
+    _Form(("conversations",), _is_messages, read_chat),
+    _Form(("chosen", "rejected"), _is_messages, read_pair),
+    _Form(("question", "chosen", "rejected"), _is_text, read_pair),
+    _Form(("prompt", "chosen", "rejected"), _is_text, read_pair),
 )
 EXPECTED = (
-    "conversations, or chosen and rejected, as sequences of {from, value}, or question, chosen and "
-    "rejected as texts; image, one or a sequence, and id are optional"
+    "conversations, or chosen and rejected, as sequences of {from, value}, or question (or "
+    "prompt), chosen and rejected as texts; image or images, one or a sequence, system and id are "
+    "optional"
 )
 
 
 class TfdsSource:
     """Random access to a split of a data set whose features are one of `FORMS`.
 
-    The features `image` (an Image, or a Sequence of them) and `id` are optional.
+    The features `image` or `images` (an Image, or a Sequence of them), `system` and `id` are
+    optional. Of the others, those are read that matter by their names (`keys`).
     """
 
     def __init__(self, path: str, split: str):
@@ -108,7 +118,7 @@ class TfdsSource:
             for form in FORMS
             if all(key in known and form.fits(known[key]) for key in form.keys)
         ]
-        pictures_fit = "image" not in known or _is_picture(known["image"])
+        pictures_fit = all(_is_picture(known[key]) for key in keys.PICTURES if key in known)
         found = " ".join(str(builder.info.features).split())
         require(
             len(forms) > 0 and pictures_fit,
@@ -117,8 +127,11 @@ class TfdsSource:
             f"a data set with the features {EXPECTED}; it has {found}",
         )
         self._form = forms[0]
+        self._read = [key for key in known if keys.may_matter(key)]
+        self._unread = tuple(key for key in known if not keys.may_matter(key))
+        self._pictures = frozenset(key for key, feature in known.items() if _is_picture(feature))
         self._index = index_of_split(splits[split])
-        decoders = {key: _Encoded() for key, feature in known.items() if _is_picture(feature)}
+        decoders = {key: _Encoded() for key in self._pictures}
         try:
             self._records = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError:
@@ -143,13 +156,17 @@ class TfdsSource:
 
     def __getitem__(self, number: int) -> Record:
         fields = read_stored(self._records, number, self._folder)
-        pictures = fields.get("image") or ()
-        images = (pictures,) if isinstance(pictures, bytes) else tuple(pictures)
         try:
-            entry = {key: self._form.convert(fields[key]) for key in self._form.keys}
+            entry = {key: self._value(key, fields[key]) for key in self._read}
         except UnicodeDecodeError as error:
             raise BadSample(f"text is not UTF-8: {error}") from None
-        return self._form.read(entry, _name(fields, number), images)
+        record = self._form.read(entry, _name(fields, number), NoPictures())
+        return dataclasses.replace(record, unused=record.unused + self._unread)
+
+    def _value(self, key: str, value: Any) -> Any:
+        if key not in self._pictures:
+            return _plain(value)
+        return value if isinstance(value, bytes) or value is None else list(value)
 
 
 def _name(fields: dict, number: int) -> str:
