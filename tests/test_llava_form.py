@@ -370,9 +370,10 @@ def whole(question, answer):
     ({"prompt": "Q", "chosen": "A"}, "a pair without rejected or rejected_response: it has prompt"),
     ({"chosen": "A", "rejected": "B"}, "a pair without conversations or messages or prompt"),
     ({"prompt": "Q", "response_a": "A", "response_b": "B"}, "a pair without rejected"),
-    ({"prompt": "Q", "Chosen": "A", "rejected": "B"}, "key 'Chosen' is not known: expected 'chosen'"),
+    ({"prompt": "Q", "Chosen": "A", "rejected": "B"},
+     "key 'Chosen' is not known: expected 'chosen'"),
     ({"prompt": "Q", "chosen": gpt("A") | {"loss": False}, "rejected": "B"}, "no answer is learnt"),
-    ({"prompt": "Q", "chosen": [], "rejected": []}, r"turns|answer"),
+    ({"prompt": "Q", "chosen": [], "rejected": []}, "turns|answer"),
     ({"prompt": "Q", "chosen": "", "rejected": "B"}, "chosen or rejected without an answer text"),
     ({"prompt": 3, "chosen": "A", "rejected": "B"}, "conversation is not a list"),
 ])  # fmt: skip
