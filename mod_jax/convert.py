@@ -24,7 +24,7 @@ from mod_jax.interop.loading import open_pretrained, open_source
 from mod_jax.interop.native import save_native
 from mod_jax.interop.pretrained import Config, Pretrained
 from mod_jax.interop.processor import check_picture_id, check_rows
-from mod_jax.sharding import AXES, make_mesh
+from mod_jax.sharding import AXES, check_platform, make_mesh
 
 
 def mesh_sizes(text: str) -> MeshConfig:
@@ -194,6 +194,7 @@ def cli() -> None:
     """Runs the command; an expected error is printed on one line, with exit code 1."""
     options = parser().parse_args()
     try:
+        check_platform()
         options.run(options)
     except ConfigError as error:
         sys.exit(f"error: {error}")

@@ -5,6 +5,7 @@ data x fsdp x expert.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -30,6 +31,25 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
+def check_platform() -> None:
+    """Checks that JAX finds devices: the first thing that a command asks of it.
+
+    Raises:
+      ConfigError: If JAX_PLATFORMS names a platform that has no device here.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for cuda without its plugin
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if not platforms:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"JAX_PLATFORMS = {platforms!r}: expected platforms that have a device here. Unset it "
+            f"to let JAX choose, or set it to cpu. JAX says: {reason}"
+        ) from error
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run.
 
@@ -38,8 +58,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       devices: Devices of the mesh; all devices by default.
 
     Raises:
-      ConfigError: If the product of the axes is not the number of devices.
+      ConfigError: If the product of the axes is not the number of devices, or as
+        `check_platform`.
     """
+    check_platform()
     devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
     sizes = dict(zip(AXES, shape))

@@ -3,6 +3,11 @@
 A size that does not divide over the mesh is named before anything runs.
 """
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from mod_jax.config import ConfigError, MeshConfig
 from mod_jax.sharding import (
     AXES,
     RULES,
+    check_platform,
     check_rows,
     constrain_rows,
     make_mesh,
@@ -20,6 +26,7 @@ from mod_jax.sharding import (
     row_sharding,
 )
 
+ROOT = pathlib.Path(__file__).parents[1]
 MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 
 
@@ -145,3 +152,60 @@ def test_activations_stay_split_by_rows_under_a_mesh_and_as_they_are_without():
         y = jax.jit(constrain_rows)(x)
     np.testing.assert_array_equal(y, x)
     assert y.sharding.is_equivalent_to(row_sharding(mesh), 2)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        # what jax raises for tpu and for cuda, without the device or the plugin
+        (RuntimeError("Unable to initialize backend 'tpu':\nno libtpu"), "'tpu': no libtpu"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_platform_without_a_device_is_one_line(error, said, monkeypatch):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ConfigError) as caught:
+        make_mesh(MeshConfig())
+    assert str(caught.value).startswith("JAX_PLATFORMS = 'cuda': expected ")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_devices_that_fail_though_no_platform_was_asked_for_are_no_fault_of_the_variable(
+    monkeypatch,
+):
+    def devices():
+        raise RuntimeError("no answer from the coordinator")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(RuntimeError, match="no answer from the coordinator"):
+        check_platform()
+
+
+def test_each_command_says_in_one_line_that_a_platform_is_not_there(tmp_path):
+    commands = [
+        ["train", "--config=configs/quickstart.py", f"--workdir={tmp_path}/run"],
+        ["generate", "--model=assets/scenes/teacher"],
+        ["convert", "export", "assets/scenes/teacher", f"{tmp_path}/exported"],
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"mod_jax.{command}", *options],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "abacus"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command, *options in commands
+    ]  # at the same time, as importing takes most of theirs
+    for process in processes:
+        _, stderr = process.communicate()
+        assert process.returncode == 1
+        (line,) = stderr.splitlines()
+        assert line.startswith("error: JAX_PLATFORMS = 'abacus': expected ")
+        assert "Unset it" in line
+    assert not list(tmp_path.iterdir())

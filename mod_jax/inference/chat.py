@@ -29,6 +29,7 @@ from mod_jax.interop.loading import open_whole
 from mod_jax.interop.pretrained import read
 from mod_jax.interop.processor import chat_template
 from mod_jax.recipe import is_run, open_run
+from mod_jax.sharding import check_platform
 
 # Lengths are rounded up to a multiple of this, so that a later question of a similar length runs
 # the same compiled program.
@@ -235,6 +236,7 @@ def load(
     path, stage: str | None = None, dtype: str = "float32", template: str | None = None
 ) -> Chat:
     """Loads a model and its processor; see `mod_jax.load`."""
+    check_platform()
     if is_run(path):
         recipe, stage = open_run(path, stage)
         student = recipe.student_after(stage)
