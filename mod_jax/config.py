@@ -495,8 +495,10 @@ class ObjectiveConfig(Checked):
       z_weight: Weight of the router's z-loss.
       compat: Whether to reproduce four differences of the authors' code: the KL mask is taken from
         unshifted labels, so the first token of an answer is not distilled and the position after
-        the last one is; cross-entropy replaces the KL; a mimic objective with a next-token loss
-        counts the balance loss twice; the KL of KTO is that of the micro-batch and has a gradient.
+        the last one is (not after the last answer of a sample: the authors' code distills there
+        too, but here the last end token is no input); cross-entropy replaces the KL; a mimic
+        objective with a next-token loss counts the balance loss twice; the KL of KTO is that of the
+        micro-batch and has a gradient.
     """
 
     KEY = "objective"

@@ -76,7 +76,9 @@ def compared_positions(config: ObjectiveConfig, batch: Batch) -> Array:
 
     With `compat` the mask comes from labels that were not shifted, as in the reference code: a
     position counts if its own token is a target. So the first token of an answer is never
-    distilled, and the position after the last one is.
+    distilled, and the position after the last one is. One position of the reference code per sample
+    is missing: the end token of a sample's last answer, which no loss needs as an input. Reading it
+    would make every sample longer, with other rows for the same data.
     """
     segment, next_segment = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
     branch, next_branch = batch.branch_ids[:, :-1], batch.branch_ids[:, 1:]
