@@ -15,7 +15,7 @@ import mod_jax
 from mod_jax.config import require
 from mod_jax.data.samples.pixels import Picture
 from mod_jax.data.scenes.builder import load_scenes, read_objects
-from mod_jax.recipe import open_run
+from mod_jax.runs.folder import open_run
 
 RUN = flags.DEFINE_string("run", None, "Folder of a run.")
 STAGE = flags.DEFINE_string(

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import uuid
 from collections.abc import Sequence
 
 import jax
@@ -17,27 +18,53 @@ from jax.sharding import Mesh
 
 from mod_jax.config import (
     ConfigError,
-    MeshConfig,
+    ModelConfig,
     ModelSource,
     RecipeConfig,
     StageConfig,
-    from_dict,
     require,
 )
 from mod_jax.data.batches.pipeline import Batches
 from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.data.sources.kinds import Source
 from mod_jax.interop.model import Model, load_model
-from mod_jax.models.upcycle import upcycle
+from mod_jax.interop.vocabulary import check_vocabulary
+from mod_jax.models.upcycle import sparse_config, upcycle
 from mod_jax.models.vision import TOWER_PREFIX
-from mod_jax.sharding import make_mesh
-from mod_jax.storage.atomic import write_json
 from mod_jax.storage.place import moved
 from mod_jax.training import checkpoint, loop
+from mod_jax.training.identity import ACCUMULATION, TRAINING, check_same
 from mod_jax.training.state import Frozen, make_optimizer, new_state, split_trained
 
-# Key of config.json: the current folder of the command that wrote it.
-STARTED_IN = "started_in"
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage, as far as it is known before the stages ahead of it have run.
+
+    Attributes:
+      student: Configuration of its student.
+      shapes: Name -> ShapeDtypeStruct, the parameters of its student.
+      teacher: Its teacher; None if the objective needs none.
+      trained: Names of the parameters that it trains.
+      frozen: Names of the parameters that it only reads.
+      data: Its batches; none has been read.
+      program: Its train step, not compiled.
+    """
+
+    student: ModelConfig
+    shapes: dict
+    teacher: Model | None
+    trained: list[str]
+    frozen: list[str]
+    data: Batches
+    program: loop.Program
+
+    def split(self, params: dict) -> tuple[dict, Frozen]:
+        """Splits the student's parameters into those it trains, and all that it only reads."""
+        return {name: params[name] for name in self.trained}, Frozen(
+            {name: params[name] for name in self.frozen},
+            _without_tower(self.teacher.params) if self.teacher else {},
+        )
 
 
 class Recipe:
@@ -48,29 +75,34 @@ class Recipe:
       workdir: Folder of the run; a stage writes to stages/NAME/{checkpoints, metrics.jsonl, events,
         parameters.txt}.
       mesh: Mesh to run on; while stages run it has to be the ambient one too (`jax.set_mesh`).
-      start: Folder from which relative paths start; "" is the current one. What is not there is
-        looked for around `workdir` (`storage.place.moved`).
+      start: Of a run that is only read, the folder from which its relative paths start; what is
+        not there is looked for around `workdir` (`storage.place.moved`). None takes all paths as
+        they are, from the current folder.
     """
 
-    def __init__(self, config: RecipeConfig, workdir: pathlib.Path, mesh: Mesh, start: str = ""):
+    def __init__(
+        self, config: RecipeConfig, workdir: pathlib.Path, mesh: Mesh, start: str | None = None
+    ):
         self.config = config
         self.workdir = pathlib.Path(workdir).absolute()
         self.mesh = mesh
         self._start = start
         self.tokenizer = load_tokenizer(self.find(config.tokenizer))
         self._students: dict[str, Model] = {}
+        self._plans: dict[str, Plan] = {}
 
     @functools.cached_property
     def teacher(self) -> Model:
         """The recipe's teacher.
 
         Raises:
-          ConfigError: if the recipe names none, or if its vision tower is not the student's.
+          ConfigError: if the recipe names none, or if its vision tower or its vocabulary is not
+            the student's.
         """
         source = self.config.teacher
         if source is None:
             raise ConfigError("teacher = None: expected a model source. Set config.teacher.")
-        model = self._load(source, "none")
+        model = self._load("teacher", source, "none")
         student = self._first_student
         require(
             model.config.vision == student.config.vision,
@@ -90,13 +122,21 @@ class Recipe:
 
     @functools.cached_property
     def _first_student(self) -> Model:
-        return self._load(self.config.student, self.config.remat)
+        return self._load("student", self.config.student, self.config.remat)
+
+    @functools.cached_property
+    def _student_identity(self) -> dict:
+        return self._first_student.identity(self._first_student.params)
+
+    @functools.cached_property
+    def _teacher_identity(self) -> dict:
+        return self.teacher.identity(self.teacher.params)
 
     def find(self, path: str) -> str:
         """Returns where a path of the configuration is."""
-        return moved(path, self._start, self.workdir)
+        return path if self._start is None else moved(path, self._start, self.workdir)
 
-    def _load(self, source: ModelSource, remat: str) -> Model:
+    def _load(self, key: str, source: ModelSource, remat: str) -> Model:
         source = dataclasses.replace(
             source,
             folder=self.find(source.folder),
@@ -104,18 +144,23 @@ class Recipe:
             vision_tower=self.find(source.vision_tower),
             adaptor=self.find(source.adaptor),
         )
-        model = load_model(source, self.tokenizer, self.config.dtype, remat)
-        positions = model.config.decoder.max_positions
-        lengths = {
-            name: self.config.stages[name].data.sequence_length for name in self.config.order
-        }
-        require(
-            max(lengths.values()) <= positions,
-            "data.sequence_length",
-            lengths,
-            f"at most {positions}, the longest sequence that {model.origin} supports",
-        )
-        return model
+        check_vocabulary(key, source, self.tokenizer)
+        return load_model(source, self.tokenizer, self.config.dtype, remat)
+
+    def _shapes_before(self, name: str) -> tuple[ModelConfig, dict]:
+        """Returns configuration and shapes of `student_before`, which may not exist yet."""
+        stage = self.config.stages[name]
+        if stage.starts_from:
+            config, shapes = self._shapes_before(stage.starts_from)
+        else:
+            config = self._first_student.config
+            shapes = jax.eval_shape(lambda: self._first_student.params)
+        if stage.upcycle is None:
+            return config, shapes
+        moe = stage.upcycle
+        key = jax.random.key(stage.seed)
+        shapes = jax.eval_shape(lambda dense: upcycle(dense, config, moe, key)[0], shapes)
+        return sparse_config(config, moe), shapes
 
     def student_before(self, name: str) -> Model:
         """Returns the student that stage `name` starts from, upcycled if the stage says so."""
@@ -139,7 +184,7 @@ class Recipe:
         return self._students[name]
 
     def _restore(self, name: str) -> Model:
-        """Puts the student of a finished stage together, on one device."""
+        """Puts the student of a finished stage together, in the memory of the host."""
         before = self.student_before(name)
         stage = self.config.stages[name]
         with contextlib.closing(self._checkpoints(name)) as saved:
@@ -150,8 +195,8 @@ class Recipe:
                 f"a checkpoint of its last step {stage.steps} under {saved.folder}",
                 "Run it first.",
             )
-            # The teacher's identity is not compared: it is not needed to put the student together.
-            loop.check_same(saved.metadata(stage.steps), self._metadata(name, before), saved.folder)
+            # Teacher and data are not compared: they are not needed to put the student together.
+            check_same(saved.metadata(stage.steps), self._identity(name), name, self._folder(name))
             trained, _ = split_trained(before.params, stage.trains)
             optimizer = make_optimizer(stage.optimizer, stage.steps)
             shapes = jax.eval_shape(
@@ -161,70 +206,154 @@ class Recipe:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             shardings = jax.tree.map(lambda _: device, shapes)
             state = saved.restore(stage.steps, checkpoint.abstract(shapes, shardings), None)
-        return _after(name, before, state.params)
+        # Arrays of one device could not be used together with those of a mesh of several.
+        return _after(name, before, jax.device_get(state.params))
+
+    def _folder(self, name: str) -> pathlib.Path:
+        return self.workdir / "stages" / name
 
     def _checkpoints(self, name: str) -> checkpoint.Checkpoints:
-        folder = self.workdir / "stages" / name / "checkpoints"
+        folder = self._folder(name) / "checkpoints"
         return checkpoint.Checkpoints(folder, self.config.keep_checkpoints)
 
-    def _metadata(self, name: str, student: Model, teacher: Model | None = None) -> dict:
-        """Returns the metadata of a stage's checkpoints.
+    def saved(self, name: str) -> tuple[int, dict] | None:
+        """Returns step and metadata of a stage's newest checkpoint that can be read, or None.
 
-        They are the stage's configuration, and the identity of the parameters that it only reads.
+        Raises:
+          Unreadable: if there are checkpoints, but none can be read.
         """
-        _, frozen = split_trained(student.params, self.config.stages[name].trains)
-        metadata = {"config": self._resolved(name), "student": student.identity(frozen)}
-        if teacher:
-            metadata["teacher"] = teacher.identity(teacher.params)
-        return metadata
+        with contextlib.closing(self._checkpoints(name)) as saved:
+            return saved.newest()
+
+    def is_finished(self, name: str) -> bool:
+        """Returns whether a stage has a checkpoint of its last step."""
+        saved = self.saved(name)
+        return saved is not None and saved[0] == self.config.stages[name].steps
+
+    def _training(self, name: str) -> str | None:
+        """Returns the id of a stage's training: it is another one whenever the stage begins anew.
+
+        None if the stage has not saved anything.
+        """
+        saved = self.saved(name)
+        return saved[1].get(TRAINING) if saved else None
+
+    def _identity(self, name: str) -> dict:
+        """Returns metadata that a stage's checkpoints share with any run that may continue them.
+
+        They are the stage's configuration, the content of the recipe's student, and the training of
+        the stage before, which its own metadata tie to all that it started from.
+        """
+        before = self.config.stages[name].starts_from
+        return {
+            "config": self._resolved(name),
+            "student": self._student_identity,
+            "starts_from": {before: self._training(before)} if before else {},
+        }
+
+    def _identity_of_inputs(self, plan: Plan) -> dict:
+        """Returns the part of the metadata that only training needs: of the data and the teacher.
+
+        A source that grew since a stop would change the batches.
+        """
+        sources = enumerate(plan.data.sources)
+        metadata = {"data": {str(number): source.identity for number, source in sources}}
+        return metadata | ({"teacher": self._teacher_identity} if plan.teacher else {})
 
     def _resolved(self, name: str) -> dict:
         """Returns the stage's configuration without what may change while it runs."""
         config = json.loads(json.dumps(dataclasses.asdict(self.config.stages[name])))
-        del config["checkpoint_every"], config["max_nonfinite_steps"]
+        del config["accumulation"], config["checkpoint_every"], config["max_nonfinite_steps"]
         del config["data"]["max_bad_share"], config["data"]["workers"]
         return config
 
-    def check(self) -> None:
-        """Compares the configuration with that of every checkpoint that is there.
+    def compare_settings(self, name: str) -> None:
+        """Compares a stage's configuration with its newest checkpoint; opens nothing else.
 
         Raises:
           ConfigError: naming each difference.
         """
-        for name in self.config.order:
-            with contextlib.closing(self._checkpoints(name)) as saved:
-                if saved.latest is not None:
-                    metadata = {"config": self._resolved(name)}
-                    loop.check_same(saved.metadata(saved.latest), metadata, saved.folder)
+        self._compare(name, {"config": self._resolved(name)})
 
-    def run(self, name: str) -> Model:
-        """Runs a stage to its end, or finds that it has ended, and returns its student."""
+    def compare(self, name: str, inputs: bool) -> None:
+        """Compares a stage with its newest checkpoint, if it has any.
+
+        Args:
+          name: Name of the stage.
+          inputs: Whether its data and its teacher are compared too.
+        Raises:
+          ConfigError: naming each difference.
+        """
+        read = self._identity_of_inputs(self.plan(name)) if inputs else {}
+        self._compare(name, self._identity(name) | read)
+
+    def _compare(self, name: str, metadata: dict) -> None:
+        saved = self.saved(name)
+        if saved is not None:
+            check_same(saved[1], metadata, name, self._folder(name))
+
+    def plan(self, name: str) -> Plan:
+        """Opens all that a stage reads, and checks that it fits together; trains nothing.
+
+        Raises:
+          ConfigError: for whatever does not fit.
+        """
+        if name not in self._plans:
+            self._plans[name] = self._plan(name)
+        return self._plans[name]
+
+    def _plan(self, name: str) -> Plan:
         stage = self.config.stages[name]
-        before = self.student_before(name)
+        student, shapes = self._shapes_before(name)
+        trained, frozen = split_trained(shapes, stage.trains)
         teacher = self.teacher if stage.objective.needs_teacher else None
-        trained, frozen = split_trained(before.params, stage.trains)
         if teacher and any(name.startswith(TOWER_PREFIX) for name in trained):
             raise ConfigError(
                 f"stages.{name}.trains = {stage.trains!r}: expected the vision tower frozen, as "
                 "the teacher reads its features too."
             )
+        _check_length(name, stage, self._first_student)
+        if teacher:
+            _check_length(name, stage, teacher)
         shard = (jax.process_index(), jax.process_count())
-        data = Batches(stage.data, self.tokenizer, before.config, stage.rows, shard)
-        with contextlib.closing(data):
-            check_pairs(name, stage, data.sources)
+        data = Batches(stage.data, self.tokenizer, student, stage.rows, shard)
+        check_pairs(name, stage, data.sources)
+        read = Frozen(
+            {name: shapes[name] for name in frozen},
+            _without_tower(teacher.params) if teacher else {},
+        )
+        program = loop.make_program(
+            stage,
+            student,
+            teacher.config if teacher else None,
+            self.mesh,
+            {name: shapes[name] for name in trained},
+            read,
+        )
+        return Plan(student, shapes, teacher, trained, frozen, data, program)
+
+    def run(self, name: str) -> Model:
+        """Runs a stage to its end, or finds that it has ended, and returns its student."""
+        plan = self.plan(name)
+        del self._plans[name]  # its batches can be read only once
+        with contextlib.closing(plan.data):
+            before = self.student_before(name)
+            trained, frozen = plan.split(before.params)
+            stage = self.config.stages[name]
             work = loop.Stage(
                 name=name,
                 config=stage,
-                student=before.config,
-                teacher=teacher.config if teacher else None,
-                trained={name: before.params[name] for name in trained},
-                frozen=Frozen(
-                    {name: before.params[name] for name in frozen},
-                    _without_tower(teacher.params) if teacher else {},
-                ),
-                data=data,
-                folder=self.workdir / "stages" / name,
-                metadata={**self._metadata(name, before, teacher), "data": _identities(data)},
+                program=plan.program,
+                trained=trained,
+                frozen=frozen,
+                data=plan.data,
+                folder=self._folder(name),
+                metadata={
+                    **self._identity(name),
+                    **self._identity_of_inputs(plan),
+                    TRAINING: self._training(name) or uuid.uuid4().hex,
+                    ACCUMULATION: stage.accumulation,
+                },
             )
             params = loop.run(work, self.mesh, self.config.keep_checkpoints, self.config.log_every)
         self._students[name] = _after(name, before, params)
@@ -236,9 +365,15 @@ def _after(stage: str, before: Model, trained: dict) -> Model:
     return Model(before.config, {**before.params, **trained}, f"stage {stage}")
 
 
-def _identities(data: Batches) -> dict:
-    """Returns the identity of each source: one that grew since a stop would change the batches."""
-    return {str(number): source.identity for number, source in enumerate(data.sources)}
+def _check_length(name: str, stage: StageConfig, model: Model) -> None:
+    """Refuses rows that are longer than the sequences that a model supports."""
+    require(
+        stage.data.sequence_length <= model.config.decoder.max_positions,
+        f"stages.{name}.data.sequence_length",
+        stage.data.sequence_length,
+        f"at most {model.config.decoder.max_positions}, the longest sequence that {model.origin} "
+        "supports",
+    )
 
 
 def _without_tower(params: dict) -> dict:
@@ -270,38 +405,3 @@ def check_pairs(name: str, stage: StageConfig, sources: Sequence[Source]) -> Non
         wrong,
         "pairs for a preference objective and chats for the others",
     )
-
-
-def write_config(config: RecipeConfig, workdir: pathlib.Path) -> None:
-    """Writes config.json of a run, and the folder from which its relative paths start."""
-    start = str(pathlib.Path().absolute())
-    write_json(workdir / "config.json", dataclasses.asdict(config) | {STARTED_IN: start})
-
-
-def is_run(path) -> bool:
-    """Returns whether a folder is one that `mod_jax.train` made."""
-    path = pathlib.Path(path) / "config.json"
-    return path.is_file() and "stages" in json.loads(path.read_text())
-
-
-def open_run(folder, stage: str | None = None) -> tuple[Recipe, str]:
-    """Opens a run to read its students on one device, whatever it was trained on.
-
-    Args:
-      folder: Folder of the run.
-      stage: Name of a stage; None for the last one.
-    Returns:
-      The recipe, and the name of the stage.
-    Raises:
-      ConfigError: if the folder is no run, or has no such stage.
-    """
-    require(
-        is_run(folder), "run", str(folder), "a folder that mod_jax.train made, with its config.json"
-    )
-    values = json.loads((pathlib.Path(folder) / "config.json").read_text())
-    start = values.pop(STARTED_IN, "")
-    config = from_dict(RecipeConfig, values)
-    stage = stage or config.order[-1]
-    require(stage in config.stages, "stage", stage, f"one of {config.order}")
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    return Recipe(config, pathlib.Path(folder), mesh, start), stage

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mod_jax.config import ConfigError, MeshConfig, require
 
@@ -130,6 +130,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Number of devices, or of groups of them, that the rows of a batch are split over."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def check_rows(mesh: Mesh, rows: int, accumulation: int) -> None:
     """Checks that micro-batches split evenly over the devices.
 
@@ -141,7 +146,7 @@ def check_rows(mesh: Mesh, rows: int, accumulation: int) -> None:
     Raises:
       ConfigError: If the rows of a micro-batch do not divide over the row axes of the mesh.
     """
-    ways = math.prod(mesh.shape[axis] for axis in ROWS)
+    ways = row_ways(mesh)
     require(
         (rows // accumulation) % ways == 0,
         "rows / accumulation",

@@ -12,10 +12,12 @@ import torch
 from small import DENSE, FEATURES, IDS, IMAGE_SIZE, SPARSE, params_of
 
 from mod_jax.batch import Batch
+from mod_jax.config import MeshConfig
 from mod_jax.data.samples.tokenizer import scenes_tokenizer, text_encoder
 from mod_jax.data.samples.tokens import ChatFormat, tokenize_prompt
 from mod_jax.inference.generation import Prompts, Question, answer, generate
 from mod_jax.models import llava
+from mod_jax.sharding import make_mesh, parameter_shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -174,6 +176,22 @@ def test_answer_is_the_text_of_the_naive_loop_in_batches_of_two():
         wanted.append(tokenizer.decode(new_ids, skip_special_tokens=True))
     assert answer(SPARSE, params, tokenizer, "brief", QUESTIONS, 2, NEW) == wanted
     assert all(wanted) and len(set(wanted)) > 2
+
+
+def test_answers_of_a_mesh_are_those_of_one_device():
+    """Three questions do not divide over eight devices, and the experts exchange their tokens."""
+    tokenizer = scenes_tokenizer()
+    config = dataclasses.replace(SPARSE, end_token_id=tokenizer.eos_token_id)
+    params = params_of(SPARSE)
+    asked = [Question(f"how many {word}?", ()) for word in ("red", "ring", "cross")]
+    ask = functools.partial(answer, config, tokenizer=tokenizer, template="brief", questions=asked)
+    wanted = ask(params, max_new_tokens=4)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    placed = jax.device_put(params, parameter_shardings(mesh, params, llava.axes(config)))
+    with jax.set_mesh(mesh):
+        assert ask(placed, max_new_tokens=4) == wanted
+        assert ask(placed, rows=2, max_new_tokens=4) == wanted
+    assert len(set(wanted)) > 1
 
 
 def test_markers_without_their_pictures_are_refused():

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mod_jax.config import MeshConfig, ModelConfig, StageConfig, from_dict
+from mod_jax.config import MeshConfig, StageConfig, from_dict
 from mod_jax.data.batches.streams import Counts
 from mod_jax.sharding import make_mesh, replicated
 from mod_jax.training import log, loop
 from mod_jax.training.checkpoint import Checkpoints
 from mod_jax.training.interrupt import Stopped
 from mod_jax.training.log import IN_FLIGHT, NotFinite
-from mod_jax.training.state import Frozen, TrainState, new_state
+from mod_jax.training.state import Frozen, TrainState, make_optimizer, new_state
 
 SAMPLES = np.array([[4, -1], [1, 0]], np.int32)
 
@@ -45,11 +45,15 @@ class Data:
         self.sources = [Source(["a", "b"]), Source(["c", "d", "e"])]
         self.before = before
         self.taken = 0
+        self.judged = []
 
     @property
     def skips(self):
-        """Of n batches read, n records were skipped and 2 n truncated."""
-        return types.SimpleNamespace(total=Counts(9, 2 * self.taken, self.taken))
+        """Of n batches read, n records were skipped and 2 n truncated, of two sources together."""
+        counts = [Counts(9, 2 * self.taken, self.taken), Counts(9, 0, 0)]
+        return types.SimpleNamespace(
+            by_source=counts, judge=self.judged.append, unused_keys=lambda: ["source a: keys"]
+        )
 
     def __next__(self):
         self.taken += 1
@@ -72,21 +76,15 @@ def run(tmp_path, monkeypatch):
     def run(data: Data, bad=(), log_every: int = 1, keep: int = 2, **changes):
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
-        def make_train_step(config, student, teacher, optimizer, mesh, trained, frozen):
-            def step(state: TrainState, frozen, number: int):
-                finite = number not in bad
-                params = {"w": state.params["w"] + finite}
-                values = {
-                    "loss": (jnp.float32(number if finite else 0), jnp.float32(finite)),
-                    "nonfinite": (jnp.float32(not finite), jnp.float32(1)),
-                }
-                return dataclasses.replace(state, step=state.step + 1, params=params), values
+        def step(state: TrainState, frozen, number: int):
+            finite = number not in bad
+            params = {"w": state.params["w"] + finite}
+            values = {
+                "loss": (jnp.float32(number if finite else 0), jnp.float32(finite)),
+                "nonfinite": (jnp.float32(not finite), jnp.float32(1)),
+            }
+            return dataclasses.replace(state, step=state.step + 1, params=params), values
 
-            shapes = jax.eval_shape(lambda params: new_state(params, optimizer), trained)
-            shardings = jax.tree.map(lambda _: replicated(mesh), shapes)
-            return step, shardings, Frozen({}, {})
-
-        monkeypatch.setattr(loop, "make_train_step", make_train_step)
         values = {
             "trains": ("w",),
             "objective": {},
@@ -94,12 +92,16 @@ def run(tmp_path, monkeypatch):
             "steps": 7,
             "checkpoint_every": 3,
         }
+        config = from_dict(StageConfig, values | changes)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        trained = {"w": jnp.zeros(2)}
+        shapes = jax.eval_shape(lambda params: new_state(params, optimizer), trained)
+        shardings = jax.tree.map(lambda _: replicated(mesh), shapes)
         stage = loop.Stage(
             name="small",
-            config=from_dict(StageConfig, values | changes),
-            student=ModelConfig(),
-            teacher=None,
-            trained={"w": jnp.zeros(2)},
+            config=config,
+            program=loop.Program(optimizer, step, shardings, Frozen({}, {})),
+            trained=trained,
             frozen=Frozen({}, {}),
             data=data,
             folder=tmp_path,
@@ -132,9 +134,11 @@ def test_a_last_step_that_checkpoint_every_does_not_divide_is_saved(run, tmp_pat
 
 def test_rows_count_records_skipped_and_truncated_until_their_step(run, tmp_path):
     """The last step has a row, whether `log_every` divides it or not."""
-    run(Data(), log_every=3)
+    data = Data()
+    run(data, log_every=3)
     found = [(row["step"], row["skipped"], row["truncated"]) for row in rows(tmp_path)]
     assert found == [(3, 3, 6), (6, 6, 12), (7, 7, 14)]
+    assert data.judged == [[(bad, 9), (0, 9)] for bad in (3, 6, 7)]
     assert [row["loss"] for row in rows(tmp_path)] == [2, 5, 7]
 
 
@@ -206,7 +210,7 @@ def test_a_signal_saves_the_step_and_says_how_it_goes_on(number, run, tmp_path, 
 
     before = signal.getsignal(number)
     message = (
-        r"stage small was stopped after step 5 of 7\. The same command goes on from its newest "
+        r"stage small was stopped after step 5 of 7\. The same command, without --redo, goes on from its newest "
         r"checkpoint\."
     )
     with pytest.raises(Stopped, match=message):

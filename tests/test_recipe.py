@@ -29,8 +29,8 @@ from mod_jax.export.folder import export
 from mod_jax.interop import huggingface
 from mod_jax.interop.model import Model
 from mod_jax.recipe import Recipe
+from mod_jax.runs import folder as run_folder
 from mod_jax.sharding import make_mesh
-from mod_jax.storage.atomic import write_json
 from mod_jax.storage.lock import locked
 from mod_jax.training import step
 from mod_jax.training.checkpoint import Checkpoints, abstract
@@ -70,9 +70,11 @@ def folder(tmp_path_factory):
         "few_words": (FEW_WORDS, params_of(FEW_WORDS)),
         "short": (SHORT, params_of(SHORT)),
         "wider_tower": (WIDER_TOWER, params_of(WIDER_TOWER)),
+        "other_words": (TEACHER, params_of(TEACHER, 1) | tower),
     }
     for name, (config, params) in models.items():
         huggingface.save(folder / name, config, params)
+    write_other_words(folder / "tokenizer", folder / "other_words")
 
     rng = np.random.default_rng(0)
     for number in set(range(RECORDS)) - {BAD}:
@@ -92,6 +94,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+def write_other_words(tokenizer: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes a tokenizer to a model's folder in which two words have each other's ids."""
+    shutil.copytree(tokenizer, target, dirs_exist_ok=True)
+    values = json.loads((target / "tokenizer.json").read_text())
+    words = values["model"]["vocab"]
+    words["red"], words["cross"] = words["cross"], words["red"]
+    (target / "tokenizer.json").write_text(json.dumps(values))
+
+
 def stage(folder, **changes) -> dict:
     """Configuration of a stage of six steps that trains the adaptor."""
     data = {
@@ -101,6 +112,7 @@ def stage(folder, **changes) -> dict:
         "samples_per_row": 2,
         "template": "brief",
         "look_ahead": 2,
+        "max_bad_share": 0.1,
     }
     values = {
         "trains": ("adaptor.*",),
@@ -163,8 +175,7 @@ def run_stage(values: dict, workdir, name: str) -> Model:
 
 def write_config(workdir, values: dict) -> None:
     """Writes config.json, as the command does before it runs the stages."""
-    config = from_dict(RecipeConfig, values)
-    write_json(workdir / "config.json", dataclasses.asdict(config))
+    run_folder.write_config(from_dict(RecipeConfig, values), workdir)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +221,7 @@ def test_a_run_with_relative_paths_loads_from_any_folder_moved_or_not(
     shutil.copytree(run, project / "runs" / "mine")
     monkeypatch.chdir(project)
     config = from_dict(RecipeConfig, with_relative_models(recipe(folder)))
-    train.write_config(config, project / "runs" / "mine")
+    run_folder.write_config(config, project / "runs" / "mine")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     place, moved_run = (tmp_path / part for part in MOVES[move])
@@ -231,7 +242,7 @@ def test_other_weights_at_the_place_of_a_student_are_refused(
     shutil.copytree(finished[0], tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     config = from_dict(RecipeConfig, with_relative_models(recipe(folder)))
-    train.write_config(config, tmp_path / "run")
+    run_folder.write_config(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "models" / "student")
     with pytest.raises(ConfigError, match="folder = .*models/student': expected"):
         mod_jax.load("run")
@@ -405,7 +416,7 @@ def test_going_on_with_another_configuration_or_model_is_refused(
     """The error names each difference, with its old and its new value."""
     workdir, _ = finished
     values = changed(recipe(folder), key, in_folder(folder, value))
-    refusal = r"was made with another configuration; use another --workdir or set back: .*"
+    refusal = r"was made with other settings, models or data; .* again with --redo=(\w+): .*"
     with pytest.raises(ConfigError, match=refusal + message):
         run_stage(values, workdir, name)
 
@@ -468,6 +479,190 @@ def test_frozen_parts_that_have_changed_are_refused(folder, finished, tmp_path, 
         run_stage(changed(recipe(folder), "student.folder", str(student)), workdir, "adaptor")
 
 
+def retrained(folder, finished, workdir, **changes) -> dict:
+    """Copies a finished run, and trains its first stage again with another seed of its data.
+
+    Returns:
+      The recipe that the first stage follows now.
+    """
+    shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "stages" / "adaptor")
+    values = changed(recipe(folder), "stages.adaptor.data.seed", 1)
+    run_stage(values, workdir, "adaptor")
+    return values
+
+
+def test_a_stage_whose_start_was_trained_again_is_refused(folder, finished, tmp_path, monkeypatch):
+    """Its own settings are the same: what it started from is no longer there."""
+    workdir = tmp_path / "run"
+    values = retrained(folder, finished, workdir)
+    message = (
+        r"stages/mimic was made with other settings, models or data; .* again with --redo=mimic: "
+        r"starts_from\.adaptor: was '\w{32}', is '\w{32}'$"
+    )
+    monkeypatch.setattr(step, "train_step", pytest.fail)
+    assert_stops(values, workdir, message)
+    write_config(workdir, values)
+    with pytest.raises(ConfigError, match=message):
+        mod_jax.load(workdir)
+    mod_jax.load(workdir, "adaptor")
+
+
+def contents(path: pathlib.Path) -> dict[str, bytes]:
+    """Returns the files of a folder, name -> content."""
+    return {
+        str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()
+    }
+
+
+def test_redo_trains_a_stage_and_what_follows_from_it(folder, finished, tmp_path):
+    """The others keep their checkpoints; the result is that of a run that began so."""
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    (workdir / "results.json").write_text("{}")
+    first = contents(workdir / "stages" / "adaptor")
+    values = changed(recipe(folder), "stages.mimic.data.seed", 1)
+    assert_stops(values, workdir, r"--redo=mimic: config\.data\.seed: was 0, is 1$")
+    train.run(from_dict(RecipeConfig, values), workdir, redo="mimic")
+    assert contents(workdir / "stages" / "adaptor") == first
+    assert not (workdir / "results.json").exists()
+    seeds = [rows_of(run, "mimic")[0]["loss"] for run in (workdir, finished[0])]
+    assert seeds[0] != seeds[1]
+    assert [row["step"] for row in rows_of(workdir, "mimic")] == [2, 4, 6]
+    assert make_recipe(values, workdir).student_after("mimic")
+
+
+@pytest.mark.parametrize(
+    "redo, stage, again",
+    [("adaptor", None, ["adaptor", "mimic"]), ("mimic", None, ["mimic"])],
+)
+def test_the_check_says_what_would_run_and_changes_nothing(
+    folder, finished_by_command, redo, stage, again
+):
+    before = contents(finished_by_command)
+    values = changed(recipe(folder), "stages.mimic.optimizer.lr", 0.5)
+    config = from_dict(RecipeConfig, values)
+    _, names, found = train.plan(config, finished_by_command, stage, redo)
+    assert (tuple(names), list(found)) == (config.order, again)
+    assert contents(finished_by_command) == before
+
+
+# Name -> (key that is set, its value, the message). The first stage is right in all of them.
+BAD_LATER = {
+    "data": (
+        "stages.mimic.data.sources",
+        [{"path": "none.json"}],
+        r"stage mimic: data\.sources\.path = 'none\.json'",
+    ),
+    "records": (
+        "stages.mimic.data.sources",
+        [{"path": "{folder}/bad.json", "images": "{folder}"}],
+        r"stages\.mimic\.data\.sources = .*bad\.json': .* all 12 .* are bad\. .*t-0\): no such p",
+    ),
+    "template": (
+        "stages.mimic.data.template",
+        "alpaca",
+        r"stage mimic: data\.template = 'alpaca'",
+    ),
+    "pattern": (
+        "stages.mimic.trains",
+        ["*.expert.*"],
+        r"stage mimic: trains = '\*\.expert\.\*': expected a pattern that matches",
+    ),
+    "upcycled layers": (
+        "stages.mimic.upcycle.layers",
+        [1, 7],
+        r"stage mimic: .*layers",
+    ),
+    "rows": (
+        "stages.mimic.rows",
+        6,
+        r"stage mimic: rows / accumulation = 6: expected a multiple of .* 8",
+    ),
+    "sequences": (
+        "stages.mimic.data.sequence_length",
+        10**6,
+        r"stages\.mimic\.data\.sequence_length = 1000000: expected at most",
+    ),
+    "teacher": (
+        "teacher.folder",
+        "none",
+        r"stage mimic: folder = 'none'",
+    ),
+    "teacher's words": (
+        "teacher.folder",
+        "{folder}/other_words",
+        r"stage mimic: tokenizer = .* of the teacher .*, but 2 differ: 'red' is \d+ here and \d+",
+    ),
+    "evaluation": (
+        "evaluation",
+        {"models": ["mimic"], "path": "none"},
+        r"evaluation\.path = 'none': expected a folder with a prepared scenes set",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LATER)
+def test_a_later_stage_is_checked_before_the_first_trains(case, folder, tmp_path, nothing_compiled):
+    key, value, message = BAD_LATER[case]
+    values = changed(recipe(folder), key, in_folder(folder, value))
+    assert_stops(values, tmp_path / "run", message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_shapes_are_followed_through_every_step_before_the_first_trains(
+    folder, tmp_path, monkeypatch
+):
+    """What no other check knows shows when the steps are traced, without compiling any."""
+
+    def train_step(config, student, *args):
+        raise TypeError(f"dot_general requires shapes that fit, of {student.decoder.moe is None}")
+
+    monkeypatch.setattr(step, "train_step", train_step)
+    message = "stage adaptor: the train step does not fit its models and mesh: dot_general requires"
+    assert_stops(recipe(folder), tmp_path / "run", message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("order", [("adaptor",), ("mimic", "adaptor")])
+def test_another_order_of_trained_stages_is_refused(order, folder, finished_by_command):
+    """The last stage answers, so generate would answer from another one."""
+    before = contents(finished_by_command)
+    values = changed(recipe(folder), "order", order)
+    values["stages"]["mimic"]["starts_from"] = "adaptor" if order[-1] == "mimic" else ""
+    values["stages"] = {name: values["stages"][name] for name in order}
+    message = r"order = .*: expected the stages that .* has trained, \('adaptor', 'mimic'\)"
+    assert_stops(values, finished_by_command, message)
+    assert contents(finished_by_command) == before
+
+
+def test_accumulation_may_change_between_stop_and_resume(folder, finished, tmp_path, caplog):
+    """Running out of memory costs no restart: the gradients are the same but for rounding."""
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workdir / "stages" / "mimic")
+    shutil.rmtree(workdir / "stages" / "adaptor" / "checkpoints" / "6")
+    values = changed(recipe(folder), "stages.adaptor.accumulation", 2)
+    with caplog.at_level(logging.WARNING):
+        found = run_stage(values, workdir, "adaptor").params
+    assert "accumulation was 1 and is 2. Gradients stay the same but for rounding" in caplog.text
+    for name, wanted in finished[1]["adaptor"].params.items():
+        np.testing.assert_allclose(found[name], wanted, rtol=2e-4, atol=2e-6)
+
+
+def test_stages_start_afresh_on_a_mesh_of_eight_devices(folder, tmp_path):
+    """Each command reads from disk what the one before left, upcycles it, and measures it."""
+    values = recipe(folder)
+    values["mesh"] = {"data": 2, "fsdp": 2, "expert": 2}
+    config = from_dict(RecipeConfig, values)
+    for name in ("adaptor", "mimic"):
+        train.run(config, tmp_path / "run", stage=name)
+    made = Recipe(config, tmp_path / "run", make_mesh(config.mesh))
+    before = made.student_before("mimic").params
+    after = made.student_after("mimic").params
+    assert moved(before, after)
+    with jax.set_mesh(made.mesh):
+        assert made.run("mimic").params.keys() == after.keys()
+
+
 def assert_stops(values: dict, workdir, message: str, name: str | None = None) -> None:
     """Asserts that the run, or its stage `name`, ends with an error of one line that matches."""
     with pytest.raises(ConfigError, match=message) as error:
@@ -515,7 +710,7 @@ BAD_INPUT = {
     "rows longer than the student's sequences": (
         "student.folder",
         "{folder}/short",
-        r"data\.sequence_length = .*'adaptor': 32.*: expected at most 16, the longest .*short",
+        r"stages\.adaptor\.data\.sequence_length = 32: expected at most 16, the longest .*short",
     ),
     "no student": (
         "student.folder",
@@ -727,7 +922,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(folder, tmp_
         assert [row["loss"] for row in calm_rows] == [row["loss"] for row in killed_rows]
 
 
-def test_too_many_bad_samples_are_one_line_and_a_failure(folder, tmp_path):
+def test_a_source_without_a_good_record_is_one_line_and_a_failure(folder, tmp_path):
     sources = [{"path": f"{folder}/bad.json", "images": str(folder)}]
     values = changed(recipe(folder), "stages.adaptor.data.sources", sources)
     (done,) = run_commands(train_command(folder, values, tmp_path / "run"))
@@ -735,7 +930,8 @@ def test_too_many_bad_samples_are_one_line_and_a_failure(folder, tmp_path):
     assert "Traceback" not in done.stderr
     last_line = done.stderr.strip().splitlines()[-1]
     assert last_line.startswith(
-        "error: The last 50 samples are all bad, more than data.max_bad_share = 0.01"
+        f"error: stages.adaptor.data.sources = '{folder}/bad.json': expected records that can be "
+        "used, but all 12 that were tried are bad"
     )
     assert "no such picture file" in last_line
 

@@ -17,7 +17,7 @@ from mod_jax.interop.folder import SHARD_BYTES, copy_processor
 from mod_jax.interop.loading import open_pretrained
 from mod_jax.interop.pretrained import Config, decoder_of, with_decoder
 from mod_jax.interop.processor import chat_template, write_processor
-from mod_jax.recipe import is_run, open_run
+from mod_jax.runs.folder import is_run, open_run
 
 
 @dataclasses.dataclass(frozen=True)

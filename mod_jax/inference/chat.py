@@ -28,7 +28,7 @@ from mod_jax.inference.processor import Processor, read_processor
 from mod_jax.interop.loading import open_whole
 from mod_jax.interop.pretrained import read
 from mod_jax.interop.processor import chat_template
-from mod_jax.recipe import is_run, open_run
+from mod_jax.runs.folder import is_run, open_run
 from mod_jax.sharding import check_platform
 
 # Lengths are rounded up to a multiple of this, so that a later question of a similar length runs

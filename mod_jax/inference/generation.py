@@ -21,6 +21,7 @@ from mod_jax.config import ModelConfig
 from mod_jax.data.samples.tokenizer import text_encoder
 from mod_jax.data.samples.tokens import chat_format, marked, tokenize_prompt
 from mod_jax.models import llava
+from mod_jax.sharding import row_ways
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -179,9 +180,12 @@ def answer(
         for question in questions
     ]
     pictures = [question.pictures for question in questions]
-    # All batches have the same shape, so that generate is compiled once.
+    # All batches have the same shape, so that generate is compiled once. On a mesh their rows are
+    # split over its devices; rows beyond the prompts are dropped.
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else row_ways(mesh)
     shape = (
-        min(rows, len(questions)),
+        -(-min(rows, len(questions)) // ways) * ways,
         max(len(ids) for ids, _ in prompts),
         max(len(shown) for shown in pictures),
     )

@@ -16,6 +16,26 @@ LAYERS = "language_model.layers."
 EXPERTS = {"gate.w_df": "gate.w_edf", "up.w_df": "up.w_edf", "down.w_fd": "down.w_efd"}
 
 
+def sparse_config(config: ModelConfig, moe: MoEConfig) -> ModelConfig:
+    """Returns the configuration that a dense model has after upcycling.
+
+    Args:
+      config: Configuration of the dense model.
+      moe: Which layers become sparse, and how they route.
+
+    Raises:
+      ConfigError: If the model is sparse already, or if `moe` names layers that it does not have.
+    """
+    require(
+        config.decoder.moe is None,
+        "decoder.moe",
+        config.decoder.moe,
+        "None, a dense decoder to upcycle",
+        "Remove `upcycle` from this stage.",
+    )
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, moe=moe))
+
+
 def upcycle(
     params: dict, config: ModelConfig, moe: MoEConfig, key: jax.Array
 ) -> tuple[dict, ModelConfig]:
@@ -36,16 +56,10 @@ def upcycle(
       The parameters and the configuration of the sparse model.
 
     Raises:
-      ConfigError: If the model is sparse already, or if `moe` names layers that it does not have.
+      ConfigError: As `sparse_config`.
     """
-    require(
-        config.decoder.moe is None,
-        "decoder.moe",
-        config.decoder.moe,
-        "None, a dense decoder to upcycle",
-        "Remove `upcycle` from this stage.",
-    )
-    decoder = dataclasses.replace(config.decoder, moe=moe)
+    sparse_model = sparse_config(config, moe)
+    decoder = sparse_model.decoder
     sparse = jnp.array(decoder.sparse_layers)
     dense = jnp.array(
         [n for n in range(decoder.num_layers) if n not in decoder.sparse_layers], jnp.int32
@@ -69,4 +83,4 @@ def upcycle(
     if moe.residual:
         upcycled[LAYERS + "moe.residual.mix.w_d2"] = jnp.zeros((Lm, D, 2))
         upcycled[LAYERS + "moe.residual.mix.b_2"] = jnp.zeros((Lm, 2))
-    return upcycled, dataclasses.replace(config, decoder=decoder)
+    return upcycled, sparse_model

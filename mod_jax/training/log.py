@@ -40,13 +40,13 @@ class _Step(NamedTuple):
       number: Number of the step.
       values: Its metrics, name -> (sum, count).
       samples: i32[B,G], its samples, as in `Batch`.
-      read: Records skipped and truncated until then; of this process.
+      read: Numbers of records that this process has read until then.
     """
 
     number: int
     values: dict
     samples: Array
-    read: dict[str, int]
+    read: np.ndarray
 
 
 class Log:
@@ -100,10 +100,9 @@ class Log:
 
         Raises:
           NotFinite: if too many steps in a row were skipped.
+          TooManyBadSamples: if all processes together have read too many bad records.
         """
-        total = self._data.skips.total
-        read = {"skipped": total.bad, "truncated": total.truncated}
-        self._in_flight.append(_Step(step, values, samples, read))
+        self._in_flight.append(_Step(step, values, samples, _read(self._data)))
         while len(self._in_flight) > IN_FLIGHT:
             self._finish(self._in_flight.popleft())
 
@@ -163,13 +162,15 @@ class Log:
         number, since = self._timed
         if step.number > number:
             means["steps_per_second"] = (step.number - number) / (now - since)
-        means |= _sums_over_processes(step.read)
-        self._writer.write(step.number, means)
+        read = _sum_over_processes(step.read)
+        bad, _, truncated = read.sum(0).tolist()
+        self._writer.write(step.number, means | {"skipped": bad, "truncated": truncated})
         self._progress.update(
             self._bar, completed=step.number, seen=f"loss {means.get('loss', math.nan):.3f}"
         )
         self._pending = []
         self._timed = step.number, now
+        self._data.skips.judge([(bad, seen) for bad, seen, _ in read.tolist()])
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -178,8 +179,16 @@ class Log:
     def __exit__(self, *_) -> None:
         self._progress.stop()
         self._writer.close()
+        for line in self._data.skips.unused_keys():
+            log.warning("stage %s, %s", self._name, line)
 
 
-def _sums_over_processes(counts: dict[str, int]) -> dict[str, int]:
-    sums = multihost_utils.process_allgather(np.array([*counts.values()], np.int32))
-    return dict(zip(counts, np.reshape(sums, (-1, len(counts))).sum(0).tolist()))
+def _read(data: Batches) -> np.ndarray:
+    """Returns i32[sources,3]: the bad records, the records seen, and the truncated ones."""
+    counts = data.skips.by_source
+    return np.array([(source.bad, source.seen, source.truncated) for source in counts], np.int32)
+
+
+def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
+    gathered = multihost_utils.process_allgather(counts)
+    return np.reshape(gathered, (-1, *counts.shape)).sum(0)

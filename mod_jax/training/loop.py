@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
 from clu import parameter_overview
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from mod_jax import sharding
@@ -17,10 +19,62 @@ from mod_jax.config import ConfigError, ModelConfig, StageConfig
 from mod_jax.data.batches.pipeline import Batches
 from mod_jax.storage.atomic import write_text
 from mod_jax.training import checkpoint
+from mod_jax.training.identity import ACCUMULATION, check_same
 from mod_jax.training.interrupt import Interrupts, Stopped
 from mod_jax.training.log import Log
 from mod_jax.training.state import Frozen, TrainState, make_optimizer, new_state
 from mod_jax.training.step import make_train_step
+
+log = logging.getLogger(__name__)
+
+
+class Program(NamedTuple):
+    """The train step of a stage; its first call compiles it.
+
+    Attributes:
+      optimizer: From `make_optimizer`.
+      step: (state, frozen, batch) -> (state, metrics); it donates the state.
+      state: Shardings of the state.
+      frozen: Shardings of the frozen parts.
+    """
+
+    optimizer: optax.GradientTransformation
+    step: Callable
+    state: TrainState
+    frozen: Frozen
+
+
+def make_program(
+    config: StageConfig,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    mesh: Mesh,
+    trained: dict,
+    frozen: Frozen,
+) -> Program:
+    """Makes the train step of a stage; arguments and errors as for `make_train_step`."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_train_step(config, student, teacher, optimizer, mesh, trained, frozen)
+    return Program(optimizer, *step)
+
+
+def trace(program: Program, trained: dict, frozen: Frozen, batch: Batch) -> None:
+    """Follows the shapes of a step through the models, under the ambient mesh; computes nothing.
+
+    Args:
+      program: Of the stage.
+      trained: Name -> array or ShapeDtypeStruct.
+      frozen: The same for the frozen parts.
+      batch: A global batch of ShapeDtypeStructs.
+    Raises:
+      ConfigError: If they do not fit each other or the mesh.
+    """
+    state = jax.eval_shape(lambda params: new_state(params, program.optimizer), trained)
+    try:
+        jax.eval_shape(program.step, state, frozen, batch)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())[:200]
+        raise ConfigError(f"the train step does not fit its models and mesh: {reason}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +84,18 @@ class Stage:
     Attributes:
       name: Name of the stage.
       config: Configuration of the stage.
-      student: Configuration of the student.
-      teacher: Configuration of the teacher; None where the objective needs none.
+      program: Its train step.
       trained: Name -> f32 array, the parameters that training starts from.
       frozen: The parameters that are only read.
       data: The batches, from their beginning.
       folder: Folder of the stage's checkpoints and metrics.
       metadata: Run metadata that goes into each checkpoint, in JSON types: the resolved
-        configuration, and origin and checksum of the frozen parts.
+        configuration, and what student, teacher and data are.
     """
 
     name: str
     config: StageConfig
-    student: ModelConfig
-    teacher: ModelConfig | None
+    program: Program
     trained: dict
     frozen: Frozen
     data: Batches
@@ -70,62 +122,54 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
     Returns:
       The trained parameters, name -> array; they stay sharded over the mesh.
     Raises:
-      ConfigError: before compilation, for a mesh or a checkpoint that does not fit, or if the
-        frozen parts are not those of the checkpoint.
+      ConfigError: If the newest checkpoint was made with other settings, models or data.
       NotFinite: if too many steps in a row had a loss or gradient that is not finite.
       Stopped: after Ctrl-C; the state is saved.
       TooManyBadSamples: from the data.
       WorkerDied: from the data.
     """
     steps = stage.config.steps
-    optimizer = make_optimizer(stage.config.optimizer, steps)
-    train_step, state_shardings, frozen_shardings = make_train_step(
-        stage.config, stage.student, stage.teacher, optimizer, mesh, stage.trained, stage.frozen
-    )
     with contextlib.closing(checkpoint.Checkpoints(stage.folder / "checkpoints", keep)) as saved:
-        done, state = _begin(stage, saved, optimizer, state_shardings)
+        done, state = _begin(stage, saved)
         if done >= steps:
             return state.params
-        frozen = jax.device_put(stage.frozen, frozen_shardings)
+        frozen = jax.device_put(stage.frozen, stage.program.frozen)
         _write_overview(stage)
         limit = stage.config.max_nonfinite_steps
-        log = Log(stage.name, stage.folder, stage.data, done, steps, log_every, limit)
-        with log, Interrupts() as interrupts:
+        report = Log(stage.name, stage.folder, stage.data, done, steps, log_every, limit)
+        with report, Interrupts() as interrupts:
             for step in range(done + 1, steps + 1):
                 batch = next(stage.data)
-                state, values = train_step(state, frozen, to_devices(batch, mesh))
-                log.note(step, values, batch.samples)
+                state, values = stage.program.step(state, frozen, to_devices(batch, mesh))
+                report.note(step, values, batch.samples)
                 is_last = step == steps
                 if step % stage.config.checkpoint_every and not is_last and not interrupts.received:
                     continue
-                log.wait()
+                report.wait()
                 # Resumed in the middle of skipped steps, their count would begin again.
-                if is_last or not log.skipped_in_a_row:
+                if is_last or not report.skipped_in_a_row:
                     saved.save(step, state, stage.data, stage.metadata)
                 if interrupts.received and not is_last:
                     raise Stopped(
                         f"stage {stage.name} was stopped after step {step} of {steps}. The same "
-                        "command goes on from its newest checkpoint."
+                        "command, without --redo, goes on from its newest checkpoint."
                     )
     return state.params
 
 
-def _begin(
-    stage: Stage,
-    saved: checkpoint.Checkpoints,
-    optimizer: optax.GradientTransformation,
-    shardings: TrainState,
-) -> tuple[int, TrainState]:
+def _begin(stage: Stage, saved: checkpoint.Checkpoints) -> tuple[int, TrainState]:
     """Restores the newest checkpoint, or makes the state before the first step.
 
     Returns:
       (steps that are done, state).
     """
+    optimizer = stage.program.optimizer
+    shardings = stage.program.state
     shapes = jax.eval_shape(lambda params: new_state(params, optimizer), stage.trained)
     restored = saved.restore_newest(
         checkpoint.abstract(shapes, shardings),
         stage.data,
-        lambda metadata: check_same(metadata, stage.metadata, stage.folder),
+        lambda metadata: _check_same(stage, metadata),
     )
     if restored is not None:
         return restored
@@ -136,6 +180,21 @@ def _begin(
         lambda params: new_state(params, optimizer), donate_argnums=0, out_shardings=shardings
     )
     return 0, make_state(params)
+
+
+def _check_same(stage: Stage, saved: dict) -> None:
+    check_same(saved, stage.metadata, stage.name, stage.folder)
+    before = saved.get(ACCUMULATION)
+    now = stage.metadata.get(ACCUMULATION)
+    if before != now:
+        log.warning(
+            "stage %s: accumulation was %s and is %s. Gradients stay the same but for rounding, "
+            "except those of the balance loss, which is a mean over micro-batches, and of experts "
+            "with a capacity.",
+            stage.name,
+            before,
+            now,
+        )
 
 
 def _write_overview(stage: Stage) -> None:
@@ -152,25 +211,3 @@ def _write_overview(stage: Stage) -> None:
     )
     stage.folder.mkdir(parents=True, exist_ok=True)
     write_text(stage.folder / "parameters.txt", text)
-
-
-def check_same(saved: dict, now: dict, folder: pathlib.Path) -> None:
-    """Compares a checkpoint's run metadata with the present run's, under the keys of the latter.
-
-    Raises:
-      ConfigError: naming each difference.
-    """
-    before, after = (
-        flatten_dict({key: metadata.get(key, {}) for key in now}, sep=".")
-        for metadata in (saved, now)
-    )
-    wrong = [
-        f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
-    ]
-    if wrong:
-        raise ConfigError(
-            f"{folder} was made with another configuration; use another --workdir or set back: "
-            + "; ".join(wrong)
-        )
