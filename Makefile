@@ -7,9 +7,10 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do $$p -c '
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
+PRESET ?= real-vocab
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: quickstart test test-slow test-beam assets directions photos families check-4.57 lint clean
+.PHONY: quickstart test test-slow test-beam assets directions photos families check-4.57 compare lint clean
 
 quickstart: $(VENV)/.installed data/scenes
 	$(RUN) -m mod_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -52,6 +53,12 @@ check-4.57: $(VENV)/.installed-test $(VENV)-4.57/.installed
 	PYTHONPATH=tests $(RUN) -m stock.write runs/stock
 	$(VENV)-4.57/bin/python tests/stock/check.py runs/stock
 
+# Compares time and memory with the PyTorch peer, which gets an environment of its own
+# (docs/benchmarks.md).
+compare: $(VENV)/.installed $(VENV)-peer/.installed
+	mkdir -p runs
+	$(RUN) -m benchmarks.compare --preset $(PRESET) --json runs/compare-$(PRESET).json
+
 # The same checks as .pre-commit-config.yaml.
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -79,10 +86,15 @@ $(VENV)-beam/.installed: requirements-beam.txt setup.py
 	$(VENV)-beam/bin/python -m pip install --disable-pip-version-check --progress-bar=on -r requirements-beam.txt -e .
 	touch $@
 
+$(VENV)-peer/.installed: benchmarks/peer/requirements.txt
+	$(PYTHON) -m venv $(VENV)-peer
+	$(VENV)-peer/bin/python -m pip install --disable-pip-version-check --progress-bar=on -r benchmarks/peer/requirements.txt
+	touch $@
+
 $(VENV)-4.57/.installed: requirements-4.57.txt
 	$(PYTHON) -m venv $(VENV)-4.57
 	$(VENV)-4.57/bin/python -m pip install --disable-pip-version-check --progress-bar=on -r requirements-4.57.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-beam $(VENV)-4.57 .cache runs data
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-4.57 $(VENV)-peer .cache runs data
