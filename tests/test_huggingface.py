@@ -575,6 +575,7 @@ END_TOKENS = {
     "the text_config's list": (None, None, [5, 6]),
     "beside the default of the class, written out": ([7], 7, 2),
     "the class": (None, None, None),
+    "the first word of a vocabulary": (0, None, [5, 0]),
 }
 
 
