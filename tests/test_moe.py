@@ -237,6 +237,15 @@ def test_the_router_decides_in_float32_under_bfloat16_activations():
     np.testing.assert_array_equal(aux.load, exact.load)
 
 
+def test_float32_products_are_not_left_to_the_default_of_a_tpu():
+    """It rounds factors to bfloat16; on a CPU only the program shows what is asked for."""
+    graph, state, values, _ = layer(OPTIONS["residual"])
+    x, valid, _ = inputs()
+    program = str(jax.make_jaxpr(bind(graph, state, values))(x.astype(jnp.bfloat16), valid))
+    # of the router, the mixture, and three means: probabilities, first choices, z
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 5
+
+
 def test_even_routing_has_balance_one():
     """Even probabilities and even first choices give the minimum of the balance loss."""
     graph, state, values, _ = layer(MoEConfig(experts_per_token=1))
