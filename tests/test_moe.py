@@ -184,6 +184,11 @@ def test_one_choice_with_renormalisation_cannot_be_trained():
     MoEConfig(experts_per_token=2).require_router_that_learns()
 
 
+def test_a_dense_decoder_has_no_sparse_layer():
+    with pytest.raises(ValueError, match=r"decoder\.moe = None: expected a MoEConfig"):
+        MoE(DecoderConfig(), (), nnx.Rngs(0))
+
+
 def test_tight_capacity_drops_first_second_and_both_choices():
     """Every fate occurs, so the case "capacity" above tests the whole rule."""
     _, fates = by_tokens(OPTIONS["capacity"], layer(OPTIONS["capacity"])[2], *inputs())
