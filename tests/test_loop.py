@@ -224,8 +224,8 @@ def test_a_signal_saves_the_step_and_says_how_it_goes_on(number, run, tmp_path, 
 
     before = signal.getsignal(number)
     message = (
-        r"stage small was stopped after step 5 of 7\. The same command, without --redo, goes on from its newest "
-        r"checkpoint\."
+        r"stage small was stopped after step 5 of 7\. The same command, without --redo, goes on "
+        r"from its newest checkpoint\."
     )
     with pytest.raises(Stopped, match=message):
         run(Data(interrupt))
