@@ -275,6 +275,13 @@ def test_a_vocabulary_that_is_large_enough_stays():
     assert after.config.decoder == DENSE.decoder and after.params == before.params
 
 
+def test_an_end_token_of_the_language_model_without_a_row_is_refused():
+    """The tokenizer's own ids have rows by then; those of a generation_config.json may not."""
+    before = dataclasses.replace(pretrained(DENSE), end_token_ids=(2, 9999))
+    with pytest.raises(ConfigError, match=r"other_end_token_ids in .*9999.*less than"):
+        with_vocabulary(before, Vocabulary(DENSE.decoder.vocab_size))
+
+
 def test_a_relative_path_is_a_folder_below_the_current_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wanted = pretrained(SPARSE)
