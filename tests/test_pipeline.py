@@ -399,7 +399,9 @@ def test_cut_texts_are_counted(tmp_path):
 
 
 def test_a_record_with_more_pictures_than_a_row_is_bad(scenes):
-    with pytest.raises(TooManyBadSamples, match=r"1 pictures, but a row holds 0 \(data.images_per_row\)"):
+    with pytest.raises(
+        TooManyBadSamples, match=r"1 pictures, but a row holds 0 \(data.images_per_row\)"
+    ):
         take(scene_data(scenes, "test", images_per_row=0), 1, 1)
 
 
