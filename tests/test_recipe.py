@@ -347,8 +347,9 @@ def test_a_bad_sample_is_skipped_counted_and_named(
     workdir, _ = finished
     checkpoint = workdir / "stages" / "adaptor" / "checkpoints" / "6"
     streams = json.loads((checkpoint / "data" / "process_0.json").read_text())
-    assert sum(stream["bad"] for stream in streams.values()) == 1
-    assert sum(stream["seen"] for stream in streams.values()) == RECORDS
+    counts = [source for stream in streams.values() for source in stream["counts"]]
+    assert sum(source["bad"] for source in counts) == 1
+    assert sum(source["seen"] for source in counts) == RECORDS
     assert rows_of(workdir, "adaptor")[-1]["skipped"] == 1
     with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="traced"):
         run_stage(recipe(folder), tmp_path, "adaptor")
