@@ -101,7 +101,7 @@ def run(tmp_path, monkeypatch):
         stage = loop.Stage(
             name="small",
             config=config,
-            program=loop.Program(optimizer, step, shardings, Frozen({}, {})),
+            program=loop.Program(optimizer, step, shardings, Frozen({}, {}), "float32"),
             trained=trained,
             frozen=Frozen({}, {}),
             data=data,
