@@ -378,4 +378,4 @@ def _without_target(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def _share(part: Array, total: jax.Array) -> jax.Array:
     """part / total. Totals are counts, and if a total is 0 its part is 0 too."""
-    return part / jnp.maximum(total, 1)
+    return jnp.divide(part, jnp.maximum(total, 1))
