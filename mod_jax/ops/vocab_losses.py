@@ -430,34 +430,40 @@ def _of_logits(
     The gradient f32[C,W], a function of the weights f32[C] of each value, is written out, so that
     there are neither scatters nor residuals.
     """
+    # A CPU writes out whatever is reduced, so sums are taken of logits as they are.
     total = functools.partial(_over_slices, plan, jax.lax.psum)
     width = student_cv.shape[1]
-    words = jnp.arange(width) + (jax.lax.axis_index(VOCAB) * width if plan.split else 0)
-    is_target = targets_c[:, None] == words
-    log_words = student_cv - _log_sum_exp(plan, student_cv)[:, None]
-    log_prob = total(jnp.sum(jnp.where(is_target, log_words, 0), axis=-1))
+    first = jax.lax.axis_index(VOCAB) * width if plan.split else 0
+    log_sum = _log_sum_exp(plan, student_cv)
+    column = jnp.where(targets_c < first, width, targets_c - first)[:, None]
+    at_target = jnp.take_along_axis(student_cv, column, axis=1, mode="fill", fill_value=0)
+    log_prob = total(at_target[:, 0]) - log_sum
 
     def d_log_prob(weights):
-        return weights[0][:, None] * (is_target - jnp.exp(log_words))
+        is_target = column == jnp.arange(width)
+        return weights[0][:, None] * (is_target - jnp.exp(student_cv - log_sum[:, None]))
 
     if teacher_cv is None:
         return (log_prob,), d_log_prob
 
-    log_student, log_teacher = log_words, _fitted(teacher_cv, width, axis=1)
-    is_shared = words < plan.shared
+    teacher_cv = _fitted(teacher_cv, width, axis=1)
+    compared_cv, compared_sum = student_cv, log_sum
     if plan.shared < plan.words:
-        log_student = jnp.where(is_shared, student_cv, -jnp.inf)
-        log_student -= _log_sum_exp(plan, log_student)[:, None]
-        log_teacher = jnp.where(is_shared, log_teacher, -jnp.inf)
-    log_teacher -= _log_sum_exp(plan, log_teacher)[:, None]
-    gap = -log_student if plan.form.cross_entropy else log_teacher - log_student
+        is_shared = first + jnp.arange(width) < plan.shared
+        compared_cv = jnp.where(is_shared, student_cv, -jnp.inf)
+        compared_sum = _log_sum_exp(plan, compared_cv)
+        teacher_cv = jnp.where(is_shared, teacher_cv, -jnp.inf)
+    teacher_sum = _log_sum_exp(plan, teacher_cv)
+    teacher_words = jnp.exp(teacher_cv - teacher_sum[:, None])
+    gap = -compared_cv if plan.form.cross_entropy else teacher_cv - compared_cv
     if plan.shared < plan.words:
         gap = jnp.where(is_shared, gap, 0)
-    divergence = total(jnp.sum(jnp.exp(log_teacher) * gap, axis=-1))
+    gap_of_sums = -compared_sum if plan.form.cross_entropy else teacher_sum - compared_sum
+    divergence = total(jnp.sum(teacher_words * gap, axis=-1)) - gap_of_sums
 
     def d_both(weights):
-        d_divergence = jnp.exp(log_student) - jnp.exp(log_teacher)
-        return d_log_prob(weights) + weights[1][:, None] * d_divergence
+        student_words = jnp.exp(compared_cv - compared_sum[:, None])
+        return d_log_prob(weights) + weights[1][:, None] * (student_words - teacher_words)
 
     return (log_prob, divergence), d_both
 
