@@ -168,6 +168,7 @@ def measure(preset: Preset, work: str, steps: int, warmup: int) -> dict:
         start = time.perf_counter()
         step = program.step.lower(state, frozen, given).compile()
         compilation = time.perf_counter() - start
+        jax.block_until_ready((state, frozen, given))
         reset_peak()
         before = resident("VmRSS")
         seconds, processor, losses = [], [], []
