@@ -7,7 +7,8 @@ libtcmalloc-minimal4), as both sides make large buffers in every step. The JSON 
   * ratios: times, the peer's over ours, and `memory_above_weights`, ours over the peer's, where
     memory is the peak during steps above what was resident before them, and of mimic and preference
     the one counts in which we compare worse;
-  * seconds and gib: the medians over the rounds that the ratios are made of;
+  * seconds and gib: the medians over the rounds that the ratios are made of; and processor_seconds,
+    of all 32 tokens in decoding, which other work on the machine lengthens less;
   * measurements: everything that was measured.
 
 Both forms of the peer decode alike.
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -88,26 +89,38 @@ def rounds(options: argparse.Namespace, preload: pathlib.Path | None) -> Iterato
                 yield {**record, "work": work, "side": side, "round": number}
 
 
+def medians(
+    records: Sequence[dict], figure: Callable[[dict], float]
+) -> dict[str, dict[str, float]]:
+    """Work -> side -> median of a figure over the rounds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        sides = found.setdefault(
+            record["work"], {side: [] for side in (OURS, *FORMS[record["work"]])}
+        )
+        sides[record["side"]].append(figure(record))
+    return {
+        work: {side: statistics.median(values) for side, values in sides.items()}
+        for work, sides in found.items()
+    }
+
+
 def summary(records: Sequence[dict]) -> dict:
     """The medians and ratios of a comparison.
 
     Args:
-      records: Measurements, each with `work`, `side`, `peak_gib` and its time: `seconds_a_token` in
-        decoding, `seconds` elsewhere.
+      records: Measurements: `work`, `side`, and what `measure.repeat` returns. The time of decoding
+        is `seconds_a_token`.
 
     Returns:
-      seconds, gib: work -> side -> median.
+      seconds, processor_seconds, gib: As `medians`.
       ratios: As in the description of this module.
       contended: Whether others used the machine during any measurement.
     """
-    seconds: dict[str, dict[str, float]] = {}
-    gib: dict[str, dict[str, float]] = {}
-    for work in dict.fromkeys(record["work"] for record in records):
-        time = "seconds_a_token" if work == "decode" else "seconds"
-        for side in (OURS, *FORMS[work]):
-            chosen = [r for r in records if (r["work"], r["side"]) == (work, side)]
-            seconds.setdefault(work, {})[side] = statistics.median(r[time] for r in chosen)
-            gib.setdefault(work, {})[side] = statistics.median(r["peak_gib"] for r in chosen)
+    seconds = medians(
+        records, lambda r: r["seconds_a_token" if r["work"] == "decode" else "seconds"]
+    )
+    gib = medians(records, lambda r: r["peak_gib"])
     ratios = {
         work: {side: time / sides[OURS] for side, time in sides.items() if side != OURS}
         for work, sides in seconds.items()
@@ -120,7 +133,9 @@ def summary(records: Sequence[dict]) -> dict:
             form: max(sides[OURS] / sides[form] for sides in steps) for form in FORMS["mimic"]
         }
     contended = any(record["contended"] for record in records)
-    return {"ratios": ratios, "seconds": seconds, "gib": gib, "contended": contended}
+    processor = medians(records, lambda r: r["processor_seconds"])
+    found = {"ratios": ratios, "seconds": seconds, "processor_seconds": processor, "gib": gib}
+    return {**found, "contended": contended}
 
 
 def print_table(found: dict) -> None:
@@ -128,13 +143,18 @@ def print_table(found: dict) -> None:
     if found["contended"]:
         title += "; others used the machine, so the times are too long"
     table = Table(title=title, title_justify="left")
-    for column in ("work", "side", "seconds", "GiB above", "peer's time / ours"):
+    for column in ("work", "side", "seconds", "processor", "GiB above", "peer's time / ours"):
         table.add_column(column, justify="left" if column in ("work", "side") else "right")
     for work, sides in found["seconds"].items():
         for side, seconds in sides.items():
             ratio = found["ratios"][work].get(side)
-            figures = (f"{seconds:.4g}", f"{found['gib'][work][side]:.3f}")
-            table.add_row(work, side, *figures, f"{ratio:.2f}" if ratio else "")
+            figures = (
+                f"{seconds:.4g}",
+                f"{found['processor_seconds'][work][side]:.4g}",
+                f"{found['gib'][work][side]:.3f}",
+                f"{ratio:.2f}" if ratio else "",
+            )
+            table.add_row(work, side, *figures)
     Console(width=100).print(table)
 
 

@@ -55,7 +55,7 @@ def measured(setting: Setting, rows: int, warmup: int, steps: int) -> dict:
     shapes = llava.abstract(config)
     shardings = parameter_shardings(setting.mesh, shapes, llava.axes(config))
     with jax.set_mesh(setting.mesh):
-        params = settings.drawn(config, shapes, 0, shardings)
+        params = jax.block_until_ready(settings.drawn(config, shapes, 0, shardings))
         start = time.perf_counter()
         programs = {
             count: generate.lower(config, params, prompts, count).compile()

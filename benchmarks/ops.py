@@ -131,7 +131,7 @@ def measured(operation: Operation, warmup: int, steps: int) -> dict:
         return jnp.mean(operation.run(trained, read).astype(jnp.float32))
 
     def way(function: Callable, needed: float) -> dict:
-        arguments = (operation.trained, operation.read)
+        arguments = jax.block_until_ready((operation.trained, operation.read))
         start = time.perf_counter()
         program = jax.jit(function).lower(*arguments).compile()
         compilation = time.perf_counter() - start

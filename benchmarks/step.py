@@ -35,7 +35,8 @@ def measured(setting: Setting, warmup: int, steps: int) -> dict:
 
     Returns:
       What `measure.repeat` returns, and
-      compilation_seconds, weights_gib: Of weights and optimizer state, over all devices.
+      compilation_seconds; weights_gib: Of weights and optimizer state, over all devices;
+      planned_gib: Buffers that the compiler plans for a step on one device.
       tokens_per_second, batch (rows and positions), flops, loss_first, loss_last.
       device_peak_gib, device_before_gib: What the first device reports, or null: the most that was
         used since the process began, and what was used before the steps.
@@ -68,6 +69,7 @@ def measured(setting: Setting, warmup: int, steps: int) -> dict:
         start = time.perf_counter()
         step = program.step.lower(state, frozen, batch).compile()
         compilation = time.perf_counter() - start
+        jax.block_until_ready((state, frozen, batch))
         held = sum(x.nbytes for x in jax.tree.leaves((state, frozen)))
         before = _device_memory("bytes_in_use")
         losses = []
@@ -84,6 +86,7 @@ def measured(setting: Setting, warmup: int, steps: int) -> dict:
     return found | {
         "compilation_seconds": compilation,
         "weights_gib": held / measure.GIB,
+        "planned_gib": step.memory_analysis().temp_size_in_bytes / measure.GIB,
         "device_before_gib": before,
         "device_peak_gib": _device_memory("peak_bytes_in_use"),
         "tokens_per_second": setting.positions / found["seconds"],

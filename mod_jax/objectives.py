@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from mod_jax.batch import Array, Batch
 from mod_jax.config import ObjectiveConfig
 from mod_jax.models.moe import MoEAux
-from mod_jax.ops.vocab_losses import token_divergence, token_log_probs
+from mod_jax.ops.vocab_losses import token_log_probs, weighted_divergence, weighted_log_probs
 
 # values of Batch.branch_ids
 CHOSEN = 1
@@ -169,11 +169,15 @@ def _next_token(batch: Batch, student: View, totals: Totals) -> tuple[jax.Array,
     (0.5 + 1.5) / 2 = 1.0. In a global batch with four answer tokens, a micro-batch of these two
     contributes (0.5 + 1.5) / 4 = 0.5.
     """
-    mask = batch.loss_weights > 0
-    log_probs = token_log_probs(student.hidden, student.head_w_vd, batch.targets, mask)
+    task, log_probs = weighted_log_probs(
+        student.hidden,
+        student.head_w_vd,
+        batch.targets,
+        batch.loss_weights > 0,
+        -_share(batch.loss_weights, totals.tokens),
+    )
     cross_entropy = -jnp.sum(log_probs * batch.loss_weights)
-    metrics = {"next_token": (cross_entropy, jnp.sum(batch.loss_weights))}
-    return _share(cross_entropy, totals.tokens), metrics
+    return task, {"next_token": (cross_entropy, jnp.sum(batch.loss_weights))}
 
 
 @jax.named_scope("mimic")
@@ -189,23 +193,23 @@ def _mimic(
     """
     compared = compared_positions(config, batch)
     mask = (compared > 0) | (batch.loss_weights > 0)
-    log_probs, divergence = token_divergence(
+    task, log_probs, divergence = weighted_divergence(
         student.hidden,
         student.head_w_vd,
         teacher.hidden,
         teacher.head_w_vd,
         batch.targets,
         mask,
+        -config.next_token_weight * _share(batch.loss_weights, totals.tokens),
+        _share(compared, totals.compared),
         cross_entropy=config.compat,
     )
     cross_entropy = -jnp.sum(log_probs * batch.loss_weights)
-    divergence = jnp.sum(divergence * compared)
     metrics = {
         "next_token": (cross_entropy, jnp.sum(batch.loss_weights)),
-        "kl": (divergence, jnp.sum(compared)),
+        "kl": (jnp.sum(divergence * compared), jnp.sum(compared)),
     }
-    mimic = _share(divergence, totals.compared)
-    return mimic + config.next_token_weight * _share(cross_entropy, totals.tokens), metrics
+    return task, metrics
 
 
 @jax.named_scope("preference")
@@ -372,6 +376,6 @@ def _without_target(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(without, dtype=jnp.float32), jnp.sum(present, dtype=jnp.float32)
 
 
-def _share(part: jax.Array, total: jax.Array) -> jax.Array:
+def _share(part: Array, total: jax.Array) -> jax.Array:
     """part / total. Totals are counts, and if a total is 0 its part is 0 too."""
-    return part / jnp.maximum(total, 1)
+    return jnp.divide(part, jnp.maximum(total, 1))

@@ -40,6 +40,7 @@ from mod_jax.data.prepare.plan import (
     make_plan,
     sweep,
     tell_skipped,
+    tell_unused,
 )
 from mod_jax.data.sources.kinds import Source
 
@@ -102,7 +103,7 @@ def with_bar(source: Source, plan: Plan, options: argparse.Namespace) -> None:
 
 
 def print_summary(index: dict, output: str) -> None:
-    """Prints what a prepared folder holds, and which records were skipped."""
+    """Prints what a prepared folder holds, which records were skipped, and which keys not used."""
     written = index["records"]
     skipped = sum(map(len, index["skipped"].values()))
     shards = index["shards"]
@@ -113,6 +114,9 @@ def print_summary(index: dict, output: str) -> None:
     )
     for line in tell_skipped(index["skipped"]):
         print(f"  skipped {line}")
+    line = tell_unused(index)
+    if line:
+        print(f"  {line}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -150,9 +150,9 @@ def main(_) -> None:
     workdir = pathlib.Path(WORKDIR.value)
     if CHECK.value:
         _, names, again = plan(config, workdir, STAGE.value, REDO.value)
-        print(
-            f"checked: {', '.join(names)} can run" + (f", {', '.join(again)} again" * bool(again))
-        )
+        print(f"checked, and can run: {', '.join(names)}")
+        if again:
+            print(f"trained again would be: {', '.join(again)}")
         return
     results = run(config, workdir, STAGE.value, REDO.value)
     if results:

@@ -73,7 +73,8 @@ def test_attention_counts_the_pairs_that_see_each_other():
 
 def record(work, side, seconds, gib, contended=False):
     key = "seconds_a_token" if work == "decode" else "seconds"
-    return {"work": work, "side": side, key: seconds, "peak_gib": gib, "contended": contended}
+    figures = {key: seconds, "processor_seconds": seconds, "peak_gib": gib}
+    return {"work": work, "side": side, "contended": contended, **figures}
 
 
 def test_ratios_are_of_medians_and_memory_is_the_worse_of_both_works():

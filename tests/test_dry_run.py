@@ -1,6 +1,8 @@
 """--dry-run counts what is there, names what training would skip, and writes nothing."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -10,10 +12,20 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from small_sources import prepare_here
 
-from mod_jax.config import ModelConfig, RecipeConfig, VisionConfig, from_dict
+from mod_jax.config import (
+    ConfigError,
+    ModelConfig,
+    RecipeConfig,
+    SourceConfig,
+    VisionConfig,
+    from_dict,
+)
 from mod_jax.data.batches.pipeline import Batches
+from mod_jax.data.batches.skips import TooManyBadSamples
 from mod_jax.data.batches.statistics import SourceStatistics, packing, survey
+from mod_jax.data.prepare.plan import make_plan
 from mod_jax.data.samples.sample import Skipped
 from mod_jax.data.samples.tokenizer import load_tokenizer, scenes_tokenizer, text_encoder
 from mod_jax.data.samples.tokens import chat_format, tokenize
@@ -239,6 +251,36 @@ def test_a_source_without_a_usable_record_is_reported(folder, tmp_path, capsys):
         if line.split()[:1] == [sources[0]["path"]]
     ).split()
     assert row[1:3] == ["1", "1"] and row[8:] == ["0.0", "nan"]
+
+
+def test_unused_keys_are_said_once_a_source_and_prepare_and_training_judge_alike(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """Of 40 records 36 are bad, and the others have a score."""
+    monkeypatch.setattr("mod_jax.data.batches.statistics.LEAST_PACKED", 4)
+    turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": "one"}]
+    bad = [{"id": f"b{i}", "conversations": []} for i in range(36)]
+    good = [{"id": f"g{i}", "conversations": turns, "score": i} for i in range(4)]
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(bad + good))
+    config = from_dict(RecipeConfig, recipe(folder, sources=({"path": str(path)},), look_ahead=1))
+    assert not dry_run.run(config, ("whole",))
+    printed = capsys.readouterr().out
+    assert fact(printed, "skipped").startswith("36 of 40 records, 90.00%; data.max_bad_share")
+    assert printed.count("not used") == 1
+    assert fact(printed, f"source {path}") == "keys not used: score (in 4 of 4 records)"
+    plan, source = make_plan(SourceConfig("chat", str(path)), str(tmp_path / "out"))
+    tokenizer = load_tokenizer(config.tokenizer)
+    for limit, refused in ((0.01, True), (0.89, True), (0.9, False)):
+        data = dataclasses.replace(config.stages["whole"].data, max_bad_share=limit)
+        stage = dataclasses.replace(config.stages["whole"], data=data)
+        other = dataclasses.replace(config, stages={**config.stages, "whole": stage})
+        assert dry_run.run(other, ("whole",)) != refused
+        expects = pytest.raises if refused else lambda error: contextlib.nullcontext()
+        with expects(TooManyBadSamples):
+            list(itertools.islice(Batches(data, tokenizer, config.student.random, 4), 4))
+        with expects(ConfigError):
+            prepare_here(plan, source, max_bad_share=limit)
 
 
 def test_data_without_a_usable_record_are_reported(folder, tmp_path, capsys):

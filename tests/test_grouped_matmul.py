@@ -104,6 +104,30 @@ def test_the_gradients_of_either_platform(path, sizes):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [[256, 256, 0, 1], [0, 0, 0, 0], [599, 0, 1, 0]])
+def test_what_a_kernel_leaves_in_rows_of_no_group_is_not_kept(sizes, monkeypatch):
+    """On CPU `ragged_dot` writes 0 there; kernels of accelerators may leave anything."""
+    x, w, dy = operands(600)
+    without = jnp.arange(600)[:, None] >= sum(sizes)
+    product = jax.lax.ragged_dot
+    monkeypatch.setattr(
+        jax.lax,
+        "ragged_dot",
+        lambda *args, **how: jnp.where(without, jnp.nan, product(*args, **how)),
+    )
+    summed = jax.lax.ragged_dot_general
+
+    def kernel(x, dy, *args, **how):
+        assert not np.any(np.where(without, dy, 0)), "it may add the rows of no group"
+        return summed(x, dy, *args, **how)
+
+    monkeypatch.setattr(jax.lax, "ragged_dot_general", kernel)
+    dirty = jnp.where(without, jnp.nan, dy)
+    found = ragged_with_gradients(x, w, jnp.array(sizes), dirty)
+    for ours, expected in zip(found, by_rows(x, w, sizes, dy), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_bfloat16_is_accumulated_in_float32(path):
     """Products of bfloat16 numbers are exact in float32; all are positive, so that sums grow.

@@ -5,6 +5,7 @@ What the models compute is tested in test_parity.py.
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -370,6 +371,28 @@ def test_one_error_names_every_option_that_is_refused():
         assert expected in str(error.value)
 
 
+NO_SIZES = (0, -1, True, "8", 1.5, None)
+
+
+@pytest.mark.parametrize("key", hf_config.TEXT_SIZES + hf_config.MOE_SIZES)
+def test_a_size_of_a_text_config_is_a_positive_integer(key):
+    values = hf_models.qwen2_moe().to_dict()
+    if key == "num_local_experts":
+        del values["num_experts"]
+    for wrong in NO_SIZES[:-1] if key in ("num_key_value_heads", "head_dim") else NO_SIZES:
+        message = re.escape(f"{key!r}: {wrong!r}}}: expected positive integers")
+        with pytest.raises(ConfigError, match=message):
+            hf_config.decoder_from_json(values | {key: wrong})
+
+
+@pytest.mark.parametrize("key", hf_config.VISION_SIZES)
+def test_a_size_of_a_vision_config_is_a_positive_integer(key):
+    for wrong in NO_SIZES:
+        message = re.escape(f"{key!r}: {wrong!r}}}: expected positive integers")
+        with pytest.raises(ConfigError, match=message):
+            hf_config.vision_from_json(hf_models.clip().to_dict() | {key: wrong}, {})
+
+
 def test_scaled_rotary_angles_in_the_spelling_of_4x_are_refused():
     scaling = {"type": "linear", "factor": 2.0}
     with pytest.raises(ConfigError, match="rope_type = 'linear'"):
@@ -382,7 +405,34 @@ REFUSED_LLAVA = {
     "projector_hidden_act": "relu",
     "multimodal_projector_bias": False,
     "vision_feature_select_strategy": "full",
+    "quantization_config": {"quant_method": "gptq"},
 }
+
+
+REFUSED_TOWER = {
+    "model_type": "dinov2",
+    "hidden_act": "relu",
+    "quantization_config": {"quant_method": "gptq"},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED_TOWER)
+def test_a_tower_option_that_the_model_does_not_have_is_refused(key):
+    values = hf_models.clip().to_dict() | {key: REFUSED_TOWER[key]}
+    with pytest.raises(ConfigError, match=f"{key}.*expected"):
+        hf_config.vision_from_json(values, {})
+
+
+@pytest.mark.parametrize("layer", [[-2, -5], "-2", None, 1.0])
+def test_a_tower_gives_the_features_of_one_layer(layer):
+    with pytest.raises(ConfigError, match="vision_feature_layer = .*expected the number of one"):
+        hf_config.vision_from_json(hf_models.clip().to_dict(), {}, layer)
+
+
+@pytest.mark.parametrize("key", ["text_config", "vision_config"])
+def test_a_part_of_a_llava_config_is_an_object(key):
+    with pytest.raises(ConfigError, match="text_config, vision_config = .*a JSON object each"):
+        hf_config.model_from_json(LLAVA.to_dict() | {key: "a-folder"}, {}, {})
 
 
 @pytest.mark.parametrize("key", REFUSED_LLAVA)
@@ -436,12 +486,30 @@ def test_what_a_text_config_leaves_out_is_the_default_of_its_class(family):
     assert hf_config.END_TOKENS.get(family) == full["eos_token_id"]
 
 
+def test_a_shared_expert_that_a_text_config_leaves_out_is_there_and_refused():
+    size = transformers.Qwen2MoeConfig().shared_expert_intermediate_size
+    with pytest.raises(ConfigError, match=rf"'shared_expert_intermediate_size': {size}\b"):
+        hf_config.decoder_from_json({"model_type": "qwen2_moe"})
+
+
+IMAGE_PROCESSORS = {
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",
+}
+
+
 @pytest.mark.parametrize("kind", hf_config.VISION_DEFAULTS)
 def test_what_a_vision_config_leaves_out_is_the_default_of_its_class(kind):
     """Compares with the configuration class of transformers."""
     full = transformers.CONFIG_MAPPING[kind]().to_dict()
     defaults = hf_config.VISION_DEFAULTS[kind]
     assert {key: full[key] for key in defaults} == defaults
+    vision = hf_config.vision_from_json({"model_type": kind}, {})
+    processor = getattr(transformers, IMAGE_PROCESSORS[kind])()
+    assert vision.pixel_mean == tuple(processor.image_mean)
+    assert vision.pixel_std == tuple(processor.image_std)
+    # a tower alone does not say which layer a LLaVA reads
+    assert vision.feature_layer == transformers.LlavaConfig().vision_feature_layer
 
 
 def test_an_old_llava_config_reads():
@@ -507,6 +575,7 @@ END_TOKENS = {
     "the text_config's list": (None, None, [5, 6]),
     "beside the default of the class, written out": ([7], 7, 2),
     "the class": (None, None, None),
+    "the first word of a vocabulary": (0, None, [5, 0]),
 }
 
 
@@ -701,6 +770,22 @@ def test_a_part_that_a_llava_config_leaves_out_is_the_default_of_its_class(parts
     values = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]} | parts
     assert not original.is_original(values)
     assert hf_config.model_from_json(values, {}, {}) == read_as_transformers_does(values)
+
+
+@pytest.mark.parametrize("whole", [None, False, True])
+@pytest.mark.parametrize("part", [None, False, True])
+def test_the_head_is_tied_where_that_of_transformers_is(part, whole):
+    def stated(place: dict, tied: bool | None) -> dict:
+        return place if tied is None else place | {"tie_word_embeddings": tied}
+
+    text = hf_models.qwen2().to_dict()
+    del text["tie_word_embeddings"]
+    tower = hf_models.clip().to_dict()
+    values = {"model_type": "llava", "image_token_index": 7, "vision_config": tower}
+    values = stated(values | {"text_config": stated(text, part)}, whole)
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(values))
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert hf_config.model_from_json(values, {}, {}).decoder.tie_embeddings == tied
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -5, 1, 3, 5])

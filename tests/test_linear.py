@@ -71,6 +71,14 @@ def test_devices_sum_the_gradient_of_a_weight_in_float32(case):
     np.testing.assert_allclose(dw, by_einsum(case, x, w, dy)[2], rtol=1e-6)
 
 
+def test_a_bias_is_added_in_float32_too():
+    rng = np.random.default_rng(0)
+    x, bias, dy = (rng.normal(size=n).astype(np.float32) for n in ((B, S, 5), 5, (B, S, 5)))
+    y, pull = jax.vjp(add, jnp.asarray(x), jnp.asarray(bias))
+    np.testing.assert_array_equal(y, x + bias)
+    np.testing.assert_allclose(pull(jnp.asarray(dy))[1], dy.sum((0, 1)), rtol=1e-5)
+
+
 def test_the_gradient_of_a_bias_is_summed_in_float32():
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(1 + rng.random((B, S, 5)), jnp.bfloat16) for _ in range(2))

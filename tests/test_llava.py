@@ -14,7 +14,7 @@ from mod_jax.batch import Batch
 from mod_jax.config import DecoderConfig, MeshConfig, ModelConfig, MoEConfig, VisionConfig
 from mod_jax.models import llava
 from mod_jax.models.parameters import constant
-from mod_jax.models.vision import patchify
+from mod_jax.models.vision import LayerNorm, patchify
 from mod_jax.sharding import RULES, make_mesh, parameter_shardings, row_sharding
 
 CLIP = VisionConfig(
@@ -107,6 +107,24 @@ def test_layers_after_the_feature_are_not_run(vision, runs):
 
     assert features(runs).shape == (1, FEATURES, 24) and bool(jnp.isfinite(features(runs)).all())
     assert not bool(jnp.isfinite(features(runs - 1)).any())
+
+
+def test_layer_norm_takes_its_statistics_in_float32():
+    """Compared with torch in float64; the tolerance is the rounding of the result alone.
+
+    The mean is far from 0, so that a bfloat16 mean, or a difference from it, would be far off.
+    """
+    random = np.random.default_rng(0)
+    x = jnp.asarray(50 + random.normal(size=(3, 4096)), jnp.bfloat16)
+    norm = LayerNorm((), 4096, 1e-5)
+    scale, bias = (random.normal(size=4096).astype(np.float32) for _ in range(2))
+    norm.scale_d[...], norm.bias_d[...] = jnp.asarray(scale), jnp.asarray(bias)
+    x64, scale64, bias64 = (
+        torch.tensor(np.asarray(a, np.float64), dtype=torch.float64) for a in (x, scale, bias)
+    )
+    expected = torch.nn.functional.layer_norm(x64, (4096,), scale64, bias64, 1e-5).numpy()
+    assert norm(x).dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(norm(x), np.float64), expected, rtol=2**-8, atol=1e-5)
 
 
 def test_every_picture_is_seen_alone():

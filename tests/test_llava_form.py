@@ -18,7 +18,7 @@ from source_files import (
     write_tfds,
 )
 
-from mod_jax.config import SourceConfig
+from mod_jax.config import ConfigError, SourceConfig
 from mod_jax.data.sources.kinds import open_source
 from mod_jax.data.sources.record import BadSample, Record
 
@@ -382,8 +382,23 @@ def test_pairs_say_why_they_are_bad(read, entry, message):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_pair_is_no_chat_and_says_which_kind_reads_it(read, form):
-    refused(read, FORMS[form] | ASKED, "of a preference pair, which only kind = 'preference' reads")
+def test_a_pair_is_no_chat_and_says_which_kind_reads_it(tmp_path, form):
+    """Once for a file of pairs; by name for a pair among chats."""
+    write_pictures(tmp_path)
+    config = SourceConfig("chat", str(tmp_path / "some.json"), str(tmp_path))
+    for count in (1, 200):
+        write_json(tmp_path / "some.json", [FORMS[form] | ASKED] * count)
+        with pytest.raises(
+            ConfigError,
+            match=r"data\.sources\.kind = 'chat': expected 'preference' for .*some\.json, which "
+            r"holds pairs .*--kind=preference",
+        ):
+            open_source(config)
+    write_json(tmp_path / "some.json", [CHAT, FORMS[form] | ASKED])
+    source = open_source(config)
+    assert source[0].turns
+    with pytest.raises(BadSample, match="of a preference pair, which only kind = 'preference'"):
+        source[1]
 
 
 @pytest.mark.parametrize("where", ["id", "role", "text", "key", "picture"])

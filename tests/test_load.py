@@ -366,6 +366,12 @@ def test_a_picture_instead_of_a_list_is_refused(ask, pictures, model):
         getattr(model, ask)("<image>", pictures)
 
 
+@pytest.mark.parametrize("pictures", [5, None, SEEN])
+def test_pictures_of_several_texts_are_a_list(pictures):
+    with pytest.raises(ConfigError, match="images = .*expected a list of pictures"):
+        chat.batch_of(["a", "b"], pictures)
+
+
 def test_more_positions_than_a_model_supports_are_refused(model):
     decoder = dataclasses.replace(model.config.decoder, max_positions=50)
     config = dataclasses.replace(model.config, decoder=decoder)

@@ -46,13 +46,14 @@ class Data:
         self.before = before
         self.taken = 0
         self.judged = []
+        self.unused = []
 
     @property
     def skips(self):
         """Of n batches read, n records were skipped and 2 n truncated, of two sources together."""
         counts = [Counts(9, 2 * self.taken, self.taken), Counts(9, 0, 0)]
         return types.SimpleNamespace(
-            by_source=counts, judge=self.judged.append, unused_keys=lambda: ["source a: keys"]
+            by_source=counts, judge=self.judged.append, unused_keys=lambda: self.unused
         )
 
     def __next__(self):
@@ -100,7 +101,7 @@ def run(tmp_path, monkeypatch):
         stage = loop.Stage(
             name="small",
             config=config,
-            program=loop.Program(optimizer, step, shardings, Frozen({}, {})),
+            program=loop.Program(optimizer, step, shardings, Frozen({}, {}), "float32"),
             trained=trained,
             frozen=Frozen({}, {}),
             data=data,
@@ -140,6 +141,19 @@ def test_rows_count_records_skipped_and_truncated_until_their_step(run, tmp_path
     assert found == [(3, 3, 6), (6, 6, 12), (7, 7, 14)]
     assert data.judged == [[(bad, 9), (0, 9)] for bad in (3, 6, 7)]
     assert [row["loss"] for row in rows(tmp_path)] == [2, 5, 7]
+
+
+def test_keys_that_are_not_used_are_said_at_the_end_however_it_comes(run, caplog):
+    def stop(number: int):
+        if number == 4:
+            raise RuntimeError("an error")
+
+    data = Data(stop)
+    data.unused = ["source a: keys not used: score (in 9 of 9 records)"]
+    with pytest.raises(RuntimeError, match="an error"):
+        run(data)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["stage small, source a: keys not used: score (in 9 of 9 records)"]
 
 
 def test_steps_per_second_does_not_count_the_first_step(run, tmp_path, monkeypatch):
@@ -210,8 +224,8 @@ def test_a_signal_saves_the_step_and_says_how_it_goes_on(number, run, tmp_path, 
 
     before = signal.getsignal(number)
     message = (
-        r"stage small was stopped after step 5 of 7\. The same command, without --redo, goes on from its newest "
-        r"checkpoint\."
+        r"stage small was stopped after step 5 of 7\. The same command, without --redo, goes on "
+        r"from its newest checkpoint\."
     )
     with pytest.raises(Stopped, match=message):
         run(Data(interrupt))

@@ -8,7 +8,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mod_jax.config import ConfigError
-from mod_jax.inference.messages import for_template, pictures_shown
+from mod_jax.inference.messages import for_template, pictures_shown, short
 from mod_jax.interop.processor import chat_template
 
 IMAGE = {"type": "image"}
@@ -140,6 +140,13 @@ def test_what_a_user_wrote_is_quoted_briefly():
     with pytest.raises(ConfigError) as error:
         pictures_shown(messages)
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "length, quoted", [(78, f"'{'a' * 78}'"), (79, f"'{'a' * 76}..."), (10**6, f"'{'a' * 76}...")]
+)
+def test_a_quotation_has_80_characters_at_most(length, quoted):
+    assert short("a" * length) == quoted and len(quoted) == 80
 
 
 DATA = base64.b64encode(b"picture").decode()

@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import tensorboardX
 
 from mod_jax.training import metrics
 
@@ -43,3 +44,13 @@ def test_a_continued_run_writes_each_step_once(tmp_path):
     writer.write(6, {"loss": 0.5})
     writer.close()
     assert [(row["step"], row["loss"]) for row in read(tmp_path)] == [(2, 2), (4, 4), (6, 0.5)]
+
+
+def test_a_continued_run_removes_the_events_of_later_steps(tmp_path, monkeypatch):
+    """TensorBoard drops what was written at `purge_step` and after it."""
+    purged = []
+    monkeypatch.setattr(
+        tensorboardX, "SummaryWriter", lambda *_, purge_step, **__: purged.append(purge_step)
+    )
+    metrics.Writer(tmp_path, 4)
+    assert purged == [5], "the row of step 4 was written before its checkpoint"

@@ -184,6 +184,11 @@ def test_one_choice_with_renormalisation_cannot_be_trained():
     MoEConfig(experts_per_token=2).require_router_that_learns()
 
 
+def test_a_dense_decoder_has_no_sparse_layer():
+    with pytest.raises(ValueError, match=r"decoder\.moe = None: expected a MoEConfig"):
+        MoE(DecoderConfig(), (), nnx.Rngs(0))
+
+
 def test_tight_capacity_drops_first_second_and_both_choices():
     """Every fate occurs, so the case "capacity" above tests the whole rule."""
     _, fates = by_tokens(OPTIONS["capacity"], layer(OPTIONS["capacity"])[2], *inputs())
@@ -235,6 +240,15 @@ def test_the_router_decides_in_float32_under_bfloat16_activations():
     assert jax.tree.leaves(jax.tree.map(lambda a: a.dtype == jnp.float32, aux)) == [True] * 3
     np.testing.assert_array_equal(aux.z, exact.z)
     np.testing.assert_array_equal(aux.load, exact.load)
+
+
+def test_float32_products_are_not_left_to_the_default_of_a_tpu():
+    """It rounds factors to bfloat16; on a CPU only the program shows what is asked for."""
+    graph, state, values, _ = layer(OPTIONS["residual"])
+    x, valid, _ = inputs()
+    program = str(jax.make_jaxpr(bind(graph, state, values))(x.astype(jnp.bfloat16), valid))
+    # of the router, the mixture, and three means: probabilities, first choices, z
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 5
 
 
 def test_even_routing_has_balance_one():

@@ -17,7 +17,7 @@ from small import DENSE, SPARSE, params_of
 
 from mod_jax.config import ConfigError, MeshConfig
 from mod_jax.interop.native import open_native, place, save_native
-from mod_jax.interop.pretrained import InMemory, Pretrained, read, with_vocabulary
+from mod_jax.interop.pretrained import Adaptor, InMemory, Pretrained, join, read, with_vocabulary
 from mod_jax.models import llava
 from mod_jax.sharding import make_mesh, parameter_shardings
 
@@ -273,6 +273,33 @@ def test_a_vocabulary_that_is_large_enough_stays():
     before = pretrained(DENSE)
     after = with_vocabulary(before, Vocabulary(DENSE.decoder.vocab_size))
     assert after.config.decoder == DENSE.decoder and after.params == before.params
+
+
+def test_an_end_token_of_the_language_model_without_a_row_is_refused():
+    """The tokenizer's own ids have rows by then; those of a generation_config.json may not."""
+    before = dataclasses.replace(pretrained(DENSE), end_token_ids=(2, 9999))
+    with pytest.raises(ConfigError, match=r"other_end_token_ids in .*9999.*less than"):
+        with_vocabulary(before, Vocabulary(DENSE.decoder.vocab_size))
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [("linear_1.w_io", (8, 32)), ("linear_2.w_io", (32, 48)), ("linear_3.b_o", (32,))],
+)
+def test_an_adaptor_that_does_not_fit_between_the_parts_is_refused(name, shape):
+    model = pretrained(DENSE)
+
+    def part(prefix, config):
+        params = {n: x for n, x in model.params.items() if n.startswith(prefix)}
+        return Pretrained(config, params, f"the {prefix}", pathlib.Path("nowhere"))
+
+    tower, text = part("vision_tower.", DENSE.vision), part("language_model.", DENSE.decoder)
+    fits = Adaptor(dict(part("adaptor.", DENSE).params), "the adaptor")
+    vocabulary = Vocabulary(DENSE.decoder.vocab_size)
+    assert join(tower, text, fits, 0, vocabulary).params.keys() == model.params.keys()
+    wrong = {**fits.params, f"adaptor.{name}": InMemory(np.zeros(shape, np.float32))}
+    with pytest.raises(ConfigError, match=f"shapes of the adaptor = .*{name}.*expected"):
+        join(tower, text, Adaptor(wrong, "the adaptor"), 0, vocabulary)
 
 
 def test_a_relative_path_is_a_folder_below_the_current_one(tmp_path, monkeypatch):

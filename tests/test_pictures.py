@@ -5,7 +5,9 @@ import pathlib
 import pickle
 import random
 import shutil
+import sys
 import tarfile
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -212,3 +214,109 @@ def test_without_a_place_a_picture_is_bad():
         BadSample, match=r"picture 'a\.jpg', but no data\.sources\.images to find it in"
     ):
         open_pictures("")["a.jpg"]
+
+
+# Names in one normal form
+
+SPELT = {
+    "dot": "./coco/train2017/000.jpg",
+    "backslash": "coco\\train2017\\000.jpg",
+    "dot and backslash": ".\\coco\\train2017\\000.jpg",
+    "space": " coco/train2017/000.jpg\n",
+    "slashes": "coco//train2017/./000.jpg",
+    "detour": "coco/train2014/../train2017/000.jpg",
+    "absolute": "{place}/coco/train2017/000.jpg",
+    "absolute backslash": "{place}\\coco\\train2017\\000.jpg",
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_one_picture_is_found_however_its_name_is_spelt(folder, bucket, kind):
+    name = place(folder, kind)
+    pictures = open_pictures(name)
+    expected = (folder / "coco/train2017/000.jpg").read_bytes()
+    for spelling in SPELT.values():
+        assert contents(pictures[spelling.format(place=name)]) == expected, spelling
+    if not kind.startswith("gs"):
+        assert contents(pictures[f"file://{name}/coco/train2017/000.jpg"]) == expected
+        assert contents(pictures[f"file://{name}/coco/%C3%BC%20b.png"])
+
+
+@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("named", ["NFC", "NFD"])
+def test_unicode_forms_name_the_same_picture(folder, bucket, kind, stored, named, monkeypatch):
+    """macOS writes decomposed names, most other systems composed ones."""
+    file = unicodedata.normalize(stored, "tür/für.jpg")
+    (folder / file).parent.mkdir()
+    (folder / file).write_bytes(b"the picture")
+    monkeypatch.setattr(sys.modules[__name__], "NAMES", [*NAMES, file])
+    pictures = open_pictures(place(folder, kind))
+    assert contents(pictures[unicodedata.normalize(named, "tür/für.jpg")]) == b"the picture"
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_name_that_is_no_file_there_says_so_in_one_short_line(folder, bucket, kind):
+    pictures = open_pictures(place(folder, kind))
+    faults = {
+        "https://example.org/a.jpg": "picture at a URL, which is not downloaded",
+        "C:\\data\\a.jpg": "picture outside of data.sources.images",
+        "/elsewhere/" + "x" * 3000 + "/a.jpg": "picture outside of data.sources.images",
+    }
+    for name, message in faults.items():
+        with pytest.raises(BadSample, match=message) as raised:
+            pictures[name]
+        assert len(str(raised.value)) < 200 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".ZIP", ".Tar", ".TAR"])
+def test_suffixes_of_archives_have_no_case(folder, suffix):
+    path = pathlib.Path(place(folder, "stored.zip" if suffix == ".ZIP" else "plain.tar"))
+    path = path.rename(path.with_suffix(suffix))
+    assert open_pictures(str(path))["a.jpg"] == (folder / "a.jpg").read_bytes()
+
+
+def test_links_in_a_tar_are_followed_within_it(folder):
+    path = folder.with_name("links.tar")
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder / "a.jpg", "./files/a.jpg")
+        for name, kind, target in [
+            ("hard.jpg", tarfile.LNKTYPE, "./files/a.jpg"),
+            ("sub/soft.jpg", tarfile.SYMTYPE, "../files/a.jpg"),
+            ("again.jpg", tarfile.SYMTYPE, "sub/soft.jpg"),
+            ("folder", tarfile.SYMTYPE, "files"),
+            ("loop.jpg", tarfile.SYMTYPE, "loop.jpg"),
+            ("outside.jpg", tarfile.SYMTYPE, "../../a.jpg"),
+            ("absolute.jpg", tarfile.SYMTYPE, "/etc/hostname"),
+        ]:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    pictures = open_pictures(str(path))
+    for name in ("files/a.jpg", "hard.jpg", "sub/soft.jpg", "again.jpg", "folder/a.jpg"):
+        assert pictures[name] == (folder / "a.jpg").read_bytes(), name
+    for name in ("loop.jpg", "outside.jpg", "absolute.jpg", "folder"):
+        with pytest.raises(BadSample, match=f"no such picture in .*links.tar: '{name}'"):
+            pictures[name]
+
+
+@pytest.mark.parametrize(
+    "page, name",
+    [
+        ("utf-8", "fünf/照片.jpg"),
+        ("cp850", "fünf/tür.jpg"),
+        ("cp1252", "fünf/tür.jpg"),
+        ("gb18030", "照片/一.jpg"),
+        ("cp932", "写真/二.jpg"),
+        ("cp1251", "фото.jpg"),
+    ],
+)
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_names_of_a_zip_may_be_in_the_code_page_of_a_system(tmp_path, page, name, separator):
+    """Tools that do not mark names as UTF-8 write them so; zipfile takes all of these for cp437."""
+    path = tmp_path / "old.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x" * len(name.encode(page)), b"the picture")
+    written = name.replace("/", separator).encode(page)
+    path.write_bytes(path.read_bytes().replace(b"x" * len(written), written))
+    assert open_pictures(str(path))[name] == b"the picture"

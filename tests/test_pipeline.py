@@ -14,6 +14,7 @@ from mod_jax.batch import Batch
 from mod_jax.config import ConfigError, DataConfig, ModelConfig, SourceConfig, VisionConfig
 from mod_jax.data.batches.pipeline import Batches, count_streams
 from mod_jax.data.batches.skips import TooManyBadSamples
+from mod_jax.data.batches.streams import Counts
 from mod_jax.data.samples.tokenizer import scenes_tokenizer, text_encoder
 from mod_jax.data.samples.tokens import chat_format, tokenize
 from mod_jax.data.scenes.builder import SceneDifficulty, prepare
@@ -269,8 +270,7 @@ def test_bad_samples_are_skipped_named_and_counted_once(tmp_path, caplog):
     batches = make(text_data(texts(tmp_path, answers), max_bad_share=0.5), 4)
     seen = numbers([next(batches) for _ in range(30)])
     assert set(seen.tolist()) == set(range(40)) - {7, 31}
-    total = dataclasses.astuple(batches.skips.total)
-    assert total == (40, 0, 2), "three epochs count each record once"
+    assert batches.skips.total == Counts(40, 0, 2), "three epochs count each record once"
     assert sorted(record.getMessage() for record in caplog.records) == [
         "skipped record 31 (r31): question without an answer text",
         "skipped record 7 (r7): question without an answer text",
@@ -281,12 +281,65 @@ def test_bad_samples_are_skipped_named_and_counted_once(tmp_path, caplog):
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
+    """As soon as the whole set is known to hold too many: six of a hundred are more than 5 %."""
     config = text_data(texts(tmp_path, ["one"] * 80 + [""] * 20), max_bad_share=0.05)
     with pytest.raises(
         TooManyBadSamples,
-        match=r"of 5\d records are bad, more than data.max_bad_share = 0.05.*without an answer",
+        match=r"[67] of \d\d records are bad, where all are 100, more than data.max_bad_share = "
+        r"0.05 allows.*--dry-run names all.*without an answer",
     ):
         take(config, 4, 30)
+
+
+def test_a_small_set_is_judged_as_a_large_one(tmp_path):
+    config = text_data(texts(tmp_path, [""] * 36 + ["one"] * 4))
+    with pytest.raises(TooManyBadSamples, match=r"\d+ of \d+ records are bad, where all are 40"):
+        take(config, 1, 1)
+
+
+def test_a_large_set_is_refused_long_before_it_is_read(tmp_path):
+    config = text_data(texts(tmp_path, ["one", ""] * 20_000))
+    with pytest.raises(TooManyBadSamples, match=r" \d\d records are bad, where all are 40000"):
+        take(config, 4, 100)
+
+
+def test_a_source_that_is_mixed_in_often_does_not_count_for_more(tmp_path):
+    """Of all records, 10 of 1020 are bad, but half of what is read comes from the small source."""
+    good = texts(tmp_path, ["one"] * 1000)
+    small = texts(tmp_path, ["one", ""] * 10)
+    batches = make(text_data(good, small), 4)
+    while batches.skips.total.bad < 10:
+        next(batches)
+    assert [count.bad for count in batches.skips.by_source] == [0, 10]
+    assert batches.skips.total.seen < 200
+
+
+def test_a_stretch_of_bad_records_does_not_refuse_an_allowed_share(tmp_path):
+    """However they are placed: here nearly all are bad, and that is allowed."""
+    batches = make(text_data(texts(tmp_path, [""] * 299 + ["one"]), max_bad_share=1.0), 2)
+    assert {int(number) for _ in range(3) for number in next(batches).samples.ravel()} == {299}
+
+
+def test_counts_of_all_processes_are_judged_together(tmp_path):
+    """Each of two processes has one bad record of about fifty."""
+    batches = make(text_data(texts(tmp_path, ["one"] * 100)), 4)
+    batches.skips.judge([(1, 50)])
+    with pytest.raises(TooManyBadSamples, match="2 of 100 records are bad, where all are 100"):
+        batches.skips.judge([(2, 100)])
+
+
+def test_unused_keys_are_counted_once_a_source(tmp_path):
+    for name, keys in (("a", {"score": 1, "b": 2}), ("b", {})):
+        turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": "one"}]
+        entries = [{"conversations": turns} | (keys if i % 2 else {}) for i in range(10)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    sources = [SourceConfig("chat", f"{tmp_path}/{name}.json") for name in "ab"]
+    batches = make(text_data(*sources, workers=1), 4)
+    for _ in range(20):
+        next(batches)
+    batches.close()
+    line = f"source {tmp_path}/a.json: keys not used: b, score (in 5 of 10 records)"
+    assert batches.skips.unused_keys() == [line]
 
 
 def test_an_allowed_share_of_bad_samples_never_stops_the_run(tmp_path):
@@ -297,11 +350,11 @@ def test_an_allowed_share_of_bad_samples_never_stops_the_run(tmp_path):
     assert batches.skips.total.bad == 100
 
 
-@pytest.mark.parametrize("limit, run", [(0.0, 50), (0.5, 50), (1.0, 2062)])
-def test_a_data_set_without_a_good_record_stops_the_run(tmp_path, limit, run):
-    records = 40 if limit < 1 else 700
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("records", [1, 40, 700])
+def test_a_data_set_without_a_good_record_stops_the_run(tmp_path, records, limit):
     config = text_data(texts(tmp_path, [""] * records), max_bad_share=limit)
-    with pytest.raises(TooManyBadSamples, match=f"The last {run} samples are all bad"):
+    with pytest.raises(TooManyBadSamples, match=rf"(\d+) of \1 records are bad, .*{records}, "):
         take(config, 1, 1)
 
 
@@ -316,15 +369,17 @@ def pictured(tmp_path, records):
     return SourceConfig("chat", str(tmp_path / "chats.json"), str(tmp_path / "images"))
 
 
-def test_pictures_that_vanish_in_a_later_epoch_stop_the_run(tmp_path):
+@pytest.mark.parametrize("limit", [0.01, 1.0])
+def test_pictures_that_vanish_in_a_later_epoch_stop_the_run(tmp_path, limit):
     """Their records have already been counted as good."""
-    batches = make(text_data(pictured(tmp_path, 20), sequence_length=32, images_per_row=1), 2)
+    options = {"sequence_length": 32, "images_per_row": 1, "max_bad_share": limit}
+    batches = make(text_data(pictured(tmp_path, 20), **options), 2)
     for _ in range(20):
         next(batches)
-    assert dataclasses.astuple(batches.skips.total) == (20, 0, 0)
+    assert batches.skips.total == Counts(20, 0, 0)
     for path in (tmp_path / "images").iterdir():
         path.unlink()
-    with pytest.raises(TooManyBadSamples, match=r"The last 50 samples are all bad.*\d+.png"):
+    with pytest.raises(TooManyBadSamples, match=r"The last \d+ samples are all bad.*\d+.png"):
         list(itertools.islice(batches, 100))
 
 
@@ -340,11 +395,13 @@ def test_cut_texts_are_counted(tmp_path):
     batches = make(text_data(texts(tmp_path, ["one", "one " * 30])), 2)
     lengths = {int(length) for _ in range(4) for length in (next(batches).segment_ids > 0).sum(1)}
     assert sorted(lengths) == [len(TOKENIZER("USER: how many? ASSISTANT: one").input_ids), 16]
-    assert dataclasses.astuple(batches.skips.total) == (2, 1, 0)
+    assert batches.skips.total == Counts(2, 1, 0)
 
 
 def test_a_record_with_more_pictures_than_a_row_is_bad(scenes):
-    with pytest.raises(TooManyBadSamples, match="1 pictures, but a row holds 0"):
+    with pytest.raises(
+        TooManyBadSamples, match=r"1 pictures, but a row holds 0 \(data.images_per_row\)"
+    ):
         take(scene_data(scenes, "test", images_per_row=0), 1, 1)
 
 

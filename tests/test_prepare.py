@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import resource
 import shutil
 import signal
@@ -25,7 +26,7 @@ from source_files import write_all
 
 from mod_jax import prepare
 from mod_jax.config import ConfigError, SourceConfig
-from mod_jax.data.prepare.plan import begin, finish, make_plan
+from mod_jax.data.prepare.plan import Plan, begin, finish, make_plan
 from mod_jax.data.prepare.shard import write_shard
 from mod_jax.data.sources.kinds import open_source
 
@@ -536,6 +537,50 @@ def test_the_command_prepares_and_tells_what_it_skipped(bad, tmp_path):
         "  skipped 1 question without an answer text",
     }
     assert "23/23 records" in ended.stderr
+
+
+def test_pairs_without_their_kind_are_one_line(tmp_path, monkeypatch):
+    pair = {"question": "Why?", "chosen": "So.", "rejected": "No."}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair] * 30))
+    source = SourceConfig("chat", str(tmp_path / "pairs.json"))
+    monkeypatch.setattr(sys, "argv", ["prepare", *options(source, tmp_path / "out")])
+    with pytest.raises(SystemExit, match="^error: data.sources.kind = 'chat': .*--kind=preference"):
+        prepare.cli()
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_that_are_not_used_are_said_once(tmp_path, capsys):
+    records = [chat(number) | ({"score": 1} if number % 2 else {}) for number in range(0, 20, 4)]
+    records += [chat(number) | {"source": "web", "score": 0.5} for number in range(20, 30, 4)]
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps(records))
+    source = SourceConfig("chat", str(path))
+    expected = f"  source {path}: keys not used: score, source (in 3 of 8 records)"
+    for _ in range(2):  # the second time the folder is complete
+        index = run(source, tmp_path / "out", "--workers=1")
+        prepare.print_summary(index, "out")
+        assert capsys.readouterr().out.splitlines()[1:] == [expected]
+    path.write_text(json.dumps([chat(number) for number in range(0, 32, 4)]))
+    plain_index = run(source, tmp_path / "plain", "--workers=1")
+    assert "unused" not in plain_index
+    assert plain_index == json.loads((tmp_path / "plain" / "index.json").read_text())
+
+
+def test_the_order_of_the_records_is_made_once_a_process_and_stays_what_it_was(
+    tmp_path, monkeypatch
+):
+    plan = Plan(SourceConfig("chat", "none"), str(tmp_path), 1000, 7, 3, {})
+    random_state = np.random.RandomState
+    order = random_state(3).permutation(1000)
+    made = []
+    monkeypatch.setattr(
+        np.random, "RandomState", lambda seed: made.append(seed) or random_state(seed)
+    )
+    np.testing.assert_array_equal(np.concatenate([plan.numbers(s) for s in range(7)]), order)
+    assert [plan.size(shard) for shard in range(7)] == [142, 143, 143, 143, 143, 143, 143]
+    assert [len(plan.numbers(shard)) for shard in range(7)] == [plan.size(s) for s in range(7)]
+    assert made == [3]
+    assert len(pickle.dumps(plan)) < 1000 and pickle.loads(pickle.dumps(plan)) == plan
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_stock_knows_the_special_tokens(both, kind):
     assert generation.eos_token_id == ours.config.end_token_id
     assert generation.pad_token_id == tokenizer.pad_token_id
     assert not generation.do_sample
-    ids = ours.encode("What is it? Two cats.")[0]
+    ids = ours.encode("What is it ? Two cats , it is n't one .")[0]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert text == ours.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -667,6 +667,27 @@ def test_pictures_prepared_in_another_way_are_refused(both, tmp_path, change):
         json.dumps(image_processor_to_json(ours.config.vision) | change)
     )
     message = "image processor = .*: expected one of .*pad.*crop.*stretch"
+    with pytest.raises(ConfigError, match=message):
+        read_processor(tmp_path, ours.config)
+
+
+def test_a_token_of_the_model_without_a_row_is_refused(both, tmp_path):
+    ours = both("llama").ours
+    rows = ours.config.decoder.vocab_size
+    config = dataclasses.replace(ours.config, other_end_token_ids=(rows,))
+    message = rf"other_end_token_ids in .* = \({rows},\): expected less than {rows}"
+    with pytest.raises(ConfigError, match=message):
+        write_processor(tmp_path, config, ours.tokenizer, ours.chat_template)
+    with pytest.raises(ConfigError, match=message):
+        read_processor(both("llama").folder, config)
+
+
+def test_an_image_processor_that_is_no_object_is_refused(both, tmp_path):
+    ours = both("llama").ours
+    write_processor(tmp_path, ours.config, ours.tokenizer, ours.chat_template)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": "clip"}))
+    message = "image processor in .*/processor_config.json = 'clip': expected an object"
     with pytest.raises(ConfigError, match=message):
         read_processor(tmp_path, ours.config)
 

@@ -24,6 +24,7 @@ import mod_jax
 from mod_jax import train
 from mod_jax.config import ConfigError, MeshConfig, RecipeConfig, from_dict
 from mod_jax.data.samples.tokenizer import scenes_tokenizer
+from mod_jax.data.scenes.builder import prepare as prepare_scenes
 from mod_jax.data.sources.record import Record
 from mod_jax.export.folder import export
 from mod_jax.interop import huggingface
@@ -347,8 +348,9 @@ def test_a_bad_sample_is_skipped_counted_and_named(
     workdir, _ = finished
     checkpoint = workdir / "stages" / "adaptor" / "checkpoints" / "6"
     streams = json.loads((checkpoint / "data" / "process_0.json").read_text())
-    assert sum(stream["bad"] for stream in streams.values()) == 1
-    assert sum(stream["seen"] for stream in streams.values()) == RECORDS
+    counts = [source for stream in streams.values() for source in stream["counts"]]
+    assert sum(source["bad"] for source in counts) == 1
+    assert sum(source["seen"] for source in counts) == RECORDS
     assert rows_of(workdir, "adaptor")[-1]["skipped"] == 1
     with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="traced"):
         run_stage(recipe(folder), tmp_path, "adaptor")
@@ -800,6 +802,37 @@ def test_an_override_of_an_unknown_key_is_refused_with_a_suggestion(folder, tmp_
     with pytest.raises(ConfigError, match=message) as error:
         train.parse(arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "stage, redo, message",
+    [
+        (None, "nothing", r"--redo = 'nothing': expected one of \('adaptor', 'mimic'\)"),
+        ("mimic", "adaptor", r"--redo = 'adaptor': expected no --stage beside it"),
+    ],
+)
+def test_what_cannot_be_redone_is_refused(stage, redo, message, folder, finished_by_command):
+    before = contents(finished_by_command)
+    with pytest.raises(ConfigError, match=message):
+        train.run(from_dict(RecipeConfig, recipe(folder)), finished_by_command, stage, redo)
+    assert contents(finished_by_command) == before
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("template", "alpaca", r"evaluation\.template = 'alpaca': expected one of"),
+        ("split", "crowd", r"evaluation\.split = 'crowd': expected"),
+        ("models", ["nobody"], r"evaluation\.models = .*'nobody'"),
+    ],
+)
+def test_an_evaluation_is_checked_before_the_first_stage_trains(
+    key, value, message, folder, tmp_path, nothing_compiled
+):
+    path = prepare_scenes(tmp_path / "scenes", train=0, crowd=0, preference=0, test=2)
+    values = changed(recipe(folder), "evaluation", {"models": ["mimic"], "path": str(path)})
+    assert_stops(changed(values, f"evaluation.{key}", value), tmp_path / "run", message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_stage_is_refused(folder, tmp_path):

@@ -27,7 +27,7 @@ from mod_jax.config import (
 from mod_jax.models import llava
 from mod_jax.models.vision import VisionTower
 from mod_jax.sharding import check_rows, make_mesh, parameter_shardings
-from mod_jax.training import step
+from mod_jax.training import loop, step
 from mod_jax.training.loop import to_devices
 from mod_jax.training.metrics import mean as metrics_mean
 from mod_jax.training.state import Frozen, make_optimizer, make_schedule, new_state, split_trained
@@ -344,6 +344,24 @@ def test_no_gradient_passes_through_bfloat16():
     }
     # The norm after the tower's last layer is not run: features are those of the layer before.
     assert rounded == {f"vision_tower.post_norm.{leaf}" for leaf in ("scale_d", "bias_d")}
+
+
+def test_frozen_weights_in_the_dtype_of_their_use_change_no_number():
+    """Loss, metrics and gradients are those of float32 weights, which the step would cast itself.
+
+    What the step uses in float32 is not cast: norms, routers, and biases.
+    """
+    stage, student, teacher, trained, frozen, batch = parts("sparse mimic")
+    student = dataclasses.replace(student, dtype="bfloat16")
+    teacher = dataclasses.replace(teacher, dtype="bfloat16")
+    in_use = loop.in_use(frozen, "bfloat16")
+    run = jax.jit(functools.partial(step.gradients, stage.objective, 1, student, teacher))
+    wanted = run(trained, frozen, batch)
+    jax.tree.map(np.testing.assert_array_equal, run(trained, in_use, batch), wanted)
+    for params in (in_use.student, in_use.teacher):
+        for name, array in params.items():
+            is_weight = ".w_" in name and ".router." not in name
+            assert array.dtype == (jnp.bfloat16 if is_weight else jnp.float32), name
 
 
 def test_a_pattern_that_matches_nothing_is_refused():

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 import time
 from typing import NamedTuple
 
@@ -12,7 +11,13 @@ import pytest
 
 from mod_jax.data.batches.order import Visit
 from mod_jax.data.batches.packing import Room
-from mod_jax.data.batches.streams import READ_AHEAD, RoundRobin, Stream, counts_of
+from mod_jax.data.batches.streams import (
+    BAD_IN_A_ROW,
+    READ_AHEAD,
+    RoundRobin,
+    Stream,
+    counts_of,
+)
 from mod_jax.data.samples.sample import Skipped
 
 ROOM = Room(20, 4, 4)
@@ -28,10 +33,14 @@ class Sized(NamedTuple):
     number: int
     size: tuple[int, int]
     truncated: bool
+    unused: tuple[str, ...]
 
 
 class Read:
-    """A random-access source of visits that remembers which records were read."""
+    """A random-access source of visits that remembers which records were read.
+
+    Odd numbers are records of a second source.
+    """
 
     def __init__(self, bad=BAD):
         self.bad = bad
@@ -43,15 +52,16 @@ class Read:
     def __getitem__(self, number):
         self.numbers.append(number)
         if number in self.bad:
-            return Visit(Skipped(number, f"r{number}", "why"), number < 100)
+            return Visit(Skipped(number, f"r{number}", "why"), number % 2, number < 100)
         positions, pictures = SIZES[number].tolist()
-        sample = Sized(number, (positions, pictures), number % 10 == 0)
-        return Visit(sample, number < 100)
+        unused = ("score",) if number % 7 == 0 else ()
+        sample = Sized(number, (positions, pictures), number % 10 == 0, unused)
+        return Visit(sample, number % 2, number < 100)
 
 
-def dataset(read=None, number=0, give_up_after=sys.maxsize):
+def dataset(read=None, number=0):
     visits = grain.MapDataset.source(read or Read())
-    return Stream(number, visits, ROOM, LOOK_AHEAD, 1, give_up_after, Stream.beginning())
+    return Stream(number, visits, ROOM, LOOK_AHEAD, 1, Stream.beginning(2))
 
 
 def stream(read=None):
@@ -136,11 +146,14 @@ def test_records_are_counted_at_their_first_visit_and_once_through_resumption():
     read = Read()
     made = stream(read)
     for _ in range(60):
-        made.set_state(next(made).state)
-    counts = counts_of(made.get_state())
-    assert counts.seen == 100
-    assert counts.bad == len(BAD)
-    assert counts.truncated == len(set(range(0, 100, 10)) - BAD)
+        made.set_state(json.loads(json.dumps(next(made).state)))
+    for source, counts in enumerate(counts_of(made.get_state())):
+        numbers = set(range(source, 100, 2))
+        assert counts.seen == 50
+        assert counts.bad == len(BAD & numbers)
+        assert counts.truncated == len(numbers & set(range(0, 100, 10)) - BAD)
+        assert counts.unused.records == len(numbers & set(range(0, 100, 7)) - BAD)
+        assert counts.unused.keys == ["score"]
     assert set(read.numbers) > set(range(101)), "later records were read too"
 
 
@@ -160,12 +173,30 @@ def test_waiting_records_that_have_become_bad_since_the_state_was_saved_are_left
     assert not {number for row in rows_of(resumed, 10) for number in row} & set(range(20, 60))
 
 
-def test_a_stream_without_a_good_record_gives_up():
-    """It returns an empty row with the number of bad records that it has read."""
-    row = next(iter(dataset(Read(set(range(RECORDS))), give_up_after=70)))
-    assert not row.samples
-    assert row.bad_run == 70
-    assert [record.number for record in row.skipped] == list(range(70))
+def test_a_stream_without_a_good_record_reports_that_again_and_again():
+    """It returns empty rows with the number of bad records that it has read."""
+    made = stream(Read(set(range(RECORDS))))
+    for number in range(1, 4):
+        row = next(made)
+        assert not row.samples
+        assert row.bad_run == (number * BAD_IN_A_ROW // 2, number * BAD_IN_A_ROW // 2)
+        assert [record.number for record in row.skipped] == list(
+            range((number - 1) * BAD_IN_A_ROW, number * BAD_IN_A_ROW)
+        )
+
+
+def test_reports_without_a_row_change_no_row_and_no_turn():
+    """A long stretch of bad records ends; what follows is what would follow without reports."""
+    bad = set(range(10, 10 + 3 * BAD_IN_A_ROW))
+    found = list(itertools.islice(stream(Read(bad)), 60))
+    assert [len(row.samples) for row in found].count(0) == 3
+    rows = [[sample.number for sample in row.samples] for row in found if row.samples]
+    taken = [number for row in rows for number in row]
+    assert len(taken) == len(set(taken))
+    assert set(range(max(taken) - 3 * LOOK_AHEAD)) - set(taken) == bad
+    together = iter(RoundRobin([dataset(Read(bad)), dataset(number=1)], block=2))
+    turns = [row.stream for row in itertools.islice(together, 60) if row.samples]
+    assert turns == [0, 0, 1, 1] * (len(turns) // 4) + [0, 0, 1, 1][: len(turns) % 4]
 
 
 def test_streams_take_turns_in_blocks_of_rows():

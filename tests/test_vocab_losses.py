@@ -88,6 +88,28 @@ def ours(inputs, cotangents, differentiate=(0, 1)):
     return *outputs, *gradients
 
 
+SCALE = -1.7  # what the backward pass multiplies with
+
+
+@functools.partial(jax.jit, static_argnames=("differentiate",))
+def ours_weighted(inputs, weights, differentiate=(0, 1)):
+    """What `weighted_divergence` computes: as `ours`, of which the weights are the cotangents."""
+
+    def objective(*sides):
+        total, *values = vocab_losses.weighted_divergence(
+            *sides, *inputs[4:], *weights, chunk=CHUNK
+        )
+        return SCALE * total, (total, *values)
+
+    gradients, (total, *values) = jax.grad(objective, differentiate, has_aux=True)(*inputs[:4])
+    return total, *values, *(g / SCALE for g in gradients)
+
+
+def weighted_sum(desired, weights):
+    """What `weighted_divergence` computes first, from what `expected` returns."""
+    return (desired[0] * weights[0] + desired[1] * weights[1]).sum()
+
+
 def check(actual, desired, tolerance=2e-5):
     for a, d in zip(actual, desired, strict=True):
         np.testing.assert_allclose(a, d, rtol=tolerance, atol=tolerance)
@@ -98,6 +120,82 @@ def check(actual, desired, tolerance=2e-5):
 def test_values_and_gradients_are_those_of_the_full_logits(mask, words):
     inputs, cotangents = problem(mask, *words)
     check(ours(inputs, cotangents), expected(inputs, cotangents))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("words", [(64, 64), (56, 64), (64, 56)])
+def test_one_sweep_makes_the_values_and_gradients_of_the_full_logits(mask, words):
+    inputs, weights = problem(mask, *words)
+    desired = expected(inputs, weights)
+    check(ours_weighted(inputs, weights), [weighted_sum(desired, weights), *desired])
+
+
+@pytest.mark.parametrize("differentiate", [(0,), (1,)])
+def test_one_sweep_for_either_argument_alone(differentiate):
+    inputs, weights = problem()
+    desired = expected(inputs, weights)
+    wanted = [weighted_sum(desired, weights), *desired[:2], desired[2 + differentiate[0]]]
+    check(ours_weighted(inputs, weights, differentiate=differentiate), wanted)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_weighted_log_probs_are_those_of_the_full_logits(mask):
+    inputs, weights = problem(mask)
+    student, head, _, _, targets, mask = inputs
+
+    def objective(hidden, head):
+        total, log_probs = vocab_losses.weighted_log_probs(
+            hidden, head, targets, mask, weights[0], chunk=CHUNK
+        )
+        return SCALE * total, (total, log_probs)
+
+    gradients, (total, log_probs) = jax.jit(jax.grad(objective, (0, 1), has_aux=True))(
+        student, head
+    )
+    weights = weights * np.array([1, 0], np.float32)[:, None, None]
+    desired = expected(inputs, weights)
+    wanted = (weighted_sum(desired, weights), desired[0], *desired[2:])
+    check((total, log_probs, *(g / SCALE for g in gradients)), wanted)
+
+
+def test_values_beside_a_weighted_sum_have_no_gradient():
+    inputs, weights = problem()
+    gradients = jax.grad(
+        lambda *sides: sum(
+            x.sum()
+            for x in vocab_losses.weighted_divergence(*sides, *inputs[4:], *weights, chunk=CHUNK)[
+                1:
+            ]
+        ),
+        (0, 1),
+    )(*inputs[:4])
+    check(gradients, (0, 0), tolerance=0)
+
+
+@pytest.mark.parametrize("trains", [(0,), (0, 1)])
+def test_bfloat16_gradients_are_those_of_float64_but_for_rounding(trains):
+    """Of the sum and of the positions: rows that are scaled later are rounded once more."""
+    inputs, weights = problem()
+    student, head, teacher, teacher_head, targets, mask = inputs
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (student, head, teacher, teacher_head)]
+    inputs = [*(np.asarray(x, np.float32) for x in rounded), targets, mask]
+    short = [x.astype(jnp.bfloat16) if x.ndim == 3 else x for x in inputs]
+    desired = expected(inputs, weights)
+    found = [ours_weighted(short, weights, differentiate=trains)[3:]]
+    wanted = [desired[2:]]
+
+    def log_probs(hidden, head):
+        each = vocab_losses.token_log_probs(hidden, head, targets, mask, chunk=CHUNK)
+        return jnp.sum(each * weights[0])
+
+    found.append(jax.jit(jax.grad(log_probs, trains))(*short[:2]))
+    wanted.append(expected(inputs, weights * np.array([1, 0], np.float32)[:, None, None])[2:])
+    for gradients, exact in zip(found, wanted):
+        assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32][: len(trains)]
+        for g, e in zip(gradients, exact):
+            np.testing.assert_allclose(
+                np.asarray(g, np.float64), e, rtol=0, atol=2**-7 * np.abs(e).max()
+            )
 
 
 def test_the_oracle_agrees_with_float64():
@@ -204,6 +302,14 @@ def test_bfloat16_hidden_states_keep_float32_sums():
     check((log_probs, d_head), (np.log(0.5), [[1], [-1]]), tolerance=1e-6)
 
 
+def test_every_product_of_bfloat16_asks_for_float32():
+    """XLA on CPU keeps float32 whether it is asked or not, so only the program shows it."""
+    inputs, cotangents = problem(dtype=jnp.bfloat16)
+    program = str(jax.make_jaxpr(ours)(inputs, cotangents))
+    # logits of both sides in either pass, and two gradients
+    assert program.count("dot_general[") == program.count("preferred_element_type=float32") == 6
+
+
 def test_positions_outside_the_mask_are_never_read():
     (hidden, head, _, _, targets, mask), _ = problem()
     poisoned = np.where(mask[..., None], hidden, np.nan)
@@ -216,6 +322,7 @@ def test_positions_outside_the_mask_are_never_read():
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("words", [(56, 64), (64, 56)], ids=str)
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -226,8 +333,9 @@ def test_positions_outside_the_mask_are_never_read():
     ],
     ids=str,
 )
-def test_eight_devices_agree_with_one(mesh):
-    inputs, cotangents = problem("uneven", 56, 64)
+def test_eight_devices_agree_with_one(mesh, words):
+    """Slices of two vocabularies of different sizes hold different words."""
+    inputs, cotangents = problem("uneven", *words)
     desired = expected(inputs, cotangents)
     mesh = sharding.make_mesh(mesh)
     rows = sharding.row_sharding(mesh)
@@ -239,6 +347,10 @@ def test_eight_devices_agree_with_one(mesh):
         actual = ours(placed, cotangents)
         check(actual, desired)
         assert actual[2].sharding.is_equivalent_to(rows, 3)
+        actual = ours_weighted(placed, cotangents)
+        check(actual, [weighted_sum(desired, cotangents), *desired])
+        assert actual[3].sharding.is_equivalent_to(rows, 3)
+        assert actual[4].sharding.is_equivalent_to(head, 2)
 
 
 def test_eight_devices_sum_the_heads_gradient_in_float32():
@@ -289,3 +401,62 @@ def test_a_frozen_head_costs_no_gradient():
         for differentiate in ((0,), (0, 1))
     ]
     assert products[1] == products[0] + 1
+
+
+def products(loss, differentiate, teacher):
+    """Number of matrix products in a compiled loss, with its gradients if there are any."""
+    (*arrays, targets, mask), weights = problem()
+    sides = arrays if teacher else arrays[:2]
+
+    def objective(*sides):
+        more = weights[: len(sides) // 2] if loss.__name__.startswith("weighted") else ()
+        outputs = loss(*sides, targets, mask, *more, chunk=CHUNK)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(outputs))
+
+    run = jax.value_and_grad(objective, differentiate) if differentiate else objective
+    text = jax.jit(run).lower(*sides).compile().as_text()
+    return len(re.findall(r" dot\(|__onednn|custom-call\(", text))
+
+
+@pytest.mark.parametrize(
+    ("loss", "teacher", "values", "frozen", "trained"),
+    [
+        (vocab_losses.weighted_log_probs, False, 1, 2, 3),
+        (vocab_losses.weighted_divergence, True, 2, 3, 4),
+        (vocab_losses.token_log_probs, False, 1, 2, 4),
+    ],
+)
+def test_no_product_is_made_twice(loss, teacher, values, frozen, trained):
+    """Logits of each side; for gradients the rows too, and the head's gradient where it trains.
+
+    Without known weights a trained head costs its logits twice.
+    """
+    made = [products(loss, differentiate, teacher) for differentiate in ((), (0,), (0, 1))]
+    assert made == [values, frozen, trained]
+
+
+def placed_on(mesh, inputs):
+    head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["embed"]))
+    rows = sharding.row_sharding(mesh)
+    return [jax.device_put(x, s) for x, s in zip(inputs, (rows, head, rows, head, rows, rows))]
+
+
+def test_a_mesh_of_one_device_costs_nothing():
+    """There the heads would be copied where a `shard_map` begins."""
+    inputs, cotangents = problem()
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert "shard_map" not in str(jax.make_jaxpr(ours_weighted)(inputs, cotangents))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=8))):
+        assert "shard_map" in str(jax.make_jaxpr(ours_weighted)(inputs, cotangents))
+
+
+@pytest.mark.parametrize("words", [(64, 64), (56, 64), (64, 56)])
+def test_no_device_holds_more_than_its_slice_of_the_vocabulary(words):
+    inputs, cotangents = problem("uneven", *words)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        text = ours_weighted.lower(placed_on(mesh, inputs), cotangents).compile().as_text()
+    shapes = re.findall(r"\w+\[([\d,]+)\]", text)
+    sizes = {int(n) for shape in shapes for n in shape.split(",")}
+    assert words[0] // 2 in sizes
+    assert not sizes & set(words)

@@ -26,8 +26,10 @@ from mod_jax.config import (
     StageConfig,
 )
 from mod_jax.data.batches.statistics import Measured, Packing, SourceStatistics, packing, survey
+from mod_jax.data.samples.bad_share import Read, too_many
 from mod_jax.data.samples.sample import Skipped
 from mod_jax.data.samples.tokenizer import load_tokenizer
+from mod_jax.data.sources.kinds import title
 from mod_jax.interop import loading
 from mod_jax.interop.model import check_tokenizer
 
@@ -54,8 +56,8 @@ def run(config: RecipeConfig, stages: Sequence[str], decode: bool = True) -> boo
       decode: Whether pictures are decoded; without it, broken pictures are not found.
 
     Returns:
-      Whether training would accept the data: in no stage does the share of skipped records pass
-      `data.max_bad_share`.
+      Whether training would accept the data: in no stage are too many records skipped
+      (`mod_jax.data.samples.bad_share`).
 
     Raises:
       ConfigError: If a source, the tokenizer or the student's folder cannot be read.
@@ -101,17 +103,13 @@ def _survey(
 
         def show(source: SourceConfig, records: int, outcome: Measured | Skipped) -> None:
             if source not in bars:
-                bars[source] = progress.add_task(_title(source), total=records)
+                bars[source] = progress.add_task(title(source), total=records)
             progress.advance(bars[source])
             if isinstance(outcome, Skipped):
-                line = f"skipped {_title(source)} {outcome}"
+                line = f"skipped {title(source)} {outcome}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         return survey(data, tokenizer, model, decode, show)
-
-
-def _title(source: SourceConfig) -> str:
-    return f"{source.path}:{source.split}" if source.split else source.path
 
 
 def _print_stage(console: Console, stage: StageConfig, sources: list[SourceStatistics]) -> bool:
@@ -122,9 +120,14 @@ def _print_stage(console: Console, stage: StageConfig, sources: list[SourceStati
     _print_histograms(console, used, stage.data.sequence_length)
     for name, fact in _facts(stage, sources, used, packed).items():
         console.print(f"{name}: {fact}", highlight=False)
+    for source in sources:
+        line = source.unused.line(title(source.config), len(source.used))
+        if line:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     records = sum(len(source.sizes) for source in sources)
     skipped = sum(len(source.skipped) for source in sources)
-    accepted = skipped <= stage.data.max_bad_share * records
+    read = [Read(len(s.skipped), len(s.sizes), len(s.sizes)) for s in sources]
+    accepted = not too_many(read, stage.data.max_bad_share)
     line = (
         f"skipped: {skipped:,} of {records:,} records, {skipped / records:.2%}; "
         f"data.max_bad_share = {stage.data.max_bad_share:.2%}"
@@ -165,7 +168,7 @@ def _table(stage: StageConfig, sources: list[SourceStatistics], packed: Packing)
             source.answers,
         )
         table.add_row(
-            _title(source.config),
+            title(source.config),
             *(f"{count:,}" for count in counts),
             f"{share:.1%}",
             f"{steps:,.1f}",

@@ -22,7 +22,13 @@ from mod_jax.training import checkpoint
 from mod_jax.training.identity import ACCUMULATION, check_same
 from mod_jax.training.interrupt import Interrupts, Stopped
 from mod_jax.training.log import Log
-from mod_jax.training.state import Frozen, TrainState, make_optimizer, new_state
+from mod_jax.training.state import (
+    Frozen,
+    TrainState,
+    in_dtype_of_use,
+    make_optimizer,
+    new_state,
+)
 from mod_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
@@ -36,12 +42,14 @@ class Program(NamedTuple):
       step: (state, frozen, batch) -> (state, metrics); it donates the state.
       state: Shardings of the state.
       frozen: Shardings of the frozen parts.
+      dtype: Dtype of the activations.
     """
 
     optimizer: optax.GradientTransformation
     step: Callable
     state: TrainState
     frozen: Frozen
+    dtype: str
 
 
 def make_program(
@@ -55,7 +63,7 @@ def make_program(
     """Makes the train step of a stage; arguments and errors as for `make_train_step`."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_train_step(config, student, teacher, optimizer, mesh, trained, frozen)
-    return Program(optimizer, *step)
+    return Program(optimizer, *step, student.dtype)
 
 
 def trace(program: Program, trained: dict, frozen: Frozen, batch: Batch) -> None:
@@ -71,7 +79,8 @@ def trace(program: Program, trained: dict, frozen: Frozen, batch: Batch) -> None
     """
     state = jax.eval_shape(lambda params: new_state(params, program.optimizer), trained)
     try:
-        jax.eval_shape(program.step, state, frozen, batch)
+        read = jax.eval_shape(lambda frozen: in_use(frozen, program.dtype), frozen)
+        jax.eval_shape(program.step, state, read, batch)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split("\n\n")[0].split())[:200]
         raise ConfigError(f"the train step does not fit its models and mesh: {reason}") from error
@@ -111,6 +120,15 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     )
 
 
+def in_use(frozen: Frozen, dtype: str) -> Frozen:
+    """Casts the frozen parts to the dtypes in which a step uses them; see `in_dtype_of_use`."""
+    student, teacher = (
+        {name: in_dtype_of_use(name, x, dtype) for name, x in params.items()}
+        for params in (frozen.student, frozen.teacher)
+    )
+    return Frozen(student, teacher)
+
+
 def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
     """Trains to the stage's last step, continuing from its newest checkpoint.
 
@@ -133,7 +151,7 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
         done, state = _begin(stage, saved)
         if done >= steps:
             return state.params
-        frozen = jax.device_put(stage.frozen, stage.program.frozen)
+        frozen = jax.device_put(in_use(stage.frozen, stage.program.dtype), stage.program.frozen)
         _write_overview(stage)
         limit = stage.config.max_nonfinite_steps
         report = Log(stage.name, stage.folder, stage.data, done, steps, log_every, limit)

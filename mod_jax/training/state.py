@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mod_jax.batch import Array
 from mod_jax.config import ConfigError, OptimizerConfig
 
 
@@ -81,9 +82,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, decay], [warmup])
 
 
+# Parts of names of weights that are used in float32, whatever the dtype of the activations is.
+IN_FLOAT32 = (".router.", ".mix.")
+
 # Parts of names of weights that no matrix product of the network's width multiplies: the choice of
 # experts, the mixture with the residual expert, and the positions of the tower, which are added.
-NOT_DECAYED = (".router.", ".mix.", ".positions.")
+NOT_DECAYED = (*IN_FLOAT32, ".positions.")
 
 
 def decays(name: str) -> bool:
@@ -92,8 +96,27 @@ def decays(name: str) -> bool:
     The embedding table is one, as it is the output head too where the two are tied. Biases, scales
     of norms, the class embedding and `NOT_DECAYED` are none.
     """
-    is_weight = name.rpartition(".")[2].startswith("w_")
-    return is_weight and not any(part in name for part in NOT_DECAYED)
+    return _is_weight(name) and not any(part in name for part in NOT_DECAYED)
+
+
+def _is_weight(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("w_")
+
+
+def in_dtype_of_use(name: str, x: Array, dtype: str) -> Array:
+    """Casts a parameter that a step only reads to the dtype in which the step uses it.
+
+    Models cast weights to the dtype of their activations wherever they use them. Cast beforehand,
+    they give the same numbers, take half of the memory under bfloat16, and are not cast again in
+    every step. The others stay: norms and `IN_FLOAT32` are used in float32, and biases are small.
+
+    Args:
+      name: Name of the parameter.
+      x: The parameter.
+      dtype: Dtype of the activations.
+    """
+    is_cast = _is_weight(name) and not any(part in name for part in IN_FLOAT32)
+    return x.astype(jnp.dtype(dtype), copy=False) if is_cast else x
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

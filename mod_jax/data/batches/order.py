@@ -17,15 +17,17 @@ class Visit(NamedTuple, Generic[T]):
 
     Attributes:
       outcome: The element of the source at the record's index, e.g. a sample.
+      source: Number of the source.
       first: Whether it is read in the source's first epoch.
     """
 
     outcome: T
+    source: int
     first: bool
 
 
-def _visit(length: int, index: int, outcome: T) -> Visit[T]:
-    return Visit(outcome, index < length)
+def _visit(source: int, length: int, index: int, outcome: T) -> Visit[T]:
+    return Visit(outcome, source, index < length)
 
 
 def visits(
@@ -47,7 +49,7 @@ def visits(
         grain.MapDataset.source(source)
         .shuffle(seed=int(seed))
         .repeat()
-        .map_with_index(functools.partial(_visit, len(source)))
-        for source, seed in zip(sources, seeds)
+        .map_with_index(functools.partial(_visit, number, len(source)))
+        for number, (source, seed) in enumerate(zip(sources, seeds))
     ]
     return grain.MapDataset.mix(endless, weights=[source.weight for source in config.sources])

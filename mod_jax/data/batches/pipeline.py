@@ -16,11 +16,11 @@ from mod_jax.batch import Batch
 from mod_jax.config import DataConfig, ModelConfig, require
 from mod_jax.data.batches.order import visits
 from mod_jax.data.batches.packing import Room, to_batch
-from mod_jax.data.batches.skips import Skips, longest_bad_run
+from mod_jax.data.batches.skips import Skips
 from mod_jax.data.batches.streams import RoundRobin, Row, Stream
 from mod_jax.data.batches.workers import WorkerIterator
 from mod_jax.data.samples.pixels import FITS
-from mod_jax.data.samples.sample import Samples
+from mod_jax.data.samples.sample import Sample, Samples
 from mod_jax.data.samples.tokens import chat_format
 from mod_jax.data.sources.kinds import open_source
 
@@ -95,8 +95,9 @@ class Batches:
     before the first batch is requested.
 
     Attributes:
-      sources: The opened sources, in their configured order.
-      skips: The account of bad records.
+      samples: The samples of each source, in the configured order, for random access.
+      sources: The opened sources of the samples.
+      skips: The account of bad records, and of keys that are not used.
 
     Args:
       config: Sources and limits.
@@ -120,8 +121,8 @@ class Batches:
         streams = count_streams(config, rows, processes)
         own_streams = streams // processes
         first_stream = process * own_streams
-        self._samples = open_samples(config, tokenizer, model)
-        self.sources = [samples.source for samples in self._samples]
+        self.samples = open_samples(config, tokenizer, model)
+        self.sources = [samples.source for samples in self.samples]
         self._config = config
         self._num_streams = streams
         self._block = rows // streams  # rows that a stream gives to a batch
@@ -129,9 +130,10 @@ class Batches:
         self._image_size = model.vision.image_size
         self._padding_id = model.end_token_id
         self._states = {
-            stream: Stream.beginning() for stream in range(first_stream, first_stream + own_streams)
+            stream: Stream.beginning(len(self.sources))
+            for stream in range(first_stream, first_stream + own_streams)
         }
-        self.skips = Skips(config.max_bad_share, self._states)
+        self.skips = Skips(config.max_bad_share, self.sources, self._states)
         self._readers: list[grain.DatasetIterator[Row] | WorkerIterator[Row]] = []
 
     def _rows(self) -> list[grain.DatasetIterator[Row] | WorkerIterator[Row]]:
@@ -140,7 +142,7 @@ class Batches:
         Of W workers, each has every W-th stream, and takes a block of rows from each in turn.
         """
         config = self._config
-        order = visits(config, self._samples)
+        order = visits(config, self.samples)
         streams = [
             Stream(
                 number,
@@ -148,7 +150,6 @@ class Batches:
                 self._room,
                 config.look_ahead,
                 max(1, THREADS // len(self._states)),
-                longest_bad_run(config.max_bad_share),
                 state,
             )
             for number, state in self._states.items()
@@ -179,12 +180,18 @@ class Batches:
         rows = []
         for index in range(len(self._states)):
             for _ in range(self._block):
-                row = next(self._readers[index % len(self._readers)])
-                self._states[row.stream] = row.state
-                if row.skipped:
-                    self.skips.note(row)
-                rows.append(row.samples)
+                rows.append(self._next_row(self._readers[index % len(self._readers)]))
         return to_batch(rows, self._room, self._image_size, self._padding_id)
+
+    def _next_row(self, reader: Iterator[Row]) -> tuple[Sample, ...]:
+        """Returns the samples of a reader's next row, and judges the bad records before it."""
+        while True:
+            row = next(reader)
+            self._states[row.stream] = row.state
+            if row.skipped:
+                self.skips.note(row)
+            if row.samples:
+                return row.samples
 
     def get_state(self) -> dict[int, dict[str, Any]]:
         """Returns the state of each stream of this process, by the stream's number.

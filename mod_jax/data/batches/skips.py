@@ -2,15 +2,12 @@
 
 import collections
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from mod_jax.data.batches.streams import Counts, Row, counts_of
-
-LEAST_SEEN = 50  # number of records that are read before their share of bad ones is judged
-# A run of bad records is no accident if it is less probable than this at the allowed share.
-ACCIDENT = 1e-9
+from mod_jax.data.samples.bad_share import Read, too_many
+from mod_jax.data.sources.kinds import Source
 
 log = logging.getLogger(__name__)
 
@@ -19,63 +16,83 @@ class TooManyBadSamples(RuntimeError):
     """More records are bad than `data.max_bad_share` allows."""
 
 
-def longest_bad_run(max_bad_share: float) -> int:
-    """Returns the number of bad records in a row after which a stream gives up.
-
-    So many cannot be an accident. This limit stops the training on a data set without a single
-    good record, or if the pictures vanish in a later epoch, in which records are no longer counted.
-    """
-    share = min(max_bad_share, 0.99)
-    if share == 0:
-        return LEAST_SEEN
-    return max(LEAST_SEEN, math.floor(math.log(ACCIDENT) / math.log(share)) + 1)
-
-
 class Skips:
-    """Judges the bad records that this process's streams have read.
+    """Judges the bad records that this process's streams have read, and counts unused keys.
 
     Args:
       max_bad_share: Share of bad records above which the run stops.
+      sources: The sources of the streams.
       states: State of each stream, by number. The owner keeps it up to date.
     """
 
-    def __init__(self, max_bad_share: float, states: Mapping[int, dict[str, Any]]):
+    def __init__(
+        self,
+        max_bad_share: float,
+        sources: Sequence[Source],
+        states: Mapping[int, dict[str, Any]],
+    ):
         self._limit = max_bad_share
-        self._give_up_after = longest_bad_run(max_bad_share)
+        self._sources = sources
         self._last: collections.deque[str] = collections.deque(maxlen=5)
         self._named: set[int] = set()
         self._states = states
 
     @property
+    def by_source(self) -> list[Counts]:
+        """The counts of each source, summed over this process's streams."""
+        return list(map(Counts.sum, zip(*map(counts_of, self._states.values()))))
+
+    @property
     def total(self) -> Counts:
-        """Sum of the counts of this process's streams."""
-        counts = [counts_of(state) for state in self._states.values()]
-        return Counts(
-            seen=sum(count.seen for count in counts),
-            truncated=sum(count.truncated for count in counts),
-            bad=sum(count.bad for count in counts),
-        )
+        """The sum of `by_source`."""
+        return Counts.sum(self.by_source)
 
     def note(self, row: Row) -> None:
         """Logs the bad records that a stream read before a row, and judges their share.
 
         Raises:
-          TooManyBadSamples: If the share of bad records exceeds the limit, or the stream has given
-            up because its last records were all bad.
+          TooManyBadSamples: If the share of bad records exceeds the limit. Records are counted in
+            their first epoch; in a later one, the stream's last records show it, which were all
+            bad. That happens if pictures vanish.
         """
         for skipped in row.skipped:
             self._last.append(str(skipped))
             if skipped.number not in self._named:
                 self._named.add(skipped.number)
                 log.warning("skipped %s", skipped)
-        if row.bad_run >= self._give_up_after:
-            self._stop(f"The last {row.bad_run} samples are all bad")
-        total = self.total
-        if total.seen >= LEAST_SEEN and total.bad > self._limit * total.seen:
-            self._stop(f"{total.bad} of {total.seen} records are bad")
+        self.judge([(counts.bad, counts.seen) for counts in self.by_source])
+        run = [
+            Read(bad, bad, len(source), repeated=True)
+            for bad, source in zip(row.bad_run, self._sources)
+        ]
+        if not row.samples and too_many(run, self._limit):
+            self._stop(f"The last {sum(row.bad_run)} samples are all bad")
+
+    def judge(self, read: Sequence[tuple[int, int]]) -> None:
+        """Judges the share of bad records.
+
+        Args:
+          read: (bad records, records seen) of each source, of this process or of all.
+        Raises:
+          TooManyBadSamples: If it exceeds the limit.
+        """
+        counted = [Read(*numbers, len(source)) for numbers, source in zip(read, self._sources)]
+        if too_many(counted, self._limit):
+            bad, seen = map(sum, zip(*read))
+            records = sum(map(len, self._sources))
+            self._stop(f"{bad} of {seen} records are bad, where all are {records}")
+
+    def unused_keys(self) -> list[str]:
+        """Returns a line for each source whose records have keys that training does not use."""
+        lines = (
+            counts.unused.line(source.title, counts.seen - counts.bad)
+            for source, counts in zip(self._sources, self.by_source)
+        )
+        return [line for line in lines if line]
 
     def _stop(self, what: str) -> NoReturn:
         raise TooManyBadSamples(
-            f"{what}, more than data.max_bad_share = {self._limit} allows. Repair the data, or "
-            f"allow a larger share. The last bad records: {'; '.join(self._last)}."
+            f"{what}, more than data.max_bad_share = {self._limit} allows. Repair the data "
+            "(--dry-run names all bad records), or allow a larger share. The last bad records: "
+            f"{'; '.join(self._last)}."
         )

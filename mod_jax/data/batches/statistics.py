@@ -4,7 +4,6 @@ Every record is read once, and only its lengths are kept.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +17,7 @@ from mod_jax.data.batches.pipeline import THREADS, open_samples
 from mod_jax.data.batches.streams import Stream
 from mod_jax.data.batches.workers import allow_flags, worker_failures
 from mod_jax.data.samples.sample import Sample, Samples, Skipped
+from mod_jax.data.sources.unused_keys import UnusedKeys
 from mod_jax.data.workers import begin_worker
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ class Measured(NamedTuple):
       size: (number of positions, number of pictures).
       answers: Number of positions whose target belongs to an answer.
       truncated: Whether its text was cut to fit the row.
+      unused: Keys of its entry that training does not use.
     """
 
     size: tuple[int, int]
     answers: int
     truncated: bool
+    unused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class SourceStatistics:
       answers: Number of positions whose target belongs to an answer.
       truncated: Number of records whose text was cut to fit the row.
       skipped: The records that cannot be used.
+      unused: Keys of the others that training does not use.
     """
 
     config: SourceConfig
@@ -61,6 +64,7 @@ class SourceStatistics:
     answers: int
     truncated: int
     skipped: tuple[Skipped, ...]
+    unused: UnusedKeys
 
     @property
     def used(self) -> np.ndarray:
@@ -104,6 +108,7 @@ def _survey(config: SourceConfig, samples: Samples, workers: int, note: Note) ->
     answers = 0
     truncated = 0
     skipped = []
+    unused = UnusedKeys()
     for index, outcome in enumerate(_measured(samples, workers)):
         note(config, len(samples), outcome)
         if isinstance(outcome, Skipped):
@@ -112,7 +117,8 @@ def _survey(config: SourceConfig, samples: Samples, workers: int, note: Note) ->
             sizes[index] = outcome.size
             answers += outcome.answers
             truncated += outcome.truncated
-    return SourceStatistics(config, sizes, answers, truncated, tuple(skipped))
+            unused.add(outcome.unused)
+    return SourceStatistics(config, sizes, answers, truncated, tuple(skipped), unused)
 
 
 def _measured(samples: Samples, workers: int) -> Iterator[Measured | Skipped]:
@@ -134,7 +140,7 @@ def _measure(outcome: Sample | Skipped) -> Measured | Skipped:
     if isinstance(outcome, Skipped):
         return outcome
     answers = int(np.count_nonzero(outcome.tokens.loss_weights))
-    return Measured(outcome.size, answers, outcome.truncated)
+    return Measured(outcome.size, answers, outcome.truncated, outcome.unused)
 
 
 class Packing(NamedTuple):
@@ -160,9 +166,9 @@ def packing(config: DataConfig, statistics: Sequence[SourceStatistics]) -> Packi
         return Packing(1.0, 0.0)
     room = Room(config.sequence_length, config.images_per_row, config.samples_per_row)
     order = visits(config, [_Sizes(source.sizes) for source in statistics])
-    endless_patience = sys.maxsize
-    stream = Stream(0, order, room, config.look_ahead, 0, endless_patience, Stream.beginning())
-    rows = iter(stream)
+    beginning = Stream.beginning(len(statistics))
+    stream = Stream(0, order, room, config.look_ahead, 0, beginning)
+    rows = (row.samples for row in stream if row.samples)
     # The first rows choose among fresh samples. After some rows, those that are hard to fit wait.
     for _ in range(config.look_ahead):
         next(rows)
@@ -170,7 +176,7 @@ def packing(config: DataConfig, statistics: Sequence[SourceStatistics]) -> Packi
     samples = 0
     count = 0
     while samples < min(max(used, LEAST_PACKED), MOST_PACKED):
-        row = next(rows).samples
+        row = next(rows)
         filled += sum(sample.size[0] for sample in row)
         samples += len(row)
         count += 1

@@ -7,30 +7,60 @@ processes, so its batches would change with their number. Hence the two datasets
 
 import collections
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Self
 
 import grain
 
 from mod_jax.data.batches.order import Visit
 from mod_jax.data.batches.packing import Room, fullest
 from mod_jax.data.samples.sample import Sample, Skipped
+from mod_jax.data.sources.unused_keys import UnusedKeys
 
 READ_AHEAD = 8  # samples that a stream reads ahead, beyond those that a row is chosen from
+BAD_IN_A_ROW = 64  # bad records one after the other that a stream reports although it has no row
 
 
 @dataclasses.dataclass
 class Counts:
-    """Numbers of records that a stream has read, each counted only in its first epoch.
+    """Numbers of records of a source that were read, each counted only in its first epoch.
 
     Attributes:
       seen: All records.
       truncated: Those whose text was cut to fit the row.
       bad: Those that cannot be used.
+      unused: Keys that training does not use, and the records that have them.
     """
 
     seen: int = 0
     truncated: int = 0
     bad: int = 0
+    unused: UnusedKeys = dataclasses.field(default_factory=UnusedKeys)
+
+    def add(self, outcome: Sample | Skipped) -> None:
+        """Counts a record."""
+        self.seen += 1
+        if isinstance(outcome, Skipped):
+            self.bad += 1
+        else:
+            self.truncated += outcome.truncated
+            self.unused.add(outcome.unused)
+
+    @classmethod
+    def sum(cls, counts: Iterable["Counts"]) -> Self:
+        """Adds up counts of different records."""
+        total = cls()
+        for count in counts:
+            total.seen += count.seen
+            total.truncated += count.truncated
+            total.bad += count.bad
+            total.unused.add(count.unused.keys, count.unused.records)
+        return total
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Returns the counts of which `dataclasses.asdict` made these fields."""
+        return cls(**{**fields, "unused": UnusedKeys(**fields["unused"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +69,17 @@ class Row:
 
     Attributes:
       stream: Number of the stream that the row belongs to.
-      samples: The row's samples; empty only when the stream has given up.
+      samples: The row's samples. Without any this is no row, but says that the last BAD_IN_A_ROW
+        records were all bad, so that it can be judged whether the stream goes on.
       skipped: Bad records read since the stream's previous row.
-      bad_run: Number of bad records read since the last good one.
+      bad_run: Number of bad records of each source that were read since the last good record.
       state: The stream's state after this row; restoring it continues with the next row.
     """
 
     stream: int
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...]
-    bad_run: int
+    bad_run: tuple[int, ...]
     state: dict[str, Any]
 
 
@@ -90,7 +121,6 @@ class Stream(grain.IterDataset[Row]):
       room: What a row can hold.
       look_ahead: Number of waiting samples among which a row is chosen.
       threads: Number of threads that read and decode ahead.
-      give_up_after: Number of bad records in a row after which the stream returns an empty row.
       state: Where to begin, from `beginning` or `StreamIterator.get_state`.
     """
 
@@ -101,7 +131,6 @@ class Stream(grain.IterDataset[Row]):
         room: Room,
         look_ahead: int,
         threads: int,
-        give_up_after: int,
         state: dict[str, Any],
     ):
         super().__init__(visits)
@@ -110,16 +139,16 @@ class Stream(grain.IterDataset[Row]):
         self.room = room
         self.look_ahead = look_ahead
         self.read_options = grain.ReadOptions(threads, READ_AHEAD)
-        self.give_up_after = give_up_after
         self.state = state
 
     def __iter__(self) -> "StreamIterator":
         return StreamIterator(self)
 
     @staticmethod
-    def beginning() -> dict[str, Any]:
-        """Returns the state of a stream that has read nothing."""
-        return {"next": 0, "waiting": [], **dataclasses.asdict(Counts())}
+    def beginning(sources: int) -> dict[str, Any]:
+        """Returns the state of a stream that has read nothing of so many sources."""
+        counts = [dataclasses.asdict(Counts()) for _ in range(sources)]
+        return {"next": 0, "waiting": [], "counts": counts}
 
 
 class StreamIterator(grain.DatasetIterator[Row]):
@@ -140,13 +169,13 @@ class StreamIterator(grain.DatasetIterator[Row]):
         self._to_reread = collections.deque(waiting)
         self._waiting: dict[int, Sample] = {}  # visit -> sample, in the order of the visits
         self._counts = counts_of(state)
-        self._bad_run = 0
+        self._bad_run = [0] * len(self._counts)
 
     def __next__(self) -> Row:
         skipped: list[Skipped] = []
         while len(self._waiting) < self._stream.look_ahead:
             self._read(skipped)
-            if self._bad_run >= self._stream.give_up_after:
+            if skipped and sum(self._bad_run) % BAD_IN_A_ROW == 0 and sum(self._bad_run):
                 return self._row((), skipped)
         oldest, *others = self._waiting
         chosen = fullest(
@@ -157,31 +186,30 @@ class StreamIterator(grain.DatasetIterator[Row]):
         return self._row(tuple(self._waiting.pop(visit) for visit in taken), skipped)
 
     def _read(self, skipped: list[Skipped]) -> None:
-        number, (outcome, first) = next(self._reader)
+        number, (outcome, source, first) = next(self._reader)
         if self._to_reread:
             self._to_reread.popleft()
             first = False  # it was counted before the state was saved
         else:
             self._next += 1
-        bad = isinstance(outcome, Skipped)
         if first:
-            self._counts.seen += 1
-            self._counts.bad += bad
-            self._counts.truncated += not bad and outcome.truncated
-        if bad:
-            self._bad_run += 1
+            self._counts[source].add(outcome)
+        if isinstance(outcome, Skipped):
+            self._bad_run[source] += 1
             skipped.append(outcome)
         else:
-            self._bad_run = 0
+            self._bad_run = [0] * len(self._counts)
             self._waiting[number] = outcome
 
     def _row(self, samples: tuple[Sample, ...], skipped: list[Skipped]) -> Row:
-        return Row(self._stream.number, samples, tuple(skipped), self._bad_run, self.get_state())
+        run = tuple(self._bad_run)
+        return Row(self._stream.number, samples, tuple(skipped), run, self.get_state())
 
     def get_state(self) -> dict[str, Any]:
         """Returns the next visit, the waiting visits, and the counts, in JSON types."""
         waiting = [*self._waiting, *self._to_reread]
-        return {"next": self._next, "waiting": waiting, **dataclasses.asdict(self._counts)}
+        counts = list(map(dataclasses.asdict, self._counts))
+        return {"next": self._next, "waiting": waiting, "counts": counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the row that preceded `get_state`; waiting samples are reread."""
@@ -198,9 +226,9 @@ class StreamIterator(grain.DatasetIterator[Row]):
         self._reader.close()
 
 
-def counts_of(state: dict[str, Any]) -> Counts:
-    """Returns the counts in a stream's state."""
-    return Counts(**{field.name: state[field.name] for field in dataclasses.fields(Counts)})
+def counts_of(state: dict[str, Any]) -> list[Counts]:
+    """Returns the counts of each source in a stream's state."""
+    return [Counts.from_json(fields) for fields in state["counts"]]
 
 
 class RoundRobin(grain.IterDataset[Row]):
@@ -234,7 +262,7 @@ class RoundRobinIterator(grain.DatasetIterator[Row]):
     def __next__(self) -> Row:
         stream = self._rows // self._block % len(self._iterators)
         row = next(self._iterators[stream])
-        self._rows += 1
+        self._rows += bool(row.samples)
         return row
 
     def get_state(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def write_shards(
     context = multiprocessing.get_context("spawn")
     progress = context.RawArray(
         ctypes.c_int64,
-        [len(plan.numbers(shard)) if shard in reports else 0 for shard in range(plan.shards)],
+        [plan.size(shard) if shard in reports else 0 for shard in range(plan.shards)],
     )
     with ProcessPoolExecutor(workers, context, _begin, (source, plan, progress)) as pool:
         try:

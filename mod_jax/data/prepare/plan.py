@@ -9,6 +9,7 @@ The index, which is written last, replaces the reports.
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import pathlib
@@ -18,8 +19,10 @@ import numpy as np
 from etils import epath
 
 from mod_jax.config import ConfigError, SourceConfig, require
+from mod_jax.data.samples.bad_share import Read, too_many
 from mod_jax.data.sources.kinds import Source, open_source
 from mod_jax.data.sources.prepared import FORMAT, INDEX
+from mod_jax.data.sources.unused_keys import UnusedKeys
 from mod_jax.storage.atomic import write_json
 from mod_jax.storage.place import is_remote
 
@@ -66,17 +69,31 @@ class Plan:
     def report(self, shard: int) -> epath.Path:
         """Returns the path of the report beside a finished shard.
 
-        A report is {"records", "bytes", "skipped": [[number, id, reason], ...]}.
+        A report is {"records", "bytes", "skipped": [[number, id, reason], ...], "unused": what
+        `UnusedKeys` holds, as a dict}.
         """
         return self.folder / f"{self.file(shard)}.json"
 
     def numbers(self, shard: int) -> np.ndarray:
         """Returns the records of a shard, i64, in the order in which they are written."""
+        return self._order[slice(*self._range(shard))]
+
+    def size(self, shard: int) -> int:
+        """Returns the number of records of a shard."""
+        start, end = self._range(shard)
+        return end - start
+
+    def _range(self, shard: int) -> tuple[int, int]:
+        return shard * self.records // self.shards, (shard + 1) * self.records // self.shards
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
         # NumPy guarantees that RandomState's numbers never change; those of its Generator may.
-        order = np.random.RandomState(self.seed).permutation(self.records)
-        start = shard * self.records // self.shards
-        end = (shard + 1) * self.records // self.shards
-        return order[start:end]
+        return np.random.RandomState(self.seed).permutation(self.records)
+
+    def __getstate__(self) -> dict:
+        # The order may be long; each process makes its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_order"}
 
 
 def make_plan(
@@ -250,6 +267,21 @@ def group_by_reason(reports: Iterable[dict]) -> dict[str, list[list[str]]]:
     return groups
 
 
+def count_unused(reports: Iterable[dict]) -> UnusedKeys:
+    """Adds up the keys that training does not use, over the reports, or an index."""
+    total = UnusedKeys()
+    for report in reports:
+        # Reports and indices made by older versions do not have them.
+        of_shard = UnusedKeys(**report.get("unused", {}))
+        total.add(of_shard.keys, of_shard.records)
+    return total
+
+
+def tell_unused(index: dict) -> str:
+    """Returns a line about the keys that training does not use; "" if there are none."""
+    return count_unused([index]).line(index["source"]["path"], index["records"])
+
+
 def tell_skipped(groups: dict[str, list[list[str]]], first: int = 3) -> list[str]:
     """Returns a line per reason, most frequent first: the number of records and the first names."""
     lines = []
@@ -264,11 +296,15 @@ def tell_skipped(groups: dict[str, list[list[str]]], first: int = 3) -> list[str
 def check_bad_share(plan: Plan, reports: Iterable[dict], max_bad_share: float) -> None:
     """Stops a run that has skipped too many records, whatever the remaining shards hold.
 
+    A shard holds records in random order, as training reads them.
+
     Raises:
-      ConfigError: If more than that share of the source's records was skipped, or all of them.
+      ConfigError: If more than that share of the source's records is bad, or all of them.
     """
+    reports = list(reports)
     bad = sum(len(report["skipped"]) for report in reports)
-    if bad > max_bad_share * plan.records or bad == plan.records:
+    seen = bad + sum(report["records"] for report in reports)
+    if too_many([Read(bad, seen, plan.records)], max_bad_share):
         skipped = "; ".join(tell_skipped(group_by_reason(reports)))
         raise ConfigError(
             f"--max-bad-share = {max_bad_share}: expected no more bad records, found {bad:,} of "
@@ -306,6 +342,9 @@ def finish(plan: Plan, max_bad_share: float) -> dict:
         "skipped": group_by_reason(reports.values()),
         "source": plan.settings,
     }
+    unused = count_unused(reports.values())
+    if unused.keys:
+        index["unused"] = dataclasses.asdict(unused)
     with writing(plan.output):
         write_json(plan.folder / INDEX, index)
     return index

@@ -23,7 +23,8 @@ from mod_jax.data.prepare.plan import (
 from mod_jax.data.samples.pixels import decode, picture_faults
 from mod_jax.data.sources.kinds import Source
 from mod_jax.data.sources.prepared import encode_record
-from mod_jax.data.sources.record import BadSample
+from mod_jax.data.sources.record import BadSample, Record
+from mod_jax.data.sources.unused_keys import UnusedKeys
 from mod_jax.storage.atomic import write_json
 from mod_jax.storage.place import is_remote
 
@@ -54,6 +55,7 @@ def write_shard(
     numbers = plan.numbers(shard)
     places: dict[int, tuple[int, int]] = {}  # record -> (start, length) in the temporary file
     skipped: list[list] = []
+    unused = UnusedKeys()
     name = plan.file(shard)
     parent = None if is_remote(plan.output) else plan.output
     with (
@@ -63,10 +65,12 @@ def write_shard(
     ):
         for done, number in enumerate(np.sort(numbers).tolist(), 1):
             try:
-                data = read_record(source, number)
+                record = read_record(source, number)
             except BadSample as error:
                 skipped.append([number, source.name(number), str(error)])
             else:
+                data = encode_record(record)
+                unused.add(record.unused)
                 places[number] = (waiting.tell(), len(data))
                 waiting.write(data)
             progress(done)
@@ -81,14 +85,19 @@ def write_shard(
             f"a source that does not change during the run; it has {wrong}",
             "Start again in another folder.",
         )
-        report = {"records": len(places), "bytes": written.stat().st_size, "skipped": skipped}
+        report = {
+            "records": len(places),
+            "bytes": written.stat().st_size,
+            "skipped": skipped,
+            "unused": dataclasses.asdict(unused),
+        }
         _put(written, plan.folder / name)
         write_json(plan.report(shard), report)
     return report
 
 
-def read_record(source: Source, number: int) -> bytes:
-    """Reads a record and encodes it in the prepared form, with the bytes of its pictures unchanged.
+def read_record(source: Source, number: int) -> Record:
+    """Reads a record with the contents of its pictures' files.
 
     Every picture is decoded once, to its end.
 
@@ -106,7 +115,7 @@ def read_record(source: Source, number: int) -> bytes:
     pictures = tuple(map(_contents, record.images))
     for picture in pictures:
         decode(picture)
-    return encode_record(dataclasses.replace(record, images=pictures))
+    return dataclasses.replace(record, images=pictures)
 
 
 def _contents(picture: bytes | pathlib.Path) -> bytes:

@@ -100,6 +100,11 @@ def unused(fields: Mapping[str, Any], read: set[str], pictured: bool) -> tuple[s
     return tuple(others)
 
 
+def is_pair(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry has the answers of a preference pair."""
+    return any(not _empty(entry.get(key)) for key in (*CHOSEN, *REJECTED))
+
+
 def may_matter(key: str) -> bool:
     """Whether the value of a column of this name has to be looked at."""
     return key in OF_PAIR or bool(_objection(key, "text", OF_PAIR, pictured=False))

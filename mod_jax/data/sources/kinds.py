@@ -75,6 +75,11 @@ KINDS = {
 }
 
 
+def title(config: SourceConfig) -> str:
+    """Returns the name of a source in a report: its path, and its split if it has one."""
+    return f"{config.path}:{config.split}" if config.split else config.path
+
+
 class Source:
     """The records of a configured source, checked, and without pictures if `text_only` is set.
 
@@ -89,6 +94,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def title(self) -> str:
+        """Its name in a report."""
+        return title(self._config)
 
     @property
     def holds_pairs(self) -> bool:

@@ -4,7 +4,8 @@ A record is a msgpack map {id: str, turns: [[question, answer], ...], rejected: 
 images: [encoded bytes, ...]}. It may also have system: str, and unlearnt: [number of a turn, ...].
 The index, index.json, is written last. It is
 {format, records, shards: [{file, records, bytes}, ...], skipped: {reason: [[id, detail], ...]},
-source: the settings that the folder was made with}.
+source: the settings that the folder was made with}. If records had keys that training does not use,
+it also has unused: {records: how many had such keys, keys: [key, ...]}.
 """
 
 import hashlib
