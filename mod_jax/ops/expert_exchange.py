@@ -165,9 +165,8 @@ def _route(
         rows = _remote(rows, counts_e, gate, up, down, peers, capacity)
     with jax.named_scope("combine"):
         outputs = permute(rows, inverse, order).reshape(*shape, K, D)
-        summed = jnp.einsum(
-            "...kd,...k->...d", outputs, weights, preferred_element_type=jnp.float32
-        )
+        # The default precision of a TPU would round the weights to bfloat16.
+        summed = jnp.einsum("...kd,...k->...d", outputs, weights, precision="highest")
         return summed.astype(x.dtype)
 
 
