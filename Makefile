@@ -7,6 +7,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do $$p -c '
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
+# Processes that run tests, at up to 5 GB each. Compilation alone keeps only one core busy.
+WORKERS ?= 2
 PRESET ?= real-vocab
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
@@ -18,7 +20,7 @@ quickstart: $(VENV)/.installed data/scenes
 
 # All tests but the slow ones, on eight virtual CPU devices.
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest -q --durations=15 --cov --cov-report=term:skip-covered
+	$(RUN) -m pytest -q --numprocesses=$(WORKERS) --dist=loadfile --durations=15 --cov --cov-report=term:skip-covered
 
 # Only the tests that are marked as slow.
 test-slow: $(VENV)/.installed-test

@@ -237,10 +237,11 @@ def test_the_report(folder, capsys):
     assert bars == dict(enumerate(np.bincount(pictures).tolist()))
 
 
-def test_a_source_without_a_usable_record_is_reported(folder, tmp_path, capsys):
+def test_a_source_without_a_usable_record_is_reported(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a long path would be broken into lines
     (tmp_path / "bad.json").write_text(json.dumps([{"id": "x", "conversations": []}]))
     sources = [
-        {"path": f"{tmp_path}/bad.json"},
+        {"path": "bad.json"},
         {"path": f"{folder}/few.json", "images": f"{folder}"},
     ]
     config = from_dict(RecipeConfig, recipe(folder, sources=sources))
