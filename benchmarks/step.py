@@ -21,7 +21,7 @@ from benchmarks import setting as settings
 from benchmarks.peak import peak_flops
 from benchmarks.setting import JSON, STEPS, WARMUP, Setting
 from benchmarks.sizes import WORK
-from mod_jax.training.loop import make_program, to_devices
+from mod_jax.training.loop import in_use, make_program, to_devices
 from mod_jax.training.state import Frozen, new_state, split_trained
 
 WORK_FLAG = flags.DEFINE_enum("work", "mimic", WORK, "With --preset: what the step does.")
@@ -65,6 +65,7 @@ def measured(setting: Setting, warmup: int, steps: int) -> dict:
             if setting.teacher
             else {},
         )
+        frozen = in_use(frozen, program.dtype)
         batch = to_devices(setting.batch, setting.mesh)
         start = time.perf_counter()
         step = program.step.lower(state, frozen, batch).compile()
