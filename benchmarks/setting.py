@@ -27,7 +27,7 @@ from mod_jax.config import (
     require,
 )
 from mod_jax.models import llava
-from mod_jax.models.vision import TOWER_PREFIX
+from mod_jax.models.vision import without_tower
 from mod_jax.recipe import Recipe
 from mod_jax.sharding import make_mesh
 
@@ -132,8 +132,7 @@ def teacher_shapes(setting: Setting) -> dict:
     """The same for the teacher, which reads the student's features; empty if there is none."""
     if setting.teacher is None:
         return {}
-    shapes = llava.abstract(setting.teacher)
-    return {name: shape for name, shape in shapes.items() if not name.startswith(TOWER_PREFIX)}
+    return without_tower(llava.abstract(setting.teacher))
 
 
 def drawn(config: ModelConfig, names, seed: int, shardings: dict) -> dict:

@@ -30,7 +30,7 @@ from mod_jax.data.sources.kinds import Source
 from mod_jax.interop.model import Model, load_model
 from mod_jax.interop.vocabulary import check_vocabulary
 from mod_jax.models.upcycle import sparse_config, upcycle
-from mod_jax.models.vision import TOWER_PREFIX
+from mod_jax.models.vision import TOWER_PREFIX, without_tower
 from mod_jax.storage.place import moved
 from mod_jax.training import checkpoint, loop
 from mod_jax.training.identity import ACCUMULATION, TRAINING, check_same
@@ -43,28 +43,19 @@ class Plan:
 
     Attributes:
       student: Configuration of its student.
-      shapes: Name -> ShapeDtypeStruct, the parameters of its student.
       teacher: Its teacher; None if the objective needs none.
-      trained: Names of the parameters that it trains.
-      frozen: Names of the parameters that it only reads.
+      trained: Name -> ShapeDtypeStruct, the parameters that it trains.
+      frozen: Shapes of its student's other parameters, and the teacher's parameters.
       data: Its batches; none has been read.
       program: Its train step, not compiled.
     """
 
     student: ModelConfig
-    shapes: dict
     teacher: Model | None
-    trained: list[str]
-    frozen: list[str]
+    trained: dict
+    frozen: Frozen
     data: Batches
     program: loop.Program
-
-    def split(self, params: dict) -> tuple[dict, Frozen]:
-        """Splits the student's parameters into those it trains, and all that it only reads."""
-        return {name: params[name] for name in self.trained}, Frozen(
-            {name: params[name] for name in self.frozen},
-            _without_tower(self.teacher.params) if self.teacher else {},
-        )
 
 
 class Recipe:
@@ -305,9 +296,9 @@ class Recipe:
     def _plan(self, name: str) -> Plan:
         stage = self.config.stages[name]
         student, shapes = self._shapes_before(name)
-        trained, frozen = split_trained(shapes, stage.trains)
+        names, others = split_trained(shapes, stage.trains)
         teacher = self.teacher if stage.objective.needs_teacher else None
-        if teacher and any(name.startswith(TOWER_PREFIX) for name in trained):
+        if teacher and any(trained.startswith(TOWER_PREFIX) for trained in names):
             raise ConfigError(
                 f"stages.{name}.trains = {stage.trains!r}: expected the vision tower frozen, as "
                 "the teacher reads its features too."
@@ -318,19 +309,15 @@ class Recipe:
         shard = (jax.process_index(), jax.process_count())
         data = Batches(stage.data, self.tokenizer, student, stage.rows, shard)
         check_pairs(name, stage, data.sources)
-        read = Frozen(
-            {name: shapes[name] for name in frozen},
-            _without_tower(teacher.params) if teacher else {},
+        trained = {name: shapes[name] for name in names}
+        frozen = Frozen(
+            {name: shapes[name] for name in others},
+            without_tower(teacher.params) if teacher else {},
         )
         program = loop.make_program(
-            stage,
-            student,
-            teacher.config if teacher else None,
-            self.mesh,
-            {name: shapes[name] for name in trained},
-            read,
+            stage, student, teacher.config if teacher else None, self.mesh, trained, frozen
         )
-        return Plan(student, shapes, teacher, trained, frozen, data, program)
+        return Plan(student, teacher, trained, frozen, data, program)
 
     def run(self, name: str) -> Model:
         """Runs a stage to its end, or finds that it has ended, and returns its student."""
@@ -338,14 +325,16 @@ class Recipe:
         del self._plans[name]  # its batches can be read only once
         with contextlib.closing(plan.data):
             before = self.student_before(name)
-            trained, frozen = plan.split(before.params)
             stage = self.config.stages[name]
             work = loop.Stage(
                 name=name,
                 config=stage,
                 program=plan.program,
-                trained=trained,
-                frozen=frozen,
+                trained={parameter: before.params[parameter] for parameter in plan.trained},
+                frozen=Frozen(
+                    {parameter: before.params[parameter] for parameter in plan.frozen.student},
+                    plan.frozen.teacher,
+                ),
                 data=plan.data,
                 folder=self._folder(name),
                 metadata={
@@ -374,10 +363,6 @@ def _check_length(name: str, stage: StageConfig, model: Model) -> None:
         f"at most {model.config.decoder.max_positions}, the longest sequence that {model.origin} "
         "supports",
     )
-
-
-def _without_tower(params: dict) -> dict:
-    return {name: value for name, value in params.items() if not name.startswith(TOWER_PREFIX)}
 
 
 def _tower_checksum(model: Model) -> str:

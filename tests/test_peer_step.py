@@ -24,7 +24,7 @@ from benchmarks import models
 from benchmarks.sizes import PRESETS, Samples
 from mod_jax.config import MoEConfig
 from mod_jax.interop import names
-from mod_jax.models.vision import TOWER_PREFIX
+from mod_jax.models.vision import without_tower
 from mod_jax.training.state import Frozen, split_trained
 from mod_jax.training.step import gradients
 
@@ -67,8 +67,7 @@ def step(folder: pathlib.Path, work: str):
     student = dataclasses.replace(student, decoder=dataclasses.replace(student.decoder, moe=moe))
     teacher = models.teacher(SIZES)
     weights = parameters(folder / "student.npz", student)
-    others = parameters(folder / "teacher.npz", teacher)
-    others = {name: x for name, x in others.items() if not name.startswith(TOWER_PREFIX)}
+    others = without_tower(parameters(folder / "teacher.npz", teacher))
     trained, frozen = split_trained(weights, models.TRAINS)
     objective = dataclasses.replace(
         models.OBJECTIVES[work], compat=True, balance_weight=0.01 if work == "mimic" else 0.0

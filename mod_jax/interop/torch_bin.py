@@ -38,6 +38,7 @@ class _TorchTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
         return tuple(self.tensor.shape)
 
     def __getitem__(self, index) -> np.ndarray:

@@ -5,7 +5,8 @@ D width, N heads, H head size, F width of the feed-forward layer, L layers.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from mod_jax.models.remat import REMAT
 from mod_jax.ops.attention import attention
 from mod_jax.ops.linear import add, linear
 
+T = TypeVar("T")  # an array or its shape
+
 # Prefix of the tower's parameters in the flat dict of a multimodal model (`models/llava.py`).
 TOWER_PREFIX = "vision_tower."
 
@@ -26,6 +29,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+def without_tower(params: Mapping[str, T]) -> dict[str, T]:
+    """Returns the parameters of a model without those of its vision tower."""
+    return {name: value for name, value in params.items() if not name.startswith(TOWER_PREFIX)}
 
 
 class LayerNorm(nnx.Module):

@@ -125,7 +125,7 @@ def _trace(plan: Plan, config: RecipeConfig, name: str) -> None:
       ConfigError: if they do not fit the models or the mesh.
     """
     stage = config.stages[name]
-    room = Room(stage.data.sequence_length, stage.data.images_per_row, stage.data.samples_per_row)
+    room = Room.of_row(stage.data)
     row = to_batch([()], room, plan.student.vision.image_size, plan.student.end_token_id)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((stage.rows, *x.shape[1:]), x.dtype), row)
-    loop.trace(plan.program, *plan.split(plan.shapes), batch)
+    loop.trace(plan.program, plan.trained, plan.frozen, batch)

@@ -5,11 +5,11 @@ import pathlib
 from flax.traverse_util import flatten_dict
 
 from mod_jax.config import ConfigError
+from mod_jax.data.sources.record import shortened
 
 TRAINING = "training"  # key of the random id that a stage's training gets when it begins
 ACCUMULATION = "accumulation"  # key of a setting that may change while a stage runs
 MOST_NAMED = 8  # differences that an error names
-MOST_CHARACTERS = 80  # of a value that it quotes
 
 
 def differences(saved: dict, now: dict) -> list[str]:
@@ -25,15 +25,10 @@ def differences(saved: dict, now: dict) -> list[str]:
         for metadata in (saved, now)
     )
     return [
-        f"{name}: was {_quoted(before.get(name))}, is {_quoted(after.get(name))}"
+        f"{name}: was {shortened(repr(before.get(name)))}, is {shortened(repr(after.get(name)))}"
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     ]
-
-
-def _quoted(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
 
 
 def check_same(saved: dict, now: dict, name: str, folder: pathlib.Path) -> None:

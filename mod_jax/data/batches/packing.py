@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mod_jax.batch import Batch
+from mod_jax.config import DataConfig
 from mod_jax.data.samples.sample import Sample
 
 PER_POSITION = {
@@ -38,6 +39,11 @@ class Room(NamedTuple):
     positions: int
     pictures: int
     samples: int
+
+    @classmethod
+    def of_row(cls, config: DataConfig) -> "Room":
+        """Returns what an empty row holds."""
+        return cls(config.sequence_length, config.images_per_row, config.samples_per_row)
 
     def without(self, size: tuple[int, int]) -> "Room":
         """Returns what is left beside a sample of this size (positions, pictures)."""

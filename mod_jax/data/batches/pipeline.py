@@ -126,7 +126,7 @@ class Batches:
         self._config = config
         self._num_streams = streams
         self._block = rows // streams  # rows that a stream gives to a batch
-        self._room = Room(config.sequence_length, config.images_per_row, config.samples_per_row)
+        self._room = Room.of_row(config)
         self._image_size = model.vision.image_size
         self._padding_id = model.end_token_id
         self._states = {

@@ -164,7 +164,7 @@ def packing(config: DataConfig, statistics: Sequence[SourceStatistics]) -> Packi
     used = sum(len(source.used) for source in statistics)
     if not used:
         return Packing(1.0, 0.0)
-    room = Room(config.sequence_length, config.images_per_row, config.samples_per_row)
+    room = Room.of_row(config)
     order = visits(config, [_Sizes(source.sizes) for source in statistics])
     beginning = Stream.beginning(len(statistics))
     stream = Stream(0, order, room, config.look_ahead, 0, beginning)

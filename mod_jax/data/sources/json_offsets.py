@@ -98,6 +98,7 @@ class _Window:
         self.file_size = os.fstat(file.fileno()).st_size
 
     def move(self, start: int, size: int) -> None:
+        """Reads so many bytes of the file from `start`; fewer at its end."""
         self.file.seek(start)
         self.text = self.file.read(size).decode("latin-1")
         self.start = start

@@ -1,6 +1,7 @@
 """Opens a configured source of any kind, and checks each of its records when it is read."""
 
 import contextlib
+import functools
 import hashlib
 from typing import Protocol
 
@@ -113,7 +114,7 @@ class Source:
                 return self[number].is_pair
         return False
 
-    @property
+    @functools.cached_property
     def identity(self) -> dict:
         """Number of records, and the SHA-256 of their index, in JSON types.
 

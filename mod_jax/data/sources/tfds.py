@@ -29,6 +29,7 @@ class _Encoded(tfds.decode.SkipDecoding):
     """
 
     def decode_batch_example_np(self, pictures) -> list[bytes]:
+        """Returns the encoded pictures of a Sequence."""
         return list(pictures)
 
 
