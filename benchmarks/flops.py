@@ -24,7 +24,7 @@ from mod_jax.batch import Batch
 from mod_jax.config import ModelConfig, ObjectiveConfig
 from mod_jax.interop.hf_config import CLASS_TOKENS
 from mod_jax.models import llava
-from mod_jax.ops.attention import visible
+from mod_jax.ops.visibility import visible
 
 # Parts of a model from bottom to top: prefixes of their parameters' names.
 PARTS = (

@@ -17,7 +17,7 @@ from benchmarks import measure
 from benchmarks.setting import DTYPE, JSON, PRESET, STEPS, WARMUP, run
 from benchmarks.sizes import LOSS_ROWS, PRESETS, TEACHER_WIDTH, Sizes
 from mod_jax.config import MoEConfig
-from mod_jax.ops.attention import attention, visible
+from mod_jax.ops.attention import attention
 from mod_jax.ops.expert_exchange import expert_layer
 from mod_jax.ops.vocab_losses import token_log_probs, weighted_divergence
 
@@ -83,7 +83,7 @@ def _attention(sizes: Sizes, dtype: str) -> Operation:
     segments = jnp.ones(rows, jnp.int32)
 
     def run(trained, read):
-        return attention(*trained, visible(read[0], jnp.zeros_like(read[0])))
+        return attention(*trained, read[0], jnp.zeros_like(read[0]))
 
     flops = 4 * sizes.samples * sizes.positions**2 * sizes.width
     return Operation(run, (query, key, value), (segments,), flops, 2)

@@ -1,14 +1,19 @@
-"""Attention: the visibility rule, and the fast path against the oracle and PyTorch."""
+"""Attention: the visibility rule, and the fast paths against the oracle and PyTorch."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mod_jax.ops.attention import attention, attention_oracle, visible
+from mod_jax.config import MeshConfig
+from mod_jax.ops.attention import attention, attention_oracle, attention_to
+from mod_jax.ops.visibility import visible
+from mod_jax.sharding import ROWS, make_mesh
 
 # Two rows of ten positions. The first holds a chat, a preference pair and padding, the second a
 # left-padded prompt.
@@ -16,11 +21,10 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1
 BRANCHES = jnp.array([[0, 0, 0, 0, 0, 1, 1, 2, 2, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
 
 
-def random_heads(query_heads, key_heads, dtype=jnp.float32):
-    rows, length = SEGMENTS.shape
+def random_heads(query_heads, key_heads, dtype=jnp.float32, shape=SEGMENTS.shape):
     keys = jax.random.split(jax.random.key(0), 3)
     return [
-        jax.random.normal(k, (rows, length, n, 8), dtype) * 2
+        jax.random.normal(k, (*shape, n, 8), dtype) * 2
         for k, n in zip(keys, (query_heads, key_heads, key_heads))
     ]
 
@@ -44,55 +48,152 @@ def test_the_last_queries_alone_see_what_they_see_among_all(start):
     np.testing.assert_array_equal(part, whole[:, start:])
 
 
+def value_and_gradients(function, arrays, real):
+    """Outputs and gradients of a sum over the real positions, which padding takes no part in."""
+
+    def total(arrays):
+        out = function(*arrays)
+        return jnp.sum(jnp.where(real, out.astype(jnp.float32), 0) ** 3), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+    return jnp.where(real, out, 0), *gradients
+
+
+def same(found, expected, tolerance=1e-5):
+    """Each array is near the expected one; the tolerance is a part of its largest number."""
+    for a, b in zip(found, expected, strict=True):
+        error = np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max()
+        assert error <= tolerance * np.abs(np.asarray(b, np.float32)).max()
+
+
+def packed(rows, length, seed=0):
+    """Segments and branches: a chat, a pair and padding of random lengths; a row of padding."""
+    rng = np.random.default_rng(seed)
+    segments, branches = np.zeros((2, rows, length), np.int32)
+    for row in range(rows - 1):
+        cuts = np.sort(rng.choice(np.arange(1, length), 6, replace=False))
+        segments[row, : cuts[5]] = np.searchsorted([cuts[0], cuts[4]], np.arange(cuts[5]), "right")
+        segments[row, : cuts[5]] += 1
+        branches[row, cuts[1] : cuts[2]] = 1
+        branches[row, cuts[2] : cuts[4]] = 2
+    return jnp.asarray(segments), jnp.asarray(branches)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_attention_equals_its_oracle_with_gradients(heads):
+def test_attention_to_any_keys_equals_its_oracle_with_gradients(heads):
     arrays, mask = random_heads(*heads), visible(SEGMENTS, BRANCHES)
-
-    def value_and_gradients(function):
-        return jax.value_and_grad(lambda arrays: (function(*arrays, mask) ** 3).sum())(arrays)
-
-    np.testing.assert_allclose(
-        attention(*arrays, mask), attention_oracle(*arrays, mask), rtol=1e-5, atol=1e-6
+    found, expected = (
+        value_and_gradients(lambda *a, f=f: f(*a, mask), arrays, True)
+        for f in (attention_to, attention_oracle)
     )
-    found, expected = value_and_gradients(attention), value_and_gradients(attention_oracle)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
-    )
+    same(found, expected)
 
 
-def test_attention_equals_pytorch_where_something_is_visible():
+# one block of keys that are too few to fill it, several blocks, several that are not filled
+@pytest.mark.parametrize(
+    ("length", "heads"), [(10, (4, 2)), (256, (4, 2)), (300, (4, 2)), (300, (4, 4)), (300, (6, 1))]
+)
+def test_attention_equals_its_oracle_with_gradients(heads, length):
+    segments, branches = packed(3, length)
+    arrays = random_heads(*heads, shape=segments.shape)
+    real = (segments > 0)[..., None, None]
+    mask = visible(segments, branches)
+    found = value_and_gradients(lambda *a: attention(*a, segments, branches), arrays, real)
+    expected = value_and_gradients(lambda *a: attention_oracle(*a, mask), arrays, real)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("function", [attention, attention_to], ids=["rows", "any keys"])
+def test_attention_equals_pytorch_where_something_is_visible(function):
     arrays, mask = random_heads(4, 2), visible(SEGMENTS, BRANCHES)
     query, key, value = (torch.from_numpy(np.array(a)).double().transpose(1, 2) for a in arrays)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=torch.from_numpy(np.array(mask))[:, None], enable_gqa=True
     ).transpose(1, 2)
     real = np.asarray(SEGMENTS) > 0
+    sees = (SEGMENTS, BRANCHES) if function is attention else (mask,)
     np.testing.assert_allclose(
-        np.asarray(attention(*arrays, mask))[real], expected.numpy()[real], rtol=1e-5, atol=1e-6
+        np.asarray(function(*arrays, *sees))[real], expected.numpy()[real], rtol=1e-5, atol=1e-6
     )
 
 
-def test_without_a_mask_every_key_counts():
-    arrays = random_heads(4, 4)
-    np.testing.assert_allclose(
-        attention(*arrays),
-        attention_oracle(*arrays, jnp.ones((2, 10, 10), bool)),
-        rtol=1e-5,
-        atol=1e-6,
+@pytest.mark.parametrize("length", [10, 257])  # 257: CLIP's 16 x 16 patches and its CLS position
+def test_without_segments_every_key_counts(length):
+    arrays = random_heads(4, 4, shape=(2, length))
+    mask = jnp.ones((2, length, length), bool)
+    found = value_and_gradients(attention, arrays, True)
+    expected = value_and_gradients(lambda *a: attention_oracle(*a, mask), arrays, True)
+    same(found, expected)
+
+
+NOTHING = jnp.zeros((2, 10), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("function", "sees"),
+    [
+        (attention, (NOTHING, NOTHING)),
+        (attention_to, (jnp.zeros((2, 10, 10), bool),)),
+        (attention_oracle, (jnp.zeros((2, 10, 10), bool),)),
+    ],
+    ids=["rows", "any keys", "oracle"],
+)
+def test_a_row_that_sees_nothing_is_finite_forward_and_backward(function, sees):
+    arrays = [a * 1e4 for a in random_heads(4, 2)]
+    found = value_and_gradients(lambda *a: function(*a, *sees), arrays, True)
+    assert all(bool(jnp.isfinite(a).all()) for a in found)
+
+
+def test_scores_of_any_size_are_finite():
+    """The maximum is subtracted block by block, so that no exponential overflows."""
+    segments, branches = packed(2, 300)
+    arrays = [a * 1e3 for a in random_heads(4, 2, shape=segments.shape)]
+    real = (segments > 0)[..., None, None]
+    found = value_and_gradients(lambda *a: attention(*a, segments, branches), arrays, real)
+    assert all(bool(jnp.isfinite(a).all()) for a in found)
+
+
+@pytest.mark.parametrize("length", [10, 300])
+def test_bfloat16_is_summed_in_float32(length):
+    """Against the oracle on the same numbers: inputs and output are rounded, and the weights."""
+    segments, branches = packed(2, length)
+    low = random_heads(4, 2, jnp.bfloat16, segments.shape)
+    real = (segments > 0)[..., None, None]
+    mask = visible(segments, branches)
+    found = value_and_gradients(lambda *a: attention(*a, segments, branches), low, real)
+    expected = value_and_gradients(
+        lambda *a: attention_oracle(*a, mask), [a.astype(jnp.float32) for a in low], real
     )
+    assert all(a.dtype == jnp.bfloat16 for a in found)
+    same(found, expected, 0.02)
 
 
-@pytest.mark.parametrize("function", [attention, attention_oracle])
-def test_a_row_that_sees_nothing_is_finite_forward_and_backward(function):
-    arrays, mask = random_heads(4, 2), jnp.zeros((2, 10, 10), bool)
-    value, gradients = jax.value_and_grad(lambda arrays: (function(*arrays, mask) ** 2).sum())(
-        arrays
-    )
-    assert all(bool(jnp.isfinite(a).all()) for a in (value, *gradients))
+def gradients_of(length, heads=(4, 2)):
+    segments, branches = packed(8, length)
+    arrays = random_heads(*heads, shape=segments.shape)
+
+    def gradients(arrays, segments, branches):
+        out, pullback = jax.vjp(lambda *a: attention(*a, segments, branches), *arrays)
+        return out, pullback(jnp.where((segments > 0)[..., None, None], out, 0))
+
+    return gradients, (arrays, segments, branches)
 
 
-def test_bfloat16_stays_near_float32():
-    arrays, mask = random_heads(4, 2), visible(SEGMENTS, BRANCHES)
-    low = attention(*(a.astype(jnp.bfloat16) for a in arrays), mask)
-    assert low.dtype == jnp.bfloat16
-    np.testing.assert_allclose(low.astype(jnp.float32), attention(*arrays, mask), atol=0.1)
+def test_no_pass_holds_the_scores_of_a_row():
+    function, arguments = gradients_of(520)
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\w\[([\d,]+)\]", text)}
+    assert not [s for s in shapes if sum(size >= 520 for size in s) > 1]
+
+
+def test_a_mesh_splits_rows_and_heads_and_moves_nothing():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2), jax.devices()[:8])
+    by_head = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))
+    by_row = NamedSharding(mesh, PartitionSpec(ROWS))
+    function, arguments = gradients_of(200)
+    split = jax.jit(function, in_shardings=([by_head] * 3, by_row, by_row))
+    with jax.set_mesh(mesh):
+        compiled = split.lower(*arguments).compile()
+    assert not re.findall(r"all-\w+|collective-\w+|reduce-scatter", compiled.as_text())
+    found, expected = split(*arguments), jax.jit(function)(*arguments)
+    same(jax.tree.leaves(found), jax.tree.leaves(expected))

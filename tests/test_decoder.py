@@ -14,7 +14,8 @@ from flax import nnx
 
 from mod_jax.config import DecoderConfig, MoEConfig
 from mod_jax.models.decoder import Decoder, RMSNorm, rotary_angles, rotate, segments
-from mod_jax.ops.attention import attention_oracle, visible
+from mod_jax.ops.attention import attention_oracle
+from mod_jax.ops.visibility import visible
 
 DENSE = DecoderConfig(
     vocab_size=61,

@@ -18,8 +18,9 @@ from mod_jax.models.feed_forward import FeedForward
 from mod_jax.models.moe import MoE, MoEAux
 from mod_jax.models.parameters import constant, weight
 from mod_jax.models.remat import REMAT
-from mod_jax.ops.attention import attention, visible
+from mod_jax.ops.attention import attention, attention_to
 from mod_jax.ops.linear import add, linear
+from mod_jax.ops.visibility import visible
 from mod_jax.sharding import constrain_rows
 
 
@@ -299,7 +300,7 @@ class Decoder(nnx.Module):
             Lm = 0 and E = 0 for a dense decoder.
         """
         x = constrain_rows(x.astype(self.dtype))
-        state, mask = None, visible(segment_ids, branch_ids)
+        state, mask = None, None
         if cache is not None:
             start = (0, cache.index)
             segments_so_far = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
@@ -308,6 +309,7 @@ class Decoder(nnx.Module):
             state = (cache.keys, cache.values)
         context = {
             "angles": rotary_angles(positions, self.config.head_dim, self.config.rope_theta),
+            "rows": (segment_ids, branch_ids),
             "mask": mask,
             "valid": segment_ids > 0,
             "index": None if cache is None else cache.index,
@@ -327,7 +329,8 @@ class Decoder(nnx.Module):
         Args:
           x: f[B,S,D].
           state: (keys, values) of a cache, or None.
-          context: Arguments that all layers share: angles, mask, valid, index.
+          context: Arguments that all layers share: angles, rows (segments and branches), mask of a
+            cache, valid, index.
 
         Returns:
           (x, state, MoEAux of all sparse layers).
@@ -409,14 +412,16 @@ def run_layer(kind: str, place: int, nth: int, x, state, number, params: dict, c
         with jax.named_scope("attention"):
             normed = common["attention_norm"](x)
             query, key, value = common["attention"].project(normed, context["angles"])
-            if state is not None:
+            if state is None:
+                attended = attention(query, key, value, *context["rows"])
+            else:
                 start = (number, 0, context["index"], 0, 0)
                 state = tuple(
                     jax.lax.dynamic_update_slice(stack, new[None], start)
                     for stack, new in zip(state, (key, value))
                 )
                 key, value = (stack[number] for stack in state)
-            attended = attention(query, key, value, context["mask"])
+                attended = attention_to(query, key, value, context["mask"])
             x = constrain_rows(x + common["attention"].merge(attended))
         with jax.named_scope(kind):
             normed = common["mlp_norm"](x)

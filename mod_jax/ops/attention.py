@@ -1,4 +1,4 @@
-"""Grouped-query attention, the visibility rule of packed rows, and a slow oracle.
+"""Grouped-query attention in packed rows, in pictures and on a cache, and a slow oracle.
 
 Axes: B rows, S query positions, T key positions, N query heads, K key/value heads (N is a multiple
 of K), H head size.
@@ -8,70 +8,55 @@ import jax
 import jax.numpy as jnp
 
 from mod_jax.batch import Array
-
-
-def visible(
-    segment_ids: Array,
-    branch_ids: Array,
-    key_segment_ids: Array | None = None,
-    key_branch_ids: Array | None = None,
-    start: int | jax.Array = 0,
-) -> jax.Array:
-    """Attention mask of packed rows.
-
-    A position attends to the positions that are not after it, lie in its segment, and belong to the
-    shared prefix or to its own branch.
-
-    Args:
-      segment_ids: i32[B,S]. 0 is padding, which attends to nothing and is attended by nothing.
-      branch_ids: i32[B,S]. 0 is the prefix that both branches share.
-      key_segment_ids, key_branch_ids: i32[B,T], if the keys are not the queries' own positions but
-        those of a cache.
-      start: i32[], index of the first query among the keys.
-
-    Returns:
-      bool[B,S,T], True where the query attends to the key.
-    """
-    key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
-    key_branch_ids = branch_ids if key_branch_ids is None else key_branch_ids
-    query_segment = segment_ids[:, :, None]
-    query_branch = branch_ids[:, :, None]
-    key_segment = key_segment_ids[:, None, :]
-    key_branch = key_branch_ids[:, None, :]
-    key_positions = jnp.arange(key_segment.shape[2])[None, :]
-    query_positions = jnp.arange(query_segment.shape[1])[:, None] + start
-    return (
-        (key_positions <= query_positions)
-        & (query_segment == key_segment)
-        & (query_segment > 0)
-        & ((key_branch == 0) | (key_branch == query_branch))
-    )
+from mod_jax.ops.blocked_attention import blocked_attention
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: Array | None = None,
+    branch_ids: Array | None = None,
 ) -> jax.Array:
-    """Softmax attention, with logits and softmax in float32.
+    """Softmax attention among the positions of each row, without an array [.., S, S] in any pass.
+
+    Args:
+      query: f[B,S,N,H].
+      key, value: f[B,S,K,H]. Query head n reads key/value head n // (N // K).
+      segment_ids, branch_ids: i32[B,S], which decide as in `visible` what a query sees. Without
+        them every query sees every key of its row.
+
+    Returns:
+      f[B,S,N,H] in the dtype of `query`; scores, softmax and sums are float32. What a padding
+      position gets has no meaning, but is finite and has finite gradients.
+    """
+    # equivalent to: attention_oracle(query, key, value, visible(segment_ids, branch_ids))
+    rows = None if segment_ids is None or branch_ids is None else (segment_ids, branch_ids)
+    return blocked_attention(query, key, value, rows)
+
+
+def attention_to(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention to keys of any number, such as those of a cache.
+
+    All scores are held at once: few queries at a time, or short rows.
 
     Args:
       query: f[B,S,N,H].
       key, value: f[B,T,K,H]. Query head n reads key/value head n // (N // K).
-      mask: bool[B,S,T] from `visible`; None attends to every key. A position without any key gets
-        the mean of all values, which has no meaning but is finite and has finite gradients.
+      mask: bool[B,S,T] from `visible`. A position without any key gets the mean of all values,
+        which has no meaning but is finite and has finite gradients.
 
     Returns:
       f[B,S,N,H] in the dtype of `query`.
     """
     # equivalent to: attention_oracle(query, key, value, mask)
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=None if mask is None else mask[:, None]
-    )
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
 def attention_oracle(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """`attention` computed one head after the other, all in float32."""
+    """`attention_to` computed one head after the other, all in float32."""
     query32, key32, value32 = (a.astype(jnp.float32) for a in (query, key, value))
     group = query.shape[2] // key.shape[2]
     heads = []
