@@ -155,6 +155,16 @@ def check_rows(mesh: Mesh, rows: int, accumulation: int) -> None:
     )
 
 
+def platform() -> str:
+    """Name of the platform that a program is traced for: "cpu", "tpu" or "gpu".
+
+    It is that of the ambient mesh (`jax.set_mesh`), whose devices need not be here, or else that of
+    the default device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps activations split by rows under the ambient mesh (`jax.set_mesh`).
 

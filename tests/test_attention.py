@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mod_jax.config import MeshConfig
 from mod_jax.ops.attention import attention, attention_oracle, attention_to
+from mod_jax.ops.splash_attention import splash_attention
 from mod_jax.ops.visibility import visible
 from mod_jax.sharding import ROWS, make_mesh
 
@@ -168,12 +169,12 @@ def test_bfloat16_is_summed_in_float32(length):
     same(found, expected, 0.02)
 
 
-def gradients_of(length, heads=(4, 2)):
+def gradients_of(length, function=attention):
     segments, branches = packed(8, length)
-    arrays = random_heads(*heads, shape=segments.shape)
+    arrays = random_heads(4, 2, shape=segments.shape)
 
     def gradients(arrays, segments, branches):
-        out, pullback = jax.vjp(lambda *a: attention(*a, segments, branches), *arrays)
+        out, pullback = jax.vjp(lambda *a: function(*a, segments, branches), *arrays)
         return out, pullback(jnp.where((segments > 0)[..., None, None], out, 0))
 
     return gradients, (arrays, segments, branches)
@@ -186,11 +187,49 @@ def test_no_pass_holds_the_scores_of_a_row():
     assert not [s for s in shapes if sum(size >= 520 for size in s) > 1]
 
 
-def test_a_mesh_splits_rows_and_heads_and_moves_nothing():
+def splash(query, key, value, *rows):
+    return splash_attention(query, key, value, rows or None, interpret=True)
+
+
+@pytest.mark.parametrize(("length", "heads"), [(10, (4, 2)), (600, (2, 2))])
+def test_splash_equals_the_oracle_with_gradients(length, heads):
+    segments, branches = packed(2, length)
+    arrays = random_heads(*heads, shape=segments.shape)
+    real = (segments > 0)[..., None, None]
+    mask = visible(segments, branches)
+    found = value_and_gradients(lambda *a: splash(*a, segments, branches), arrays, real)
+    same(found, value_and_gradients(lambda *a: attention_oracle(*a, mask), arrays, real))
+
+
+def test_splash_without_segments():
+    arrays = random_heads(2, 2, shape=(1, 150))
+    mask = jnp.ones((1, 150, 150), bool)
+    found = value_and_gradients(splash, arrays, True)
+    same(found, value_and_gradients(lambda *a: attention_oracle(*a, mask), arrays, True))
+
+
+def test_splash_in_bfloat16():
+    segments, branches = packed(2, 150)
+    low = random_heads(4, 2, jnp.bfloat16, segments.shape)
+    real = (segments > 0)[..., None, None]
+    mask = visible(segments, branches)
+    found = value_and_gradients(lambda *a: splash(*a, segments, branches), low, real)
+    assert all(a.dtype == jnp.bfloat16 for a in found)
+    exact = [a.astype(jnp.float32) for a in low]
+    same(found, value_and_gradients(lambda *a: attention_oracle(*a, mask), exact, real), 0.03)
+
+
+def test_splash_is_finite_where_nothing_is_seen():
+    found = value_and_gradients(lambda *a: splash(*a, NOTHING, NOTHING), random_heads(4, 2), True)
+    assert all(bool(jnp.isfinite(a).all()) for a in found)
+
+
+@pytest.mark.parametrize("form", [attention, splash], ids=["blocks", "splash"])
+def test_a_mesh_splits_rows_and_heads_and_moves_nothing(form):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2), jax.devices()[:8])
     by_head = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))
     by_row = NamedSharding(mesh, PartitionSpec(ROWS))
-    function, arguments = gradients_of(200)
+    function, arguments = gradients_of(130, form)
     split = jax.jit(function, in_shardings=([by_head] * 3, by_row, by_row))
     with jax.set_mesh(mesh):
         compiled = split.lower(*arguments).compile()

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 
 from mod_jax.batch import Array
 from mod_jax.ops.blocked_attention import blocked_attention
+from mod_jax.ops.splash_attention import splash_attention
+from mod_jax.sharding import platform
+
+IMPLEMENTATIONS = {"blocked": blocked_attention, "splash": splash_attention}
 
 
 def attention(
@@ -17,6 +21,8 @@ def attention(
     value: jax.Array,
     segment_ids: Array | None = None,
     branch_ids: Array | None = None,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Softmax attention among the positions of each row, without an array [.., S, S] in any pass.
 
@@ -25,6 +31,10 @@ def attention(
       key, value: f[B,S,K,H]. Query head n reads key/value head n // (N // K).
       segment_ids, branch_ids: i32[B,S], which decide as in `visible` what a query sees. Without
         them every query sees every key of its row.
+      implementation: A key of `IMPLEMENTATIONS`. By default "splash" for TPUs and "blocked" for
+        everything else. The platform is that of the ambient mesh, or else of the default device:
+        a choice inside the program (`jax.lax.platform_dependent`) would keep what the backward
+        passes of both need.
 
     Returns:
       f[B,S,N,H] in the dtype of `query`; scores, softmax and sums are float32. What a padding
@@ -32,7 +42,9 @@ def attention(
     """
     # equivalent to: attention_oracle(query, key, value, visible(segment_ids, branch_ids))
     rows = None if segment_ids is None or branch_ids is None else (segment_ids, branch_ids)
-    return blocked_attention(query, key, value, rows)
+    if implementation is None:
+        implementation = "splash" if platform() == "tpu" else "blocked"
+    return IMPLEMENTATIONS[implementation](query, key, value, rows)
 
 
 def attention_to(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
