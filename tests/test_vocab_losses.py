@@ -18,9 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mod_jax import sharding
 from mod_jax.config import MeshConfig
 from mod_jax.ops import vocab_losses
+from mod_jax.ops.vocab_losses import Block
 
 B, S, D, D_TEACHER, V = 8, 12, 16, 24, 64
-CHUNK = 8  # several chunks, the last one never full
+CHUNKS = Block(8)  # several, the last one never full
+TILES = Block(8, 24)  # the last one of a range of words never full
 MASKS = {
     "uneven": lambda random: random.random((B, S)) < np.linspace(0, 0.9, B)[:, None],
     "all": lambda random: np.ones((B, S), bool),
@@ -30,10 +32,10 @@ MASKS = {
 
 
 def problem(mask="uneven", student_words=V, teacher_words=V, dtype=np.float32):
-    """Random arguments of `token_divergence`, and cotangents [2,B,S] of its two outputs.
+    """Random arguments of `weighted_divergence`, and weights [2,B,S] of its two values.
 
     Returns:
-      ((student hidden, student head, teacher hidden, teacher head, targets, mask), cotangents).
+      ((student hidden, student head, teacher hidden, teacher head, targets, mask), weights).
     """
     random = np.random.default_rng(0)
     sizes = ((B, S, D), (student_words, D), (B, S, D_TEACHER), (teacher_words, D_TEACHER))
@@ -44,19 +46,19 @@ def problem(mask="uneven", student_words=V, teacher_words=V, dtype=np.float32):
     return (*arrays, targets, MASKS[mask](random)), random.normal(size=(2, B, S)).astype(np.float32)
 
 
-def expected(inputs, cotangents):
+def expected(inputs, weights):
     """What torch computes in float64 from the full logits.
 
     Returns:
       [log-probabilities, KL, gradient in the student's hidden states, gradient in its head]; the
-      gradients are those of the sum weighted by the cotangents.
+      gradients are those of the weighted sum.
     """
     student, student_head, teacher, teacher_head = (
         torch.tensor(x, dtype=torch.float64) for x in inputs[:4]
     )
     targets = torch.tensor(inputs[4]).long()
     mask = torch.tensor(inputs[5])
-    weights = torch.tensor(cotangents, dtype=torch.float64)
+    weights = torch.tensor(weights, dtype=torch.float64)
     student.requires_grad_()
     student_head.requires_grad_()
     logits, reference = student @ student_head.T, teacher @ teacher_head.T
@@ -71,33 +73,22 @@ def expected(inputs, cotangents):
     return [x.detach().numpy() for x in (log_probs, kl, student.grad, student_head.grad)]
 
 
-@functools.partial(jax.jit, static_argnames=("differentiate",))
-def ours(inputs, cotangents, differentiate=(0, 1)):
-    """What `token_divergence` computes: log-probabilities, KL, and gradients of the weighted sum.
-
-    Args:
-      inputs, cotangents: from `problem`.
-      differentiate: numbers of the arguments to differentiate by.
-    """
-
-    def objective(*sides):
-        log_probs, kl = vocab_losses.token_divergence(*sides, *inputs[4:], chunk=CHUNK)
-        return jnp.sum(log_probs * cotangents[0] + kl * cotangents[1]), (log_probs, kl)
-
-    gradients, outputs = jax.grad(objective, differentiate, has_aux=True)(*inputs[:4])
-    return *outputs, *gradients
-
-
 SCALE = -1.7  # what the backward pass multiplies with
 
 
-@functools.partial(jax.jit, static_argnames=("differentiate",))
-def ours_weighted(inputs, weights, differentiate=(0, 1)):
-    """What `weighted_divergence` computes: as `ours`, of which the weights are the cotangents."""
+@functools.partial(jax.jit, static_argnames=("differentiate", "block"))
+def ours(inputs, weights, differentiate=(0, 1), block=CHUNKS):
+    """What `weighted_divergence` computes: weighted sum, log-probabilities, KL, and gradients.
+
+    Args:
+      inputs, weights: from `problem`.
+      differentiate: numbers of the arguments to differentiate by.
+      block: what is held of the logits at a time.
+    """
 
     def objective(*sides):
         total, *values = vocab_losses.weighted_divergence(
-            *sides, *inputs[4:], *weights, chunk=CHUNK
+            *sides, *inputs[4:], *weights, block=block
         )
         return SCALE * total, (total, *values)
 
@@ -117,25 +108,42 @@ def check(actual, desired, tolerance=2e-5):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("words", [(64, 64), (56, 64), (64, 56)])
-def test_values_and_gradients_are_those_of_the_full_logits(mask, words):
-    inputs, cotangents = problem(mask, *words)
-    check(ours(inputs, cotangents), expected(inputs, cotangents))
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("words", [(64, 64), (56, 64), (64, 56)])
 def test_one_sweep_makes_the_values_and_gradients_of_the_full_logits(mask, words):
     inputs, weights = problem(mask, *words)
     desired = expected(inputs, weights)
-    check(ours_weighted(inputs, weights), [weighted_sum(desired, weights), *desired])
+    check(ours(inputs, weights), [weighted_sum(desired, weights), *desired])
 
 
-@pytest.mark.parametrize("differentiate", [(0,), (1,)])
-def test_one_sweep_for_either_argument_alone(differentiate):
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("words", [(64, 64), (56, 64), (64, 56), (64, 48)])
+def test_tiles_make_the_values_and_gradients_of_the_full_logits(mask, words):
+    inputs, weights = problem(mask, *words)
+    desired = expected(inputs, weights)
+    wanted = [weighted_sum(desired, weights), *desired[:3]]
+    check(ours(inputs, weights, differentiate=(0,), block=TILES), wanted)
+
+
+def test_tiles_take_logits_that_only_a_running_maximum_can_exponentiate():
+    """Logits that grow from tile to tile, by hundreds."""
+    (hidden, head, teacher, teacher_head, targets, mask), weights = problem("all")
+    growing = np.linspace(0, 60, V, dtype=np.float32)[:, None]
+    inputs = (abs(hidden), head + growing, abs(teacher), teacher_head + growing, targets, mask)
+    desired = expected(inputs, weights)
+    assert np.abs(inputs[0] @ inputs[1].T).max() > 500
+    wanted = [weighted_sum(desired, weights), *desired[:3]]
+    check(ours(inputs, weights, differentiate=(0,), block=TILES), wanted, tolerance=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("block", "differentiate"), [(CHUNKS, (0,)), (CHUNKS, (1,)), (TILES, (0, 1))], ids=str
+)
+def test_one_sweep_for_either_argument(block, differentiate):
+    """Tiles are for a frozen head; one that trains takes chunks of as many positions."""
     inputs, weights = problem()
     desired = expected(inputs, weights)
-    wanted = [weighted_sum(desired, weights), *desired[:2], desired[2 + differentiate[0]]]
-    check(ours_weighted(inputs, weights, differentiate=differentiate), wanted)
+    gradients = [desired[2 + number] for number in differentiate]
+    wanted = [weighted_sum(desired, weights), *desired[:2], *gradients]
+    check(ours(inputs, weights, differentiate=differentiate, block=block), wanted)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -145,7 +153,7 @@ def test_weighted_log_probs_are_those_of_the_full_logits(mask):
 
     def objective(hidden, head):
         total, log_probs = vocab_losses.weighted_log_probs(
-            hidden, head, targets, mask, weights[0], chunk=CHUNK
+            hidden, head, targets, mask, weights[0], block=CHUNKS
         )
         return SCALE * total, (total, log_probs)
 
@@ -163,7 +171,7 @@ def test_values_beside_a_weighted_sum_have_no_gradient():
     gradients = jax.grad(
         lambda *sides: sum(
             x.sum()
-            for x in vocab_losses.weighted_divergence(*sides, *inputs[4:], *weights, chunk=CHUNK)[
+            for x in vocab_losses.weighted_divergence(*sides, *inputs[4:], *weights, block=CHUNKS)[
                 1:
             ]
         ),
@@ -181,11 +189,11 @@ def test_bfloat16_gradients_are_those_of_float64_but_for_rounding(trains):
     inputs = [*(np.asarray(x, np.float32) for x in rounded), targets, mask]
     short = [x.astype(jnp.bfloat16) if x.ndim == 3 else x for x in inputs]
     desired = expected(inputs, weights)
-    found = [ours_weighted(short, weights, differentiate=trains)[3:]]
+    found = [ours(short, weights, differentiate=trains)[3:]]
     wanted = [desired[2:]]
 
     def log_probs(hidden, head):
-        each = vocab_losses.token_log_probs(hidden, head, targets, mask, chunk=CHUNK)
+        each = vocab_losses.token_log_probs(hidden, head, targets, mask, block=CHUNKS)
         return jnp.sum(each * weights[0])
 
     found.append(jax.jit(jax.grad(log_probs, trains))(*short[:2]))
@@ -199,45 +207,38 @@ def test_bfloat16_gradients_are_those_of_float64_but_for_rounding(trains):
 
 
 def test_the_oracle_agrees_with_float64():
-    inputs, cotangents = problem("uneven", 64, 56)
-    check(vocab_losses.token_divergence_oracle(*inputs), expected(inputs, cotangents)[:2])
-
-
-@pytest.mark.parametrize("differentiate", [(0,), (1,)])
-def test_either_argument_may_train_alone(differentiate):
-    inputs, cotangents = problem()
-    both = expected(inputs, cotangents)
-    check(
-        ours(inputs, cotangents, differentiate=differentiate),
-        [*both[:2], both[2 + differentiate[0]]],
-    )
+    inputs, weights = problem("uneven", 64, 56)
+    check(vocab_losses.divergence_oracle(*inputs), expected(inputs, weights)[:2])
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_log_probs_alone(mask):
-    inputs, cotangents = problem(mask)
+@pytest.mark.parametrize(("block", "differentiate"), [(CHUNKS, (0, 1)), (TILES, (0,))], ids=str)
+def test_log_probs_alone(mask, block, differentiate):
+    inputs, weights = problem(mask)
     student, head, _, _, targets, mask = inputs
 
     def objective(hidden, head):
-        log_probs = vocab_losses.token_log_probs(hidden, head, targets, mask, chunk=CHUNK)
-        return jnp.sum(log_probs * cotangents[0]), log_probs
+        log_probs = vocab_losses.token_log_probs(hidden, head, targets, mask, block=block)
+        return jnp.sum(log_probs * weights[0]), log_probs
 
-    gradients, log_probs = jax.jit(jax.grad(objective, (0, 1), has_aux=True))(student, head)
-    desired = expected(inputs, cotangents * np.array([1, 0], np.float32)[:, None, None])
-    check((log_probs, *gradients), (desired[0], *desired[2:]))
+    gradients, log_probs = jax.jit(jax.grad(objective, differentiate, has_aux=True))(student, head)
+    desired = expected(inputs, weights * np.array([1, 0], np.float32)[:, None, None])
+    check((log_probs, *gradients), (desired[0], *desired[2:][: len(differentiate)]))
+    alone = vocab_losses.token_log_probs(student, head, targets, mask, block=block)
+    check([alone], desired[:1])
     check([vocab_losses.token_log_probs_oracle(student, head, targets, mask)], desired[:1])
 
 
 def test_a_tied_head_sums_its_two_gradients():
-    inputs, cotangents = problem()
+    inputs, weights = problem()
     _, embedding, _, _, targets, mask = inputs
     tokens = np.random.default_rng(1).integers(0, V, (B, S))
 
     def objective(embedding):
         return jnp.sum(
-            cotangents[0]
+            weights[0]
             * vocab_losses.token_log_probs(
-                jnp.tanh(embedding[tokens]), embedding, targets, mask, chunk=CHUNK
+                jnp.tanh(embedding[tokens]), embedding, targets, mask, block=CHUNKS
             )
         )
 
@@ -248,33 +249,39 @@ def test_a_tied_head_sums_its_two_gradients():
         .gather(-1, torch.tensor(targets).long()[..., None])[..., 0]
     )
     (
-        log_probs * torch.tensor(mask) * torch.tensor(cotangents[0], dtype=torch.float64)
+        log_probs * torch.tensor(mask) * torch.tensor(weights[0], dtype=torch.float64)
     ).sum().backward()
     check([jax.jit(jax.grad(objective))(embedding)], [weight.grad.numpy()])
 
 
 def test_a_student_that_is_the_teacher_has_no_divergence_and_no_gradient():
-    (hidden, head, _, _, targets, mask), cotangents = problem("all")
-    _, kl, d_hidden, d_head = ours(
-        (hidden, head, hidden, head, targets, mask),
-        cotangents * np.array([0, 1], np.float32)[:, None, None],
-    )
+    (hidden, head, _, _, targets, mask), weights = problem("all")
+    inputs = (hidden, head, hidden, head, targets, mask)
+    weights *= np.array([0, 1], np.float32)[:, None, None]
+    _, _, kl, d_hidden, d_head = ours(inputs, weights)
     check((kl, d_hidden, d_head), (0, 0, 0), tolerance=1e-6)
+    _, _, kl, d_hidden = ours(inputs, weights, differentiate=(0,), block=TILES)
+    check((kl, d_hidden), (0, 0), tolerance=1e-6)
 
 
-def test_cross_entropy_is_the_divergence_plus_the_teachers_entropy():
-    inputs, _ = problem("all")
+@pytest.mark.parametrize("block", [CHUNKS, TILES], ids=str)
+def test_cross_entropy_is_the_divergence_plus_the_teachers_entropy(block):
+    inputs, weights = problem("all")
     teacher = torch.tensor(inputs[2] @ inputs[3].T, dtype=torch.float64)
     entropy = torch.distributions.Categorical(logits=teacher).entropy().numpy()
-    _, kl = vocab_losses.token_divergence(*inputs, chunk=CHUNK)
-    _, cross_entropy = vocab_losses.token_divergence(*inputs, cross_entropy=True, chunk=CHUNK)
+    kl, cross_entropy = (
+        vocab_losses.weighted_divergence(*inputs, *weights, cross_entropy=ce, block=block)[2]
+        for ce in (False, True)
+    )
     check([cross_entropy], [kl + entropy], tolerance=1e-4)
 
 
 def test_the_teacher_gets_no_gradient():
-    inputs, _ = problem()
+    inputs, weights = problem()
     gradients = jax.grad(
-        lambda *sides: jnp.sum(vocab_losses.token_divergence(*sides, *inputs[4:], chunk=CHUNK)[1]),
+        lambda *sides: vocab_losses.weighted_divergence(
+            *sides, *inputs[4:], *weights, block=CHUNKS
+        )[0],
         (2, 3),
     )(*inputs[:4])
     check(gradients, (0, 0), tolerance=0)
@@ -289,7 +296,9 @@ def test_bfloat16_hidden_states_keep_float32_sums():
         jnp.ones((1, 4096), bool),
     )
     log_probs, pull = jax.vjp(
-        lambda hidden, head: vocab_losses.token_log_probs(hidden, head, targets, mask, chunk=1),
+        lambda hidden, head: vocab_losses.token_log_probs(
+            hidden, head, targets, mask, block=Block(1)
+        ),
         hidden,
         head,
     )
@@ -304,10 +313,10 @@ def test_bfloat16_hidden_states_keep_float32_sums():
 
 def test_every_product_of_bfloat16_asks_for_float32():
     """XLA on CPU keeps float32 whether it is asked or not, so only the program shows it."""
-    inputs, cotangents = problem(dtype=jnp.bfloat16)
-    program = str(jax.make_jaxpr(ours)(inputs, cotangents))
-    # logits of both sides in either pass, and two gradients
-    assert program.count("dot_general[") == program.count("preferred_element_type=float32") == 6
+    inputs, weights = problem(dtype=jnp.bfloat16)
+    program = str(jax.make_jaxpr(ours)(inputs, weights))
+    # logits of both sides, and two gradients
+    assert program.count("dot_general[") == program.count("preferred_element_type=float32") == 4
 
 
 def test_positions_outside_the_mask_are_never_read():
@@ -316,7 +325,7 @@ def test_positions_outside_the_mask_are_never_read():
     no_words = np.where(mask, targets, V + 7)
 
     def objective(hidden):
-        return vocab_losses.token_log_probs(hidden, head, no_words, mask, chunk=CHUNK).sum()
+        return vocab_losses.token_log_probs(hidden, head, no_words, mask, block=CHUNKS).sum()
 
     value, gradient = jax.value_and_grad(objective)(poisoned)
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -335,8 +344,8 @@ def test_positions_outside_the_mask_are_never_read():
 )
 def test_eight_devices_agree_with_one(mesh, words):
     """Slices of two vocabularies of different sizes hold different words."""
-    inputs, cotangents = problem("uneven", *words)
-    desired = expected(inputs, cotangents)
+    inputs, weights = problem("uneven", *words)
+    desired = expected(inputs, weights)
     mesh = sharding.make_mesh(mesh)
     rows = sharding.row_sharding(mesh)
     head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["embed"]))
@@ -344,31 +353,30 @@ def test_eight_devices_agree_with_one(mesh, words):
         placed = [
             jax.device_put(x, s) for x, s in zip(inputs, (rows, head, rows, head, rows, rows))
         ]
-        actual = ours(placed, cotangents)
-        check(actual, desired)
-        assert actual[2].sharding.is_equivalent_to(rows, 3)
-        actual = ours_weighted(placed, cotangents)
-        check(actual, [weighted_sum(desired, cotangents), *desired])
+        actual = ours(placed, weights)
+        check(actual, [weighted_sum(desired, weights), *desired])
         assert actual[3].sharding.is_equivalent_to(rows, 3)
         assert actual[4].sharding.is_equivalent_to(head, 2)
+        in_tiles = ours(placed, weights, differentiate=(0,), block=TILES)
+        check(in_tiles, [weighted_sum(desired, weights), *desired[:3]])
 
 
 def test_eight_devices_sum_the_heads_gradient_in_float32():
     """In bfloat16 the sums over rows would be off by 4e-3; they are those of one device."""
-    inputs, cotangents = problem("uneven")
+    inputs, weights = problem("uneven")
     inputs = [jnp.asarray(x, jnp.bfloat16) if x.ndim == 3 else x for x in inputs]
-    *_, alone = ours(inputs, cotangents)
+    *_, alone = ours(inputs, weights)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rows = sharding.row_sharding(mesh)
     head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["embed"]))
     with jax.set_mesh(mesh):
         places = (rows, head, rows, head, rows, rows)
-        *_, d_head = ours([jax.device_put(*pair) for pair in zip(inputs, places)], cotangents)
+        *_, d_head = ours([jax.device_put(*pair) for pair in zip(inputs, places)], weights)
     assert d_head.dtype == jnp.float32
     np.testing.assert_allclose(d_head, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
-def compiled(differentiate, chunk=16):
+def compiled(differentiate, block=CHUNKS):
     """Sizes of all arrays in the compiled loss and its gradients, and the program's text.
 
     The axes are such that every product of some of them is a different number.
@@ -379,8 +387,10 @@ def compiled(differentiate, chunk=16):
     targets, mask = jnp.zeros((rows, positions), jnp.int32), jnp.ones((rows, positions), bool)
 
     def objective(*sides):
-        log_probs, kl = vocab_losses.token_divergence(*sides, targets, mask, chunk=chunk)
-        return log_probs.sum() + kl.sum()
+        weights = jnp.ones(mask.shape)
+        return vocab_losses.weighted_divergence(
+            *sides, targets, mask, weights, weights, block=block
+        )[0]
 
     text = jax.jit(jax.value_and_grad(objective, differentiate)).lower(*sides).compile().as_text()
     shapes = re.findall(r"\w+\[([\d,]+)\]", text)
@@ -389,13 +399,20 @@ def compiled(differentiate, chunk=16):
 
 def test_no_array_has_positions_and_vocabulary():
     sizes, _ = compiled((0, 1))
-    assert 16 * 1100 in sizes  # the logits of a chunk
+    assert 8 * 1100 in sizes  # the logits of a chunk
     assert max(sizes) < 30 * 1100  # less than those of one row, let alone of eight
 
 
+def test_no_tile_has_all_words():
+    sizes, text = compiled((0,), Block(8, 128))
+    assert 8 * 128 in sizes
+    arrays = {tuple(sorted(map(int, s.split(",")))) for s in re.findall(r"\w+\[([\d,]+)\]", text)}
+    assert {shape for shape in arrays if 1100 in shape} == {(14, 1100)}  # the heads
+
+
 def test_a_frozen_head_costs_no_gradient():
-    # Logits of both sides in either pass, and the gradient in the hidden states; one product more,
-    # the gradient in the head, only if the head trains.
+    # Logits of both sides, and the gradient in the hidden states; one product more, the gradient in
+    # the head, only if the head trains.
     products = [
         len(re.findall(r" dot\(|__onednn|custom-call\(", compiled(differentiate)[1]))
         for differentiate in ((0,), (0, 1))
@@ -403,14 +420,14 @@ def test_a_frozen_head_costs_no_gradient():
     assert products[1] == products[0] + 1
 
 
-def products(loss, differentiate, teacher):
+def products(loss, differentiate, teacher, block=CHUNKS):
     """Number of matrix products in a compiled loss, with its gradients if there are any."""
     (*arrays, targets, mask), weights = problem()
     sides = arrays if teacher else arrays[:2]
 
     def objective(*sides):
         more = weights[: len(sides) // 2] if loss.__name__.startswith("weighted") else ()
-        outputs = loss(*sides, targets, mask, *more, chunk=CHUNK)
+        outputs = loss(*sides, targets, mask, *more, block=block)
         return sum(jnp.sum(x) for x in jax.tree.leaves(outputs))
 
     run = jax.value_and_grad(objective, differentiate) if differentiate else objective
@@ -433,6 +450,9 @@ def test_no_product_is_made_twice(loss, teacher, values, frozen, trained):
     """
     made = [products(loss, differentiate, teacher) for differentiate in ((), (0,), (0, 1))]
     assert made == [values, frozen, trained]
+    # one tile of all words; a teacher costs one product more
+    made = [products(loss, wanted, teacher, Block(8, V)) for wanted in ((), (0,))]
+    assert made == [values, frozen + teacher]
 
 
 def placed_on(mesh, inputs):
@@ -443,19 +463,19 @@ def placed_on(mesh, inputs):
 
 def test_a_mesh_of_one_device_costs_nothing():
     """There the heads would be copied where a `shard_map` begins."""
-    inputs, cotangents = problem()
+    inputs, weights = problem()
     with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
-        assert "shard_map" not in str(jax.make_jaxpr(ours_weighted)(inputs, cotangents))
+        assert "shard_map" not in str(jax.make_jaxpr(ours)(inputs, weights))
     with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=8))):
-        assert "shard_map" in str(jax.make_jaxpr(ours_weighted)(inputs, cotangents))
+        assert "shard_map" in str(jax.make_jaxpr(ours)(inputs, weights))
 
 
 @pytest.mark.parametrize("words", [(64, 64), (56, 64), (64, 56)])
 def test_no_device_holds_more_than_its_slice_of_the_vocabulary(words):
-    inputs, cotangents = problem("uneven", *words)
+    inputs, weights = problem("uneven", *words)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        text = ours_weighted.lower(placed_on(mesh, inputs), cotangents).compile().as_text()
+        text = ours.lower(placed_on(mesh, inputs), weights).compile().as_text()
     shapes = re.findall(r"\w+\[([\d,]+)\]", text)
     sizes = {int(n) for shape in shapes for n in shape.split(",")}
     assert words[0] // 2 in sizes
