@@ -115,7 +115,7 @@ def test_one_sweep_makes_the_values_and_gradients_of_the_full_logits(mask, words
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("words", [(64, 64), (56, 64), (64, 56), (64, 48)])
+@pytest.mark.parametrize("words", [(64, 64), (56, 64), (64, 56), (64, 48), (16, 20)])
 def test_tiles_make_the_values_and_gradients_of_the_full_logits(mask, words):
     inputs, weights = problem(mask, *words)
     desired = expected(inputs, weights)

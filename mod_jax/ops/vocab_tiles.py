@@ -190,6 +190,7 @@ def _over_tiles(
 ) -> Carry:
     """Folds body(carry, begin, size) over tiles of `width` words that cover [first, last)."""
     whole = (last - first) // width
-    carry = jax.lax.fori_loop(0, whole, lambda i, c: body(c, first + i * width, width), carry)
+    if whole:  # the loop traces its body even if it never runs
+        carry = jax.lax.fori_loop(0, whole, lambda i, c: body(c, first + i * width, width), carry)
     begin = first + whole * width
     return body(carry, begin, last - begin) if begin < last else carry
