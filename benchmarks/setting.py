@@ -37,7 +37,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 STAGE = flags.DEFINE_string("stage", None, "With --config: the stage. By default the last one.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "With --preset: dtype of the activations.")
-REMAT = flags.DEFINE_string("remat", "none", "With --preset: what the backward pass recomputes.")
+REMAT = flags.DEFINE_string("remat", "auto", "With --preset: what the backward pass recomputes.")
 STEPS = flags.DEFINE_integer("steps", 5, "Measured calls; figures are their medians.")
 WARMUP = flags.DEFINE_integer("warmup", 2, "Calls before these.")
 JSON = flags.DEFINE_string("json", None, "A file that the figures are written to as well.")

@@ -91,7 +91,6 @@ def get_config() -> ConfigDict:
             "teacher": {"folder": "assets/scenes/teacher"},
             "stages": stages,
             "order": ("adaptor", "fine_tuned", "dense_mimic", "sparse_mimic", "preference"),
-            "remat": "dots",
             "evaluation": {
                 "models": ("teacher", "fine_tuned", "dense_mimic", "sparse_mimic", "preference")
             },

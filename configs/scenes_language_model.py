@@ -67,7 +67,6 @@ def get_config() -> ConfigDict:
             },
             "stages": {"language_model": stage},
             "order": ("language_model",),
-            "remat": "dots",
             "log_every": 25,
         },
     )

@@ -63,7 +63,6 @@ def get_config() -> ConfigDict:
             },
             "stages": {"teacher": stage},
             "order": ("teacher",),
-            "remat": "dots",
             "log_every": 25,
             "evaluation": {"path": "data/scenes", "models": ("teacher",)},
         },

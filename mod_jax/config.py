@@ -334,7 +334,7 @@ class ModelConfig(Checked):
       dtype: Dtype of the activations, "float32" or "bfloat16". Parameters, the router, softmax,
         norms and losses are always float32.
       remat: What the backward pass recomputes in each layer: "none", "dots" (all but the results of
-        matrix products) or "full".
+        matrix products), "full", or "auto", which is "dots" on CPU and "full" elsewhere.
     """
 
     KEY = "model"
@@ -350,7 +350,7 @@ class ModelConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _require_choice("model.remat", self.remat, ("none", "dots", "full"))
+        _require_choice("model.remat", self.remat, ("auto", "none", "dots", "full"))
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -723,7 +723,7 @@ class RecipeConfig(Checked):
     teacher: ModelSource | None = None
     mesh: MeshConfig = MeshConfig()
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "auto"
     keep_checkpoints: Count = 2
     log_every: Count = 10
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -14,6 +14,7 @@ from flax import nnx
 
 from mod_jax.config import DecoderConfig, MoEConfig
 from mod_jax.models.decoder import Decoder, RMSNorm, rotary_angles, rotate, segments
+from mod_jax.models.remat import rematerialised
 from mod_jax.ops.attention import attention_oracle
 from mod_jax.ops.visibility import visible
 
@@ -146,6 +147,17 @@ def test_what_remat_recomputes_changes_no_gradient():
             jax.tree.leaves(gradients(decoder(SPARSE, remat=remat))), expected, strict=True
         ):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("platform", "same"), [("cpu", "dots"), ("tpu", "full"), ("gpu", "full")])
+def test_what_is_recomputed_goes_by_the_platform(platform, same, monkeypatch):
+    monkeypatch.setattr("mod_jax.models.remat.platform", lambda: platform)
+
+    def program(remat):
+        layer = rematerialised(remat, lambda x, w: jnp.sin(x @ w))
+        return str(jax.make_jaxpr(jax.grad(lambda w: layer(w, w).sum()))(jnp.ones((2, 2))))
+
+    assert program("auto") == program(same) != program("none")
 
 
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])

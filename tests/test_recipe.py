@@ -33,7 +33,7 @@ from mod_jax.recipe import Recipe
 from mod_jax.runs import folder as run_folder
 from mod_jax.sharding import make_mesh
 from mod_jax.storage.lock import locked
-from mod_jax.training import step
+from mod_jax.training import loop, step
 from mod_jax.training.checkpoint import Checkpoints, abstract
 from mod_jax.training.state import TrainState, make_optimizer, new_state, split_trained
 
@@ -180,12 +180,43 @@ def write_config(workdir, values: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory) -> tuple[pathlib.Path, dict[str, Model]]:
+def compilations() -> list[tuple[str, int]]:
+    """(stage, batches read before) of every compilation while a stage of `finished` ran."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(folder, compilations, tmp_path_factory) -> tuple[pathlib.Path, dict[str, Model]]:
     """A run of both stages without config.json: its folder, and the student after each stage."""
     workdir = tmp_path_factory.mktemp("run")
     made = make_recipe(recipe(folder), workdir)
-    with jax.set_mesh(made.mesh):
-        return workdir, {name: made.run(name) for name in made.config.order}
+    batches = [0]
+
+    def count_batches(batch, mesh, to_devices=loop.to_devices):
+        batches[0] += 1
+        return to_devices(batch, mesh)
+
+    def note(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append((name, batches[0]))
+
+    students = {}
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        with jax.set_mesh(made.mesh), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "to_devices", count_batches)
+            for name in made.config.order:
+                batches[0] = 0
+                students[name] = made.run(name)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    return workdir, students
+
+
+def test_nothing_is_compiled_after_the_second_step(finished, compilations):
+    """Whatever the batches hold, shapes and shardings stay; saving compiles nothing either."""
+    assert {1} <= {batch for _, batch in compilations}  # the step itself
+    assert [(stage, batch) for stage, batch in compilations if batch > 2] == []
 
 
 @pytest.fixture(scope="module")

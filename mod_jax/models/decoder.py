@@ -6,7 +6,6 @@ V vocabulary, L layers (Ld dense, Lm sparse), E experts.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from mod_jax.config import DecoderConfig
 from mod_jax.models.feed_forward import FeedForward
 from mod_jax.models.moe import MoE, MoEAux
 from mod_jax.models.parameters import constant, weight
-from mod_jax.models.remat import REMAT
+from mod_jax.models.remat import rematerialised
 from mod_jax.ops.attention import attention, attention_to
 from mod_jax.ops.linear import add, linear
 from mod_jax.ops.visibility import visible
@@ -240,7 +239,7 @@ class Decoder(nnx.Module):
     Args:
       config: Sizes.
       dtype: Dtype of the activations, "float32" or "bfloat16".
-      remat: A key of `REMAT`.
+      remat: As in `ModelConfig`.
       rngs: Random number generators with a stream `params`.
     """
 
@@ -345,7 +344,7 @@ class Decoder(nnx.Module):
             period = len(pattern)
             numbers = first["layer"] + jnp.arange(repeats * period).reshape(repeats, period)
             blocks = self.layers.blocks(first, pattern, repeats)
-            body = functools.partial(run_block, pattern, REMAT[self.remat], context)
+            body = functools.partial(run_block, pattern, self.remat, context)
             (x, state), aux = jax.lax.scan(body, (x, state), (numbers, blocks))
             if aux is not None:
                 auxes.append(aux)
@@ -361,12 +360,12 @@ class Decoder(nnx.Module):
         return x, state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat)
 
 
-def run_block(pattern: tuple[str, ...], remat: Callable, context: dict, carry, block):
+def run_block(pattern: tuple[str, ...], remat: str, context: dict, carry, block):
     """Runs the layers of one block, one after the other: the body of the scan over blocks.
 
     Args:
       pattern: Kind ("mlp" or "moe") of each layer.
-      remat: A value of `REMAT`, applied to each layer.
+      remat: As in `ModelConfig`, for each layer.
       context: Arguments that all layers share.
       carry: (x, state), as in `Decoder._run_layers`.
       block: (numbers, params): i32[layers of the block] their numbers among all layers, and their
@@ -380,7 +379,7 @@ def run_block(pattern: tuple[str, ...], remat: Callable, context: dict, carry, b
     auxes = []
     for place, kind in enumerate(pattern):
         nth = pattern[:place].count(kind)
-        layer = remat(functools.partial(run_layer, kind, place, nth))
+        layer = rematerialised(remat, functools.partial(run_layer, kind, place, nth))
         x, state, aux = layer(x, state, numbers[place], params, context)
         if aux is not None:
             auxes.append(aux)

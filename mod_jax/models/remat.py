@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import jax
 
+from mod_jax.sharding import platform
+
 # `prevent_cse` keeps XLA from merging the recomputation with the forward pass. Layers run inside a
 # scan, whose loop already keeps the two apart, so this would only hinder optimizations.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -16,3 +18,19 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
     ),
     "full": functools.partial(jax.checkpoint, prevent_cse=False),
 }
+# What "auto" is, as measured (benchmarks/LOG.md). A CPU computes what is not a product at little
+# cost, and memory that is not touched is time saved there. On accelerators the memory of long rows
+# decides.
+ON_CPU, ELSEWHERE = "dots", "full"
+
+
+def rematerialised(name: str, layer: Callable) -> Callable:
+    """The layer with a backward pass that recomputes what `ModelConfig.remat` says.
+
+    Args:
+      name: A key of `REMAT`, or "auto", which goes by the platform of the ambient mesh.
+      layer: A function of arrays.
+    """
+    if name == "auto":
+        name = ON_CPU if platform() == "cpu" else ELSEWHERE
+    return REMAT[name](layer)

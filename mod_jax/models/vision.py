@@ -15,7 +15,7 @@ from flax import nnx
 from mod_jax.batch import Array
 from mod_jax.config import VisionConfig
 from mod_jax.models.parameters import constant, weight
-from mod_jax.models.remat import REMAT
+from mod_jax.models.remat import rematerialised
 from mod_jax.ops.attention import attention
 from mod_jax.ops.linear import add, linear
 
@@ -130,7 +130,7 @@ class VisionTower(nnx.Module):
     Args:
       config: Sizes and family.
       dtype: Dtype of the activations, "float32" or "bfloat16".
-      remat: A key of `REMAT`.
+      remat: As in `ModelConfig`.
       rngs: Random number generators with a stream `params`.
     """
 
@@ -176,7 +176,7 @@ class VisionTower(nnx.Module):
             )
         x = self._embed(jnp.asarray(images).reshape(-1, size, size, 3))
         layers_run = self.config.num_layers + 1 + self.config.feature_layer
-        layer = REMAT[self.remat](VisionLayer.__call__)
+        layer = rematerialised(self.remat, VisionLayer.__call__)
         x, _ = jax.lax.scan(
             lambda x, params: (layer(params, x), None),
             x,
