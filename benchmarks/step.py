@@ -65,7 +65,7 @@ def measured(setting: Setting, warmup: int, steps: int) -> dict:
             if setting.teacher
             else {},
         )
-        frozen = in_use(frozen, program.dtype)
+        frozen = in_use(frozen, program.dtype, program.int8_teacher)
         batch = to_devices(setting.batch, setting.mesh)
         start = time.perf_counter()
         step = program.step.lower(state, frozen, batch).compile()

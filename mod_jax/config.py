@@ -334,7 +334,8 @@ class ModelConfig(Checked):
       dtype: Dtype of the activations, "float32" or "bfloat16". Parameters, the router, softmax,
         norms and losses are always float32.
       remat: What the backward pass recomputes in each layer: "none", "dots" (all but the results of
-        matrix products), "full", or "auto", which is "dots" on CPU and "full" elsewhere.
+        matrix products and of attention), "full", or "auto", which is "dots" on CPU and "full"
+        elsewhere.
     """
 
     KEY = "model"
@@ -582,6 +583,8 @@ class StageConfig(Checked):
       optimizer: The optimizer.
       rows: Rows of the global batch.
       accumulation: Number of micro-batches of a step.
+      int8_teacher: Whether the weights of the teacher's layers are held as int8, one scale for the
+        numbers along the first dimension of each; `training.int8` says what it costs.
       seed: Seed of the routers that upcycling adds.
       checkpoint_every: Steps between two checkpoints.
       max_nonfinite_steps: Number of steps in a row with a loss or gradient that is not finite at
@@ -597,6 +600,7 @@ class StageConfig(Checked):
     optimizer: OptimizerConfig = OptimizerConfig()
     rows: Count = 8
     accumulation: Count = 1
+    int8_teacher: bool = False
     seed: Seed = 0
     checkpoint_every: Count = 100
     max_nonfinite_steps: Count = 10

@@ -5,7 +5,10 @@ from collections.abc import Callable
 
 import jax
 
+from mod_jax.ops.blocked_attention import SAVED
 from mod_jax.sharding import platform
+
+policies = jax.checkpoint_policies
 
 # `prevent_cse` keeps XLA from merging the recomputation with the forward pass. Layers run inside a
 # scan, whose loop already keeps the two apart, so this would only hinder optimizations.
@@ -13,7 +16,9 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,
     "dots": functools.partial(
         jax.checkpoint,
-        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        policy=policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+        ),
         prevent_cse=False,
     ),
     "full": functools.partial(jax.checkpoint, prevent_cse=False),

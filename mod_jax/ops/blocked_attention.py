@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mod_jax.batch import Array
 from mod_jax.ops.visibility import visible
@@ -24,6 +25,7 @@ Rows = tuple[jax.Array, jax.Array]  # (segment_ids, branch_ids), each i32[B,S]
 
 BLOCK = 128  # positions; a row is cut into equal blocks of at most so many
 MULTIPLE = 8  # of the positions of a block
+SAVED = "attention"  # name of what the backward pass reads, for policies of `jax.checkpoint`
 LOWEST = float(jnp.finfo(jnp.float32).min)
 SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
@@ -152,9 +154,10 @@ def _forward(
     pairs = _pairs(query.shape[3] // block, bidirectional)
     (out, highest, total), _ = jax.lax.scan(step, start, pairs)
     total = jnp.maximum(total, SMALLEST)  # 0 where a query sees nothing
-    out = out / total[..., None]
     # Kept in float32: rounded, it would cost the gradient of bfloat16 queries a digit.
-    return out.astype(query.dtype), (query, key, value, rows, out, highest + jnp.log(total))
+    out = checkpoint_name(out / total[..., None], SAVED)
+    log_sum = checkpoint_name(highest + jnp.log(total), SAVED)
+    return out.astype(query.dtype), (query, key, value, rows, out, log_sum)
 
 
 def _backward(block: int, bidirectional: bool, saved: tuple, d_out: jax.Array):

@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 
 from mod_jax.batch import Array
+from mod_jax.ops.blocked_attention import SAVED
 from mod_jax.sharding import ROWS, RULES
 
 BLOCK = 512  # positions; a row is cut into equal blocks of at most so many
@@ -110,6 +111,7 @@ def _on_device(
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
     by_row = jax.vmap(lambda *heads, ids: attend(*heads, kernel.SegmentIds(ids, ids)))

@@ -14,12 +14,13 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from mod_jax import sharding
-from mod_jax.batch import Batch
+from mod_jax.batch import Array, Batch
 from mod_jax.config import ConfigError, ModelConfig, StageConfig
 from mod_jax.data.batches.pipeline import Batches
 from mod_jax.storage.atomic import write_text
 from mod_jax.training import checkpoint
 from mod_jax.training.identity import ACCUMULATION, check_same
+from mod_jax.training.int8 import Int8, quantised
 from mod_jax.training.interrupt import Interrupts, Stopped
 from mod_jax.training.log import Log
 from mod_jax.training.state import (
@@ -27,6 +28,7 @@ from mod_jax.training.state import (
     TrainState,
     in_dtype_of_use,
     make_optimizer,
+    may_be_int8,
     new_state,
 )
 from mod_jax.training.step import make_train_step
@@ -43,6 +45,7 @@ class Program(NamedTuple):
       state: Shardings of the state.
       frozen: Shardings of the frozen parts.
       dtype: Dtype of the activations.
+      int8_teacher: Whether the teacher's weights are int8.
     """
 
     optimizer: optax.GradientTransformation
@@ -50,6 +53,7 @@ class Program(NamedTuple):
     state: TrainState
     frozen: Frozen
     dtype: str
+    int8_teacher: bool
 
 
 def make_program(
@@ -63,7 +67,7 @@ def make_program(
     """Makes the train step of a stage; arguments and errors as for `make_train_step`."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_train_step(config, student, teacher, optimizer, mesh, trained, frozen)
-    return Program(optimizer, *step, student.dtype)
+    return Program(optimizer, *step, student.dtype, config.int8_teacher)
 
 
 def trace(program: Program, trained: dict, frozen: Frozen, batch: Batch) -> None:
@@ -79,7 +83,9 @@ def trace(program: Program, trained: dict, frozen: Frozen, batch: Batch) -> None
     """
     state = jax.eval_shape(lambda params: new_state(params, program.optimizer), trained)
     try:
-        read = jax.eval_shape(lambda frozen: in_use(frozen, program.dtype), frozen)
+        read = jax.eval_shape(
+            lambda frozen: in_use(frozen, program.dtype, program.int8_teacher), frozen
+        )
         jax.eval_shape(program.step, state, read, batch)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split("\n\n")[0].split())[:200]
@@ -120,13 +126,21 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     )
 
 
-def in_use(frozen: Frozen, dtype: str) -> Frozen:
-    """Casts the frozen parts to the dtypes in which a step uses them; see `in_dtype_of_use`."""
-    student, teacher = (
-        {name: in_dtype_of_use(name, x, dtype) for name, x in params.items()}
-        for params in (frozen.student, frozen.teacher)
+def in_use(frozen: Frozen, dtype: str, int8_teacher: bool = False) -> Frozen:
+    """Casts the frozen parts to the dtypes in which a step uses them; see `in_dtype_of_use`.
+
+    An `int8_teacher` has weights that are rounded to int8 instead.
+    """
+
+    def held(name: str, x: Array, int8: bool) -> Array | Int8:
+        if int8 and may_be_int8(name):
+            return quantised(name, x)
+        return in_dtype_of_use(name, x, dtype)
+
+    return Frozen(
+        {name: held(name, x, False) for name, x in frozen.student.items()},
+        {name: held(name, x, int8_teacher) for name, x in frozen.teacher.items()},
     )
-    return Frozen(student, teacher)
 
 
 def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
@@ -151,14 +165,16 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
         done, state = _begin(stage, saved)
         if done >= steps:
             return state.params
-        frozen = jax.device_put(in_use(stage.frozen, stage.program.dtype), stage.program.frozen)
+        program = stage.program
+        frozen = in_use(stage.frozen, program.dtype, program.int8_teacher)
+        frozen = jax.device_put(frozen, program.frozen)
         _write_overview(stage)
         limit = stage.config.max_nonfinite_steps
         report = Log(stage.name, stage.folder, stage.data, done, steps, log_every, limit)
         with report, Interrupts() as interrupts:
             for step in range(done + 1, steps + 1):
                 batch = next(stage.data)
-                state, values = stage.program.step(state, frozen, to_devices(batch, mesh))
+                state, values = program.step(state, frozen, to_devices(batch, mesh))
                 report.note(step, values, batch.samples)
                 is_last = step == steps
                 if step % stage.config.checkpoint_every and not is_last and not interrupts.received:

@@ -37,8 +37,8 @@ class Frozen:
 
     Attributes:
       student: Name -> array, the part of the student that the stage does not train.
-      teacher: Name -> array, the teacher without its vision tower, as it reads the student's
-        features; empty without a teacher.
+      teacher: Name -> array or `Int8`, the teacher without its vision tower, as it reads the
+        student's features; empty without a teacher.
     """
 
     student: dict
@@ -117,6 +117,15 @@ def in_dtype_of_use(name: str, x: Array, dtype: str) -> Array:
     """
     is_cast = _is_weight(name) and not any(part in name for part in IN_FLOAT32)
     return x.astype(jnp.dtype(dtype), copy=False) if is_cast else x
+
+
+def may_be_int8(name: str) -> bool:
+    """Whether a parameter of a frozen model may be held as int8: the weights of its layers.
+
+    The embedding table is only looked up, and the loss reads the head in the dtype of its products.
+    """
+    in_layers = name.startswith("language_model.layers.")
+    return in_layers and _is_weight(name) and not any(part in name for part in IN_FLOAT32)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

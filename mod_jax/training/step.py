@@ -19,10 +19,12 @@ from mod_jax.batch import Batch
 from mod_jax.config import ModelConfig, ObjectiveConfig, StageConfig
 from mod_jax.models import llava
 from mod_jax.models.moe import MoEAux
+from mod_jax.training.int8 import Int8, scales_sharding
 from mod_jax.training.state import (
     Frozen,
     TrainState,
     make_schedule,
+    may_be_int8,
     state_shardings,
     updates_done,
 )
@@ -246,10 +248,16 @@ def make_train_step(
     student_axes = llava.axes(student)
     trained_shardings = sharding.parameter_shardings(mesh, trained, student_axes)
     state = state_shardings(optimizer, trained, trained_shardings, sharding.replicated(mesh))
-    frozen_shardings = Frozen(
-        sharding.parameter_shardings(mesh, frozen.student, student_axes),
-        sharding.parameter_shardings(mesh, frozen.teacher, llava.axes(teacher)) if teacher else {},
-    )
+    teacher_axes = llava.axes(teacher) if teacher else {}
+    of_teacher: dict = sharding.parameter_shardings(mesh, frozen.teacher, teacher_axes)
+    if stage.int8_teacher:
+        of_teacher |= {
+            name: Int8(s, scales_sharding(name, s))
+            for name, s in of_teacher.items()
+            if may_be_int8(name)
+        }
+    of_student = sharding.parameter_shardings(mesh, frozen.student, student_axes)
+    frozen_shardings = Frozen(of_student, of_teacher)
     step = jax.jit(
         functools.partial(train_step, stage, student, teacher, optimizer),
         donate_argnums=0,
