@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import hf_models
 import jax
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IMAGE, NEW, LONGEST = IDS["image_token_id"], 8, 40
 RNG = np.random.default_rng(0)
+NO_IMAGE = np.zeros((1, 0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
 
 
 def prompt(*content: int | str) -> np.ndarray:
@@ -176,6 +178,34 @@ def test_answer_is_the_text_of_the_naive_loop_in_batches_of_two():
         wanted.append(tokenizer.decode(new_ids, skip_special_tokens=True))
     assert answer(SPARSE, params, tokenizer, "brief", QUESTIONS, 2, NEW) == wanted
     assert all(wanted) and len(set(wanted)) > 2
+
+
+def test_a_long_prompt_is_read_without_its_scores():
+    """No array of the prefill or of a step has two axes of positions."""
+    length = 200
+    prompts = Prompts(*np.ones((2, 1, length), np.int32), -np.ones((1, length), np.int32), NO_IMAGE)
+    program = jax.make_jaxpr(generate, static_argnums=(0, 3))(DENSE, params_of(DENSE), prompts, 8)
+    shapes = re.findall(r"\w+\[([\d,]+)\]", str(program))
+    sizes = [[int(n) for n in shape.split(",")] for shape in shapes]
+    assert max(shape.count(length) for shape in sizes) == 1
+    assert not any(sum(n >= length for n in shape) > 1 for shape in sizes if max(shape) < 1000)
+
+
+def test_idle_experts_are_not_read():
+    """Experts that no token chooses may hold anything: their weights enter no product."""
+    params = dict(params_of(SPARSE))
+    router = "language_model.layers.moe.router.w_de"
+    chosen = SPARSE.decoder.moe.experts_per_token
+    assert SPARSE.decoder.moe.num_experts > chosen
+    params[router] = np.zeros_like(params[router])  # of equal experts the first ones are chosen
+    prompts = left_padded(ASKED, IMAGE, IMAGE_SIZE)
+    wanted = generate(SPARSE, params, prompts, NEW)
+    for name, array in params.items():
+        if ".moe.experts." in name:
+            idle = np.arange(array.shape[1])[:, None, None] >= chosen
+            params[name] = np.where(idle, np.nan, array)
+    np.testing.assert_array_equal(generate(SPARSE, params, prompts, NEW), wanted)
+    assert (np.asarray(wanted) != IDS["end_token_id"]).any()
 
 
 def test_answers_of_a_mesh_are_those_of_one_device():

@@ -89,7 +89,7 @@ def generate(config: ModelConfig, params: dict, prompts: Prompts, max_new_tokens
         positions,
         prompts.segment_ids,
         jnp.zeros_like(prompts.tokens),
-        cache=decoder.new_cache(rows, length + max_new_tokens),
+        cache=length + max_new_tokens,
     )
 
     def best(hidden: jax.Array) -> jax.Array:

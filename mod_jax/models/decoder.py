@@ -261,8 +261,7 @@ class Decoder(nnx.Module):
         """Looks up the embeddings of tokens: i32[B,S] -> f[B,S,D]."""
         return jnp.take(self.embedding.w_vd[...], tokens, axis=0, mode="clip").astype(self.dtype)
 
-    def new_cache(self, rows: int, capacity: int) -> Cache:
-        """An empty cache of `capacity` positions per row."""
+    def _new_cache(self, rows: int, capacity: int) -> Cache:
         config = self.config
         stack = (config.num_layers, rows, capacity, config.num_kv_heads, config.head_dim)
         ids = (rows, capacity)
@@ -280,7 +279,7 @@ class Decoder(nnx.Module):
         positions: Array,
         segment_ids: Array,
         branch_ids: Array,
-        cache: Cache | None = None,
+        cache: Cache | int | None = None,
     ):
         """Runs the layers.
 
@@ -290,7 +289,8 @@ class Decoder(nnx.Module):
           cache: If given, the S positions are appended to it at `index`, the same in all rows, and
             attend to what it holds. `index + S` must not exceed its capacity: a larger write would
             overwrite the last positions, and cannot be checked here because the index is only known
-            on the device.
+            on the device. A number begins a cache of that capacity, at least S: the positions
+            attend among themselves, without an array of all scores.
 
         Returns:
           (hidden, aux), or with a cache (hidden, aux, cache).
@@ -300,11 +300,16 @@ class Decoder(nnx.Module):
         """
         x = constrain_rows(x.astype(self.dtype))
         state, mask = None, None
+        continues = isinstance(cache, Cache)
+        if isinstance(cache, int):
+            cache = self._new_cache(x.shape[0], cache)
         if cache is not None:
             start = (0, cache.index)
             segments_so_far = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
             branches_so_far = jax.lax.dynamic_update_slice(cache.branch_ids, branch_ids, start)
-            mask = visible(segment_ids, branch_ids, segments_so_far, branches_so_far, cache.index)
+            if continues:
+                ids = (segment_ids, branch_ids, segments_so_far, branches_so_far)
+                mask = visible(*ids, cache.index)
             state = (cache.keys, cache.values)
         context = {
             "angles": rotary_angles(positions, self.config.head_dim, self.config.rope_theta),
@@ -328,8 +333,8 @@ class Decoder(nnx.Module):
         Args:
           x: f[B,S,D].
           state: (keys, values) of a cache, or None.
-          context: Arguments that all layers share: angles, rows (segments and branches), mask of a
-            cache, valid, index.
+          context: Arguments that all layers share: angles, rows (segments and branches), mask of
+            what an earlier cache holds (None attends by rows), valid, index.
 
         Returns:
           (x, state, MoEAux of all sparse layers).
@@ -411,14 +416,15 @@ def run_layer(kind: str, place: int, nth: int, x, state, number, params: dict, c
         with jax.named_scope("attention"):
             normed = common["attention_norm"](x)
             query, key, value = common["attention"].project(normed, context["angles"])
-            if state is None:
-                attended = attention(query, key, value, *context["rows"])
-            else:
+            if state is not None:
                 start = (number, 0, context["index"], 0, 0)
                 state = tuple(
                     jax.lax.dynamic_update_slice(stack, new[None], start)
                     for stack, new in zip(state, (key, value))
                 )
+            if context["mask"] is None:
+                attended = attention(query, key, value, *context["rows"])
+            else:
                 key, value = (stack[number] for stack in state)
                 attended = attention_to(query, key, value, context["mask"])
             x = constrain_rows(x + common["attention"].merge(attended))
