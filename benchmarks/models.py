@@ -27,7 +27,7 @@ OBJECTIVES = {
 
 def student(sizes: Sizes, **options) -> ModelConfig:
     """The sparse student; `options` are further keys of ModelConfig."""
-    return _model(sizes, 1, MoEConfig(), options)
+    return _model(sizes, 1, MoEConfig(num_experts=sizes.experts), options)
 
 
 def teacher(sizes: Sizes, **options) -> ModelConfig:

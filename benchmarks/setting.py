@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from benchmarks import models
-from benchmarks.sizes import PRESETS, WORK, draw, positions_of
+from benchmarks.sizes import PRESETS, WORK, Sizes, draw, positions_of
 from mod_jax.batch import Batch
 from mod_jax.config import (
     ConfigError,
@@ -84,8 +84,12 @@ def of_flags(work: str) -> Setting:
 
 def of_preset(preset: str, work: str, **options) -> Setting:
     """The setting of a preset, on one device; `options` are keys of both ModelConfigs."""
+    return of_sizes({"preset": preset}, PRESETS[preset], work, **options)
+
+
+def of_sizes(about: dict, sizes: Sizes, work: str, **options) -> Setting:
+    """The same for any sizes, under names of theirs."""
     require(work in WORK, "--work", work, " or ".join(WORK))
-    sizes = PRESETS[preset]
     stage = StageConfig(
         models.TRAINS,
         models.OBJECTIVES[work],
@@ -94,7 +98,7 @@ def of_preset(preset: str, work: str, **options) -> Setting:
         rows=sizes.samples,
     )
     return Setting(
-        {"preset": preset, "work": work, **options},
+        {**about, "work": work, **options},
         stage,
         models.student(sizes, **options),
         models.teacher(sizes, dtype=options.get("dtype", "float32")),

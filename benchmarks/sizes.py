@@ -3,8 +3,8 @@
 Neither jax nor torch is imported, as each side runs in an environment of its own.
 
 A sample is a question with one picture, and its answer takes half of the text. A dense teacher is
-twice as wide as the sparse student, every second feed-forward layer of which has four experts, two
-for each token. The experts, their routers and the adaptor train.
+twice as wide as the sparse student, every second feed-forward layer of which has experts, two for
+each token. The experts, their routers and the adaptor train.
 
 Axes: B samples, S positions, R tokens of an answer, A answers (a pair has two).
 """
@@ -34,6 +34,8 @@ class Sizes:
       samples: Samples of a batch.
       image_size, patch: Height and width of a picture and of a patch, px.
       tower_width, tower_layers, tower_heads, tower_inner: Of the vision tower.
+      experts: Of a sparse layer, two for each token.
+      answer_share: Share of a text that is its answer.
     """
 
     width: int
@@ -50,6 +52,8 @@ class Sizes:
     tower_layers: int
     tower_heads: int
     tower_inner: int
+    experts: int = 4
+    answer_share: float = 0.5
 
     @property
     def features(self) -> int:
@@ -59,7 +63,7 @@ class Sizes:
     @property
     def answer(self) -> int:
         """Tokens of an answer."""
-        return (self.positions - self.features) // 2
+        return int((self.positions - self.features) * self.answer_share)
 
     @property
     def question(self) -> int:
