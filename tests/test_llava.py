@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -314,3 +316,26 @@ def test_a_mesh_changes_no_result(config):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected
     )
+
+
+def test_the_tower_and_the_adaptor_send_nothing_but_weights():
+    """Their pictures stay split by rows: forward, no device needs more than weights of others."""
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    params = params_of(DENSE)
+    batch = make_batch(rows=8)
+
+    def pictures(params, images):
+        model = llava.bind(DENSE, params)
+        features = model.features(images)
+        return model.embed(batch.tokens, batch.picture_index, features)
+
+    with jax.set_mesh(mesh):
+        shardings = parameter_shardings(mesh, params, llava.axes(DENSE))
+        compiled = jax.jit(pictures, in_shardings=(shardings, row_sharding(mesh)))
+        text = compiled.lower(params, batch.images).compile().as_text()
+    sent = re.findall(r"= \w+\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)", text)
+    largest = max(
+        math.prod(x.shape[1:] if ".layers." in name else x.shape) for name, x in params.items()
+    )
+    assert {kind for _, kind in sent} == {"all-gather"}
+    assert max(math.prod(map(int, shape.split(","))) for shape, _ in sent) <= largest

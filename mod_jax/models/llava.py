@@ -19,6 +19,7 @@ from mod_jax.models.moe import MoEAux
 from mod_jax.models.parameters import constant, weight
 from mod_jax.models.vision import VisionTower
 from mod_jax.ops.linear import add, linear
+from mod_jax.sharding import constrain_rows
 
 
 class Adaptor(nnx.Module):
@@ -88,7 +89,7 @@ class Llava(nnx.Module):
         embedded = self.language_model.embed(tokens)
         if features.shape[1] == 0:
             return embedded
-        adapted = self.adaptor(features.astype(self.config.dtype))
+        adapted = constrain_rows(self.adaptor(features.astype(self.config.dtype)))
         index = jnp.maximum(picture_index, 0)[..., None]
         pictures = jnp.take_along_axis(adapted, index, axis=1, mode="clip")
         return jnp.where(picture_index[..., None] < 0, embedded, pictures)

@@ -18,6 +18,7 @@ from mod_jax.models.parameters import constant, weight
 from mod_jax.models.remat import rematerialised
 from mod_jax.ops.attention import attention
 from mod_jax.ops.linear import add, linear
+from mod_jax.sharding import constrain_rows
 
 T = TypeVar("T")  # an array or its shape
 
@@ -120,8 +121,8 @@ class VisionLayer(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies one layer (a stack is sliced first): f[M,T,D] -> f[M,T,D]."""
-        x = x + self.attention(self.norm_1(x))
-        return x + self.mlp(self.norm_2(x))
+        x = constrain_rows(x + self.attention(self.norm_1(x)))
+        return constrain_rows(x + self.mlp(self.norm_2(x)))
 
 
 class VisionTower(nnx.Module):
@@ -174,7 +175,7 @@ class VisionTower(nnx.Module):
                 f"images of shape {images.shape}: expected [..., {size}, {size}, 3]. Resize them "
                 "to vision.image_size."
             )
-        x = self._embed(jnp.asarray(images).reshape(-1, size, size, 3))
+        x = constrain_rows(self._embed(jnp.asarray(images).reshape(-1, size, size, 3)))
         layers_run = self.config.num_layers + 1 + self.config.feature_layer
         layer = rematerialised(self.remat, VisionLayer.__call__)
         x, _ = jax.lax.scan(
