@@ -40,7 +40,7 @@ setuptools.setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
+        "cuda": ["jax[cuda13]", "tokamax>=0.0.12"],  # the kernels of attention and experts
         # Prepares data on many machines. It needs older Pillow, protobuf and pyarrow than
         # requirements.txt pins, hence an environment of its own.
         "beam": ["apache-beam>=2.77"],
@@ -54,6 +54,7 @@ setuptools.setup(
             "pytest",
             "pytest-cov",
             "ruff",
+            "tokamax==0.0.12",
             "torch==2.13.0",
         ],
     },

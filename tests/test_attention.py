@@ -11,8 +11,10 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mod_jax.config import MeshConfig
+from mod_jax.ops.added_dimensions import FORBIDDEN, of_segments
 from mod_jax.ops.attention import attention, attention_oracle, attention_to
 from mod_jax.ops.splash_attention import splash_attention
+from mod_jax.ops.tokamax_attention import tokamax_attention
 from mod_jax.ops.visibility import visible
 from mod_jax.sharding import ROWS, make_mesh
 
@@ -191,40 +193,63 @@ def splash(query, key, value, *rows):
     return splash_attention(query, key, value, rows or None, interpret=True)
 
 
+def tokamax(query, key, value, *rows):
+    """As on GPUs, but for tokamax's kernel: the one in plain JAX takes its place."""
+    pytest.importorskip("tokamax", reason="requirements-test.txt has it")
+    return tokamax_attention(query, key, value, rows or None, kernels=("xla_chunked",))
+
+
+with_kernels = pytest.mark.parametrize("kernel", [splash, tokamax], ids=["splash", "tokamax"])
+
+
+@with_kernels
 @pytest.mark.parametrize(("length", "heads"), [(10, (4, 2)), (600, (2, 2))])
-def test_splash_equals_the_oracle_with_gradients(length, heads):
+def test_a_kernel_equals_the_oracle_with_gradients(kernel, length, heads):
     segments, branches = packed(2, length)
     arrays = random_heads(*heads, shape=segments.shape)
     real = (segments > 0)[..., None, None]
     mask = visible(segments, branches)
-    found = value_and_gradients(lambda *a: splash(*a, segments, branches), arrays, real)
+    found = value_and_gradients(lambda *a: kernel(*a, segments, branches), arrays, real)
     same(found, value_and_gradients(lambda *a: attention_oracle(*a, mask), arrays, real))
 
 
-def test_splash_without_segments():
+@with_kernels
+def test_a_kernel_without_segments(kernel):
     arrays = random_heads(2, 2, shape=(1, 150))
     mask = jnp.ones((1, 150, 150), bool)
-    found = value_and_gradients(splash, arrays, True)
+    found = value_and_gradients(kernel, arrays, True)
     same(found, value_and_gradients(lambda *a: attention_oracle(*a, mask), arrays, True))
 
 
-def test_splash_in_bfloat16():
+@with_kernels
+def test_a_kernel_in_bfloat16(kernel):
     segments, branches = packed(2, 150)
     low = random_heads(4, 2, jnp.bfloat16, segments.shape)
     real = (segments > 0)[..., None, None]
     mask = visible(segments, branches)
-    found = value_and_gradients(lambda *a: splash(*a, segments, branches), low, real)
+    found = value_and_gradients(lambda *a: kernel(*a, segments, branches), low, real)
     assert all(a.dtype == jnp.bfloat16 for a in found)
     exact = [a.astype(jnp.float32) for a in low]
     same(found, value_and_gradients(lambda *a: attention_oracle(*a, mask), exact, real), 0.03)
 
 
-def test_splash_is_finite_where_nothing_is_seen():
-    found = value_and_gradients(lambda *a: splash(*a, NOTHING, NOTHING), random_heads(4, 2), True)
+@with_kernels
+def test_a_kernel_is_finite_where_nothing_is_seen(kernel):
+    found = value_and_gradients(lambda *a: kernel(*a, NOTHING, NOTHING), random_heads(4, 2), True)
     assert all(bool(jnp.isfinite(a).all()) for a in found)
 
 
-@pytest.mark.parametrize("form", [attention, splash], ids=["blocks", "splash"])
+@pytest.mark.parametrize("count", [1, 2, 9, 64])
+def test_as_many_segments_as_positions_are_apart(count):
+    """The numbers of segments are told apart by their binary digits, up to the longest row."""
+    segments = jnp.arange(64)[None] * count // 64 + 1
+    foreign, own = of_segments(segments)
+    scores = jnp.einsum("bsn,btn->bst", foreign, own)[0]
+    equal = segments[0][:, None] == segments[0]
+    assert (scores[equal] == 0).all() and (scores[~equal] <= FORBIDDEN).all()
+
+
+@pytest.mark.parametrize("form", [attention, splash, tokamax], ids=["blocks", "splash", "tokamax"])
 def test_a_mesh_splits_rows_and_heads_and_moves_nothing(form):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2), jax.devices()[:8])
     by_head = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))

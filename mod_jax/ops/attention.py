@@ -10,9 +10,14 @@ import jax.numpy as jnp
 from mod_jax.batch import Array
 from mod_jax.ops.blocked_attention import blocked_attention
 from mod_jax.ops.splash_attention import splash_attention
+from mod_jax.ops.tokamax_attention import tokamax_attention
 from mod_jax.sharding import platform
 
-IMPLEMENTATIONS = {"blocked": blocked_attention, "splash": splash_attention}
+IMPLEMENTATIONS = {
+    "blocked": blocked_attention,
+    "splash": splash_attention,
+    "tokamax": tokamax_attention,
+}
 
 
 def attention(
@@ -31,20 +36,30 @@ def attention(
       key, value: f[B,S,K,H]. Query head n reads key/value head n // (N // K).
       segment_ids, branch_ids: i32[B,S], which decide as in `visible` what a query sees. Without
         them every query sees every key of its row.
-      implementation: A key of `IMPLEMENTATIONS`. By default "splash" for TPUs and "blocked" for
-        everything else. The platform is that of the ambient mesh, or else of the default device:
-        a choice inside the program (`jax.lax.platform_dependent`) would keep what the backward
-        passes of both need.
+      implementation: A key of `IMPLEMENTATIONS`. By default "splash" for TPUs, "tokamax" for heads
+        of 16 bits on GPUs and "blocked" for everything else. The platform is that of the ambient
+        mesh, or else of the default device: a choice inside the program
+        (`jax.lax.platform_dependent`) would keep what the backward passes of both need.
 
     Returns:
       f[B,S,N,H] in the dtype of `query`; scores, softmax and sums are float32. What a padding
       position gets has no meaning, but is finite and has finite gradients.
+
+    Raises:
+      ConfigError: If tokamax is needed and not installed.
     """
     # equivalent to: attention_oracle(query, key, value, visible(segment_ids, branch_ids))
     rows = None if segment_ids is None or branch_ids is None else (segment_ids, branch_ids)
     if implementation is None:
-        implementation = "splash" if platform() == "tpu" else "blocked"
+        implementation = _default(query.dtype)
     return IMPLEMENTATIONS[implementation](query, key, value, rows)
+
+
+def _default(dtype: jnp.dtype) -> str:
+    kernels = {"tpu": "splash"}
+    if dtype.itemsize == 2:  # Triton takes a minute to compile heads of float32
+        kernels["gpu"] = "tokamax"
+    return kernels.get(platform(), "blocked")
 
 
 def attention_to(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:

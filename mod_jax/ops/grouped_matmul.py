@@ -2,16 +2,20 @@
 
 Axes: n rows, D input width, F output width, E groups (experts), t rows of a block.
 
-One function with two fast paths. The choice depends on the platform that the program is compiled
-for, which may differ from the one that compiles it: accelerators use `jax.lax.ragged_dot`. On CPU
-`ragged_dot` would multiply all rows with every group's weight, so there a loop runs over blocks of
-rows.
+One function with three fast paths. TPUs use `jax.lax.ragged_dot`, a kernel there. It is none
+elsewhere: on CPU and NVIDIA GPUs it multiplies all rows with every group's weight. So a loop runs
+over blocks of rows on CPU, and tokamax's kernels on GPUs.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mod_jax.ops.tokamax_matmul import tokamax_gradients, tokamax_matmul
+from mod_jax.sharding import platform
 
 BLOCK = 256  # rows of a block on CPU
 # x[n,D] and dy[n,F] -> [E,D,F]: the sum over the rows of each group.
@@ -22,8 +26,9 @@ GROUPS_SUMMED = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-@jax.custom_vjp
-def grouped_matmul(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul(
+    x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
     """Multiplies each group of rows with the weight of that group.
 
     Args:
@@ -31,29 +36,42 @@ def grouped_matmul(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> ja
       w_edf: f[E,D,F], one weight per group, cast to the dtype of `x` for the product. Its gradient
         is summed in float32, and has its dtype.
       group_sizes: i32[E], rows of each group; they sum to at most n.
+      implementation: A key of `IMPLEMENTATIONS`. By default "blocks" for CPUs, "tokamax" for GPUs
+        and "ragged_dot" for TPUs. The platform is that of the ambient mesh, or else of the default
+        device.
 
     Returns:
       f[n,F] in the dtype of `x`, accumulated in float32; 0 in the rows of no group.
+
+    Raises:
+      ConfigError: If tokamax is needed and not installed.
     """
     # equivalent to: grouped_matmul_oracle(x, w_edf, group_sizes)
-    w_edf = w_edf.astype(x.dtype)
-    return jax.lax.platform_dependent(x, w_edf, group_sizes, cpu=_blocks, default=_ragged)
+    if implementation is None:
+        implementation = {"cpu": "blocks", "gpu": "tokamax"}.get(platform(), "ragged_dot")
+    return _grouped_matmul(implementation, x, w_edf, group_sizes)
 
 
-def _forward(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(
+    implementation: str, x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    return IMPLEMENTATIONS[implementation].product(x, w_edf.astype(x.dtype), group_sizes)
+
+
+def _forward(implementation: str, x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array):
     dtype = jnp.zeros((), w_edf.dtype)  # what is saved has to be an array
-    return grouped_matmul(x, w_edf, group_sizes), (x, w_edf.astype(x.dtype), group_sizes, dtype)
+    w = w_edf.astype(x.dtype)
+    return _grouped_matmul(implementation, x, w, group_sizes), (x, w, group_sizes, dtype)
 
 
-def _backward(saved: tuple, dy: jax.Array):
+def _backward(implementation: str, saved: tuple, dy: jax.Array):
     *operands, dtype = saved
-    dx, dw_edf = jax.lax.platform_dependent(
-        *operands, dy, cpu=_blocks_gradients, default=_ragged_gradients
-    )
+    dx, dw_edf = IMPLEMENTATIONS[implementation].gradients(*operands, dy)
     return dx, dw_edf.astype(dtype.dtype), None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def grouped_matmul_oracle(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -148,3 +166,22 @@ def _blocks_gradients(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, dy
     dx = _block_product("tf,df->td", dy, w_edf, group_sizes, x.shape[1])
     dw_edf = _each_block(body, jnp.zeros_like(w_edf, dtype=jnp.float32), len(x), group_sizes)
     return dx, dw_edf
+
+
+class Implementation(NamedTuple):
+    """One way to compute `grouped_matmul`, of weights in the dtype of `x`.
+
+    Attributes:
+      product: (x, w_edf, group_sizes) -> f[n,F] in the dtype of `x`.
+      gradients: (x, w_edf, group_sizes, dy) -> (dx in the dtype of `x`, dw f32[E,D,F]).
+    """
+
+    product: Callable
+    gradients: Callable
+
+
+IMPLEMENTATIONS = {
+    "blocks": Implementation(_blocks, _blocks_gradients),
+    "ragged_dot": Implementation(_ragged, _ragged_gradients),
+    "tokamax": Implementation(tokamax_matmul, tokamax_gradients),
+}

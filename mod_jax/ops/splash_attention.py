@@ -2,12 +2,9 @@
 
 Axes: B rows, S positions, N query heads, K key/value heads, H head size.
 
-The kernel knows a static mask and segments, no branches. So two dimensions are added to each head,
-one per branch: a key has 1 in the dimension of its branch, and a query has `FORBIDDEN` in those of
-the branches that it is not in. Their products lower the scores of foreign branches so far that
-their weights are 0, forward and backward, and leave all others as they are. A head of 64 fits into
-the 128 lanes of a TPU with them; one of 128 takes twice the lanes in the products of queries and
-keys.
+The kernel knows a static mask and segments, no branches. Those take two dimensions that are added
+to each head (`added_dimensions`). A head of 64 fits into the 128 lanes of a TPU with them; one of
+128 takes twice the lanes in the products of queries and keys.
 """
 
 import functools
@@ -20,16 +17,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
-from jax.sharding import PartitionSpec
 
 from mod_jax.batch import Array
+from mod_jax.ops.added_dimensions import each_device, of_branches, with_dimensions
 from mod_jax.ops.blocked_attention import SAVED
-from mod_jax.sharding import ROWS, RULES
 
 BLOCK = 512  # positions; a row is cut into equal blocks of at most so many
 LANES = 128  # of a TPU, of which a block is a multiple
-BRANCHES = 2  # beside the shared prefix
-FORBIDDEN = -(2.0**20)  # exact in bfloat16
 
 
 def splash_attention(
@@ -54,40 +48,25 @@ def splash_attention(
       f[B,S,N,H] in the dtype of `query`. Padding sees padding.
     """
     # equivalent to: attention_oracle(query, key, value, visible(*rows)) outside the padding
-    causal = rows is not None
-    if rows is None:
-        ids = query.shape[:2]
-        rows = (jnp.ones(ids, jnp.int32), jnp.zeros(ids, jnp.int32))
-    on_device = functools.partial(_on_device, causal, interpret)
-    if not jax.sharding.get_abstract_mesh().empty:
-        by_head = PartitionSpec(ROWS, None, RULES["heads"])
-        by_row = PartitionSpec(ROWS)
-        on_device = jax.shard_map(
-            on_device,
-            in_specs=(by_head, by_head, by_head, by_row, by_row),
-            out_specs=by_head,
-            check_vma=False,
-        )
-    segment_ids, branch_ids = map(jnp.asarray, rows)
-    return on_device(query, key, value, segment_ids, branch_ids)
+    return each_device(functools.partial(_on_device, interpret), query, key, value, rows)
 
 
 def _on_device(
-    causal: bool,
     interpret: bool,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segment_ids: jax.Array,
-    branch_ids: jax.Array,
+    rows: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     """`splash_attention` of this device's rows and heads."""
     length, heads, size = query.shape[1:]
     query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
-    if causal:
-        is_of_b = branch_ids[..., None] == jnp.arange(1, BRANCHES + 1)
-        query = _with_dimensions(query, jnp.where(is_of_b, 0, FORBIDDEN))
-        key = _with_dimensions(key, is_of_b)
+    if rows is None:
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+    else:
+        segment_ids, branch_ids = rows
+        foreign, own = of_branches(branch_ids)
+        query, key = with_dimensions(query, [foreign]), with_dimensions(key, [own])
 
     blocks = -(-length // BLOCK)
     block = -(-length // (blocks * LANES)) * LANES
@@ -96,7 +75,7 @@ def _on_device(
         jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         for x in (query, key, value, segment_ids)
     )
-    mask = (masks.CausalMask if causal else masks.FullMask)((blocks * block,) * 2)
+    mask = (masks.FullMask if rows is None else masks.CausalMask)((blocks * block,) * 2)
     attend = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         head_shards=1,
@@ -117,9 +96,3 @@ def _on_device(
     by_row = jax.vmap(lambda *heads, ids: attend(*heads, kernel.SegmentIds(ids, ids)))
     out = by_row(*(x.swapaxes(1, 2) for x in (query, key, value)), ids=segment_ids)
     return out.swapaxes(1, 2)[:, :length]
-
-
-def _with_dimensions(x: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Appends numbers [B,S,n] to each head of f[B,S,N,H]."""
-    more = jnp.broadcast_to(numbers[:, :, None], (*x.shape[:3], numbers.shape[-1]))
-    return jnp.concatenate([x, more.astype(x.dtype)], axis=-1)
