@@ -1,11 +1,11 @@
 """How a train step grows, one size at a time: python -m benchmarks.growth --json=OUT
 
-From a step of the preset, only one size is changed: answer tokens (of rows twice as long), positions
-of a row (with as many answer tokens), experts of which two are used, samples of a batch. "excess" is a step's time over
-the time that its size predicts: that of the first row of its group, times the FLOPs of this row
-over those of the first (of attention too, which grows with the square of the positions). Experts
-that no token chooses cost nothing in the layers; what they add is the optimizer's work on their
-weights.
+From a step of the preset, only one size is changed: answer tokens (of rows twice as long),
+positions of a row (with as many answer tokens), experts of which two are used, or samples of a
+batch. "excess" is a step's time over the time that its size predicts: that of the first row of its
+group, times the FLOPs of this row over those of the first (of attention too, which grows with the
+square of the positions). Experts that no token chooses cost nothing in the layers; what they add is
+the optimizer's work on their weights.
 """
 
 import dataclasses
