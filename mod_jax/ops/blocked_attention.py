@@ -80,6 +80,11 @@ def _pairs(blocks: int, bidirectional: bool) -> np.ndarray:
     return np.argwhere(seen if bidirectional else np.tril(seen)).astype(np.int32)
 
 
+def _grouped(x: jax.Array) -> jax.Array:
+    """f[B,K,G,q,n] -> f[B,K,G*q,n]."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
 def _part(x: jax.Array, number: jax.Array, block: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, number * block, block, axis)
 
@@ -174,10 +179,15 @@ def _backward(block: int, bidirectional: bool, saved: tuple, d_out: jax.Array):
         weights = jnp.where(mask, jnp.exp(scores - log_sum_q[..., None]), 0)
         d_weights = _product("bkgqh,bkth->bkgqt", d_out_q, value_t)
         d_scores = (weights * (d_weights - inner_q[..., None])).astype(query.dtype)
+        # Sums over one dimension: a CPU would transpose the scores for a sum over g and q.
+        d_scores, weights, query_q, d_out_q = map(
+            _grouped, (d_scores, weights.astype(value.dtype), query_q, d_out_q)
+        )
+        d_query_q = _product("bknt,bkth->bknh", d_scores, key_t)
         added = (
-            (_product("bkgqt,bkth->bkgqh", d_scores, key_t), i, 3),
-            (_product("bkgqt,bkgqh->bkth", d_scores, query_q), j, 2),
-            (_product("bkgqt,bkgqh->bkth", weights.astype(value.dtype), d_out_q), j, 2),
+            (d_query_q.reshape(*query.shape[:3], block, -1), i, 3),
+            (_product("bknt,bknh->bkth", d_scores, query_q), j, 2),
+            (_product("bknt,bknh->bkth", weights, d_out_q), j, 2),
         )
         sums = (
             _put(x, _part(x, number, block, axis) + part, number, block, axis)
