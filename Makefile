@@ -12,7 +12,7 @@ WORKERS ?= 2
 PRESET ?= real-vocab
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: quickstart test test-slow test-beam assets directions photos families check-4.57 compare lint clean
+.PHONY: quickstart test test-slow test-beam assets directions photos families check-4.57 check-compilers compare lint clean
 
 quickstart: $(VENV)/.installed data/scenes
 	$(RUN) -m mod_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -55,6 +55,12 @@ check-4.57: $(VENV)/.installed-test $(VENV)-4.57/.installed
 	PYTHONPATH=tests $(RUN) -m stock.write runs/stock
 	$(VENV)-4.57/bin/python tests/stock/check.py runs/stock
 
+# Compiles the train step for TPUs and NVIDIA GPUs, of which none has to be here, and reads the
+# programs. Each compiler gets an environment of its own (0.5 and 4 GB).
+check-compilers: $(VENV)-tpu/.installed $(VENV)-gpu/.installed
+	$(VENV)-tpu/bin/python -m pytest -q -k v5e --durations=5 tests/compilers
+	$(VENV)-gpu/bin/python -m pytest -q -k h100 --durations=5 tests/compilers
+
 # Compares time and memory with the PyTorch peer, which gets an environment of its own
 # (docs/benchmarks.md).
 compare: $(VENV)/.installed $(VENV)-peer/.installed
@@ -88,6 +94,12 @@ $(VENV)-beam/.installed: requirements-beam.txt setup.py
 	$(VENV)-beam/bin/python -m pip install --disable-pip-version-check --progress-bar=on -r requirements-beam.txt -e .
 	touch $@
 
+$(VENV)-tpu/.installed $(VENV)-gpu/.installed: $(VENV)-%/.installed: requirements.txt requirements-%.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check --progress-bar=on -r requirements-$*.txt
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	touch $@
+
 $(VENV)-peer/.installed: benchmarks/peer/requirements.txt
 	$(PYTHON) -m venv $(VENV)-peer
 	$(VENV)-peer/bin/python -m pip install --disable-pip-version-check --progress-bar=on -r benchmarks/peer/requirements.txt
@@ -99,4 +111,4 @@ $(VENV)-4.57/.installed: requirements-4.57.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-beam $(VENV)-4.57 $(VENV)-peer .cache runs data
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-4.57 $(VENV)-tpu $(VENV)-gpu $(VENV)-peer .cache runs data

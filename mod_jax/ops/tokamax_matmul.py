@@ -8,12 +8,10 @@ does not fill the last block of 128 of the summed width, without an error, and n
 of 64 rows for the gradient of the weights.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
+from mod_jax.ops.device_kernel import on_device
 from mod_jax.ops.nvidia import tokamax
 
 WIDTH_BLOCK, ROW_BLOCK = 128, 64  # of the mosaic kernel
@@ -34,7 +32,7 @@ GROUPS_SUMMED = jax.lax.RaggedDotDimensionNumbers(
 
 def tokamax_matmul(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """`grouped_matmul` of weights in the dtype of `x`."""
-    y = _on_device(_by_group, x, w_edf, group_sizes)
+    y = on_device(_by_group, x, w_edf, group_sizes)
     return _without_rest(y, group_sizes)
 
 
@@ -43,25 +41,13 @@ def tokamax_gradients(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, dy
     dx = tokamax_matmul(dy, w_edf.swapaxes(1, 2), group_sizes)
     # The kernel multiplies what it has to leave out by 0.
     x, dy = (_without_rest(a, group_sizes) for a in (x, dy))
-    dw_edf = _on_device(_groups_summed, x, dy, group_sizes)
+    dw_edf = on_device(_groups_summed, x, dy, group_sizes)
     return dx, jnp.where(group_sizes[:, None, None] > 0, dw_edf, 0)
 
 
 def _without_rest(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Puts 0 into the rows of no group, which kernels leave as the memory was."""
     return jnp.where((jnp.arange(len(x)) < group_sizes.sum())[:, None], x, 0)
-
-
-def _on_device(kernel: Callable, *arrays: jax.Array) -> jax.Array:
-    """Calls a kernel, also within `jax.shard_map`, of whose typed axes tokamax knows nothing."""
-    varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-    if not varying:
-        return kernel(*arrays)
-    here = PartitionSpec()
-    out = jax.shard_map(kernel, in_specs=here, out_specs=here, axis_names=set(), check_vma=False)(
-        *arrays
-    )
-    return jax.lax.pcast(out, tuple(varying), to="varying")
 
 
 def _by_group(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -1,0 +1,102 @@
+"""A train step as a compiler for accelerators makes it: its memory, its FLOPs over those needed.
+
+FLOPs are those of products with weights, loops by how often they run, over those that the step
+needs (`flops`); attention's kernels are left out on both sides.
+"""
+
+import dataclasses
+import math
+
+from jax.sharding import Mesh
+
+from benchmarks import flops, measure, models
+from mod_jax import objectives
+from mod_jax.batch import Batch
+from mod_jax.config import DataConfig, ModelConfig, SourceConfig, StageConfig
+from mod_jax.models import llava
+from mod_jax.rehearsal import products
+from mod_jax.rehearsal.program import Instruction, Program, read
+from mod_jax.rehearsal.step import compile_step
+from mod_jax.sharding import row_ways
+from mod_jax.training.state import split_trained
+
+TRAINS = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor.*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A train step and the batch that it reads.
+
+    Attributes:
+      stage: The stage.
+      student, teacher: The models.
+      batch: The global batch.
+    """
+
+    stage: StageConfig
+    student: ModelConfig
+    teacher: ModelConfig
+    batch: Batch
+
+
+def stage(work: str, rows: int, trains: tuple[str, ...]) -> StageConfig:
+    """A stage that trains parts of a model."""
+    data = DataConfig((SourceConfig(),))
+    return StageConfig(trains, models.OBJECTIVES[work], data, steps=1000, rows=rows)
+
+
+def figures(step: Step, mesh: Mesh, options: dict | None = None) -> dict:
+    """Compiles a step.
+
+    Returns:
+      program: What runs, a `Program`.
+      peak_gib, weights_gib, temporaries_gib: Of one device; weights are those before the step,
+        optimizer state included.
+      flops, needed: Of products with weights, by one device.
+      ratio: The first over the second.
+    """
+    binary = compile_step(step.stage, step.student, step.teacher, mesh, step.batch, options)
+    program = read(binary.as_text())
+    trained, _ = split_trained(llava.abstract(step.student), step.stage.trains)
+    needed = flops.of_step(step.stage.objective, step.student, step.teacher, trained, step.batch)
+    found = sum(
+        product.flops * times
+        for instruction, times in program.runs(lambda loop: rounds(step, mesh, program, loop))
+        if (product := products.product(instruction))
+    )
+    memory = binary.memory_analysis()
+    return {
+        "program": program,
+        "peak_gib": memory.peak_memory_in_bytes / measure.GIB,
+        "weights_gib": memory.argument_size_in_bytes / measure.GIB,
+        "temporaries_gib": memory.temp_size_in_bytes / measure.GIB,
+        "flops": found,
+        "needed": needed["dense"] / mesh.size,
+        "ratio": found * mesh.size / needed["dense"],
+    }
+
+
+def rounds(step: Step, mesh: Mesh, program: Program, loop: Instruction) -> int:
+    """How often the loop of the loss runs, which depends on the positions that count."""
+    kind = step.stage.objective.kind
+    if f"({kind})" not in loop.op_name:
+        raise ValueError(
+            f"{loop.op_name}: expected a loop of the loss, as no other depends on data"
+        )
+    words = step.student.decoder.vocab_size // mesh.shape["tensor"]
+    chunk = max(
+        math.prod(array.shape) // words
+        for instruction in program.under(loop)
+        if products.product(instruction)
+        for array in instruction.results
+        if words in array.shape
+    )
+    return -(-read_positions(step) // row_ways(mesh) // chunk)
+
+
+def read_positions(step: Step) -> int:
+    """Positions of the global batch that the loss reads."""
+    counts = step.batch.loss_weights > 0
+    if step.stage.objective.kind == "mimic":
+        counts = counts | (objectives.compared_positions(step.stage.objective, step.batch) > 0)
+    return int(counts.sum())

@@ -1,0 +1,91 @@
+"""What compilers for accelerators make of the real train step, read from the compiled program.
+
+It runs without an accelerator but needs its compiler: `make check-compilers`. Sizes are small, and
+no two of them are equal that the tests tell apart. The rows of an expert are whole blocks of
+tokamax's kernels, and the positions that the loss reads whole chunks of its loop.
+"""
+
+import math
+
+import pytest
+
+from benchmarks import models
+from benchmarks.compiled_step import TRAINS, Step, figures, read_positions, stage
+from benchmarks.sizes import Sizes, draw
+from mod_jax.config import ConfigError, MeshConfig
+from mod_jax.rehearsal import products, topology
+from mod_jax.sharding import make_mesh, row_ways
+
+MESHES = {
+    "h100-1": MeshConfig(data=1),
+    "h100-8": MeshConfig(data=1, fsdp=4, expert=2),
+    "v5e-4": MeshConfig(data=1, fsdp=4),
+    "v5e-16": MeshConfig(data=1, fsdp=4, expert=2, tensor=2),
+}
+ROWS = 2  # of a device
+EXPERTS = 4
+
+
+def sizes(rows):
+    """A width of 256, 640 in feed-forward layers, 33024 words, 1088 positions of which 512 read."""
+    return Sizes(256, 4, 4, 2, 640, 33024, 1088, rows, 112, 14, 128, 4, 4, 512)
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def mesh(request):
+    topology.prepare()
+    try:
+        devices = topology.devices(request.param)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return make_mesh(MESHES[request.param], devices)
+
+
+@pytest.fixture(scope="module", params=["mimic", "preference"])
+def step(request, mesh):
+    work, rows = request.param, ROWS * row_ways(mesh)
+    student, teacher = (
+        make(sizes(rows), dtype="bfloat16") for make in (models.student, models.teacher)
+    )
+    batch = models.batch(work, draw(sizes(rows)))
+    return Step(stage(work, rows, TRAINS), student, teacher, batch)
+
+
+@pytest.fixture(scope="module")
+def found(step, mesh):
+    quick = {"exec_time_optimization_effort": -1.0}
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return figures(step, mesh, quick if on_tpu else None)
+
+
+def test_products_take_no_more_than_the_step_needs(found):
+    assert 0.99 < found["ratio"] < 1.15
+
+
+def test_experts_are_kernels_for_rows_in_groups(found, step, mesh):
+    """Three products forward, three for what flows in and three for weights, in two layers."""
+    program = found["program"]
+    widths = 256, 640 // mesh.shape["tensor"]
+    grouped = []
+    for instruction, times in program.runs(lambda loop: 1):
+        product = products.product(instruction)
+        if product and product.grouped:
+            grouped += times * [instruction]
+        elif product:
+            experts = EXPERTS // mesh.shape["expert"]
+            assert not products.is_dense_expert_work(instruction, experts, widths), instruction
+    assert len(grouped) >= 9 * 2
+
+
+def test_no_array_has_two_axes_of_positions(found, step):
+    length = step.batch.tokens.shape[1]
+    for array, instruction in found["program"].arrays():
+        assert array.shape.count(length) < 2, instruction
+
+
+def test_no_array_has_tokens_and_words(found, step, mesh):
+    words = step.student.decoder.vocab_size // mesh.shape["tensor"]
+    tokens = read_positions(step) // row_ways(mesh)
+    for array, instruction in found["program"].arrays():
+        if words in array.shape:
+            assert math.prod(array.shape) // words < tokens, instruction
