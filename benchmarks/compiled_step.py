@@ -59,11 +59,12 @@ def figures(step: Step, mesh: Mesh, options: dict | None = None) -> dict:
     program = read(binary.as_text())
     trained, _ = split_trained(llava.abstract(step.student), step.stage.trains)
     needed = flops.of_step(step.stage.objective, step.student, step.teacher, trained, step.batch)
-    found = sum(
-        product.flops * times
-        for instruction, times in program.runs(lambda loop: rounds(step, mesh, program, loop))
-        if (product := products.product(instruction))
-    )
+    found = 0.0
+    for instruction, times in program.runs(lambda loop: rounds(step, mesh, program, loop)):
+        if product := products.product(instruction):
+            # The buffer of an exchange has all rows that could arrive; kernels read those that do.
+            filled = min(1, routed_rows(step, mesh) / product.rows) if product.rows else 1
+            found += product.flops * times * filled
     memory = binary.memory_analysis()
     return {
         "program": program,
@@ -92,6 +93,13 @@ def rounds(step: Step, mesh: Mesh, program: Program, loop: Instruction) -> int:
         if words in array.shape
     )
     return -(-read_positions(step) // row_ways(mesh) // chunk)
+
+
+def routed_rows(step: Step, mesh: Mesh) -> float:
+    """Pairs of a token and its expert that a device computes, if experts share the work evenly."""
+    moe = step.student.decoder.moe
+    choices = moe.experts_per_token if moe else 0
+    return (step.batch.segment_ids > 0).sum() * choices / row_ways(mesh)
 
 
 def read_positions(step: Step) -> int:

@@ -48,6 +48,42 @@ def test_batches_of_products():
     assert flops(program) == 6 * 2 * 16 * 24 * 40
 
 
+# A loop as in programs for TPUs, which XLA has unrolled: from 0 up to 8 by 2.
+UNROLLED = """
+%condition (p: (f32[], s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(8)
+  %p = (f32[]{:T(128)}, s32[]{:T(128)}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%n, %limit), direction=LT
+}
+
+%body (q: (f32[], s32[])) -> (f32[], s32[]) {
+  %q = (f32[]{:T(128)}, s32[]{:T(128)}) parameter(0)
+  %x = f32[]{:T(128)} get-tuple-element(%q), index=0
+  %m = s32[]{:T(128)} get-tuple-element(%q), index=1
+  %step = s32[]{:T(128)} constant(2)
+  %one = s32[]{:T(128)} constant(1)
+  %other = s32[]{:T(128)} add(%m, %one)
+  %next = s32[]{:T(128)} add(%m, %step)
+  %copied = s32[]{:T(128)} copy(%next), frontend_attributes={text="of
+}}, several lines"}, metadata={op_name="counter"}
+  ROOT %t = (f32[]{:T(128)}, s32[]{:T(128)}) tuple(%x, %copied)
+}
+
+ENTRY %main (a: (f32[], s32[])) -> (f32[], s32[]) {
+  %a = (f32[], s32[]) parameter(0)
+  ROOT %loop = (f32[], s32[]) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_without_its_trips_is_counted_by_its_condition():
+    times = {instruction.name: times for instruction, times in read(UNROLLED).runs()}
+    assert times["next"] == 4
+    (copied,) = [i for i, _ in read(UNROLLED).runs() if i.name == "copied"]
+    assert copied.op_name == "counter"
+
+
 def until(x, rounds):
     return jax.lax.fori_loop(0, rounds.astype(int)[0], lambda _, x: jnp.tanh(x @ x), x)
 
@@ -124,13 +160,13 @@ ENTRY %main (x: bf16[2048,256], w: bf16[256,640]) -> bf16[2048,640] {
 
 
 @pytest.mark.parametrize(
-    ("text", "grouped"),
-    [(BY_GROUP, True), (GROUPS_SUMMED, True), (CUBLAS, False)],
+    ("text", "rows"),
+    [(BY_GROUP, 2048), (GROUPS_SUMMED, 2048), (CUBLAS, 0)],
     ids=["rows by group", "groups summed", "cublas"],
 )
-def test_kernels_are_counted_by_their_shapes(text, grouped):
+def test_kernels_are_counted_by_their_shapes(text, rows):
     (product,) = [p for i, _ in read(text).runs() if (p := products.product(i))]
-    assert product == products.Product(2 * 2048 * 256 * 640, grouped)
+    assert product == products.Product(2 * 2048 * 256 * 640, rows)
 
 
 def test_a_convolution_counts_what_meets_no_padding():

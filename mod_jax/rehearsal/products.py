@@ -27,12 +27,12 @@ class Product(NamedTuple):
     """A product.
 
     Attributes:
-      flops: Operations of one run.
-      grouped: Whether it is a kernel for rows in groups.
+      flops: Operations of one run; of a kernel for rows in groups, if every row is in a group.
+      rows: Rows of such a kernel; 0 for all other products.
     """
 
     flops: int
-    grouped: bool = False
+    rows: int = 0
 
 
 def product(instruction: Instruction) -> Product | None:
@@ -51,8 +51,7 @@ def product(instruction: Instruction) -> Product | None:
         assert numbers is not None, instruction.name
         return Product(_dot(instruction, [int(axis) for axis in json.loads(numbers[1])]))
     if instruction.target in KERNELS:
-        flops = _grouped(instruction)
-        return Product(flops, grouped=True) if flops else None
+        return _grouped(instruction)
     return None
 
 
@@ -61,19 +60,19 @@ def _dot(instruction: Instruction, contracted: Sequence[int]) -> int:
     return 2 * math.prod(result.shape) * math.prod(lhs.shape[axis] for axis in contracted)
 
 
-def _grouped(instruction: Instruction) -> int:
-    """Operations of a kernel for rows in groups; 0 if its shapes are not those of one."""
+def _grouped(instruction: Instruction) -> Product | None:
+    """The product of a kernel for rows in groups; None if its shapes are not those of one."""
     result = instruction.results[0].shape
     shapes = [array.shape for array in instruction.operands if array.dtype[0] in "bf"]
     matrices = [shape for shape in shapes if len(shape) == 2]
     stacks = [shape for shape in shapes if len(shape) == 3]
     if len(result) == 2 and len(matrices) == 1 and len(stacks) == 1:
-        return 2 * result[0] * math.prod(stacks[0][1:])
+        return Product(2 * result[0] * math.prod(stacks[0][1:]), result[0])
     if len(result) == 3 and len(matrices) == 2:
         # each of them has the rows and one of the widths
         rows = math.isqrt(math.prod(sum(matrices, ())) // math.prod(result[1:]))
-        return 2 * rows * math.prod(result[1:])
-    return 0
+        return Product(2 * rows * math.prod(result[1:]), rows)
+    return None
 
 
 def _convolution(instruction: Instruction) -> int:

@@ -63,6 +63,11 @@ class Instruction:
         found = re.search(r'custom_call_target="([^"]+)"', self.attributes)
         return found[1] if found else ""
 
+    @property
+    def reads(self) -> list[str]:
+        """Names of its operands."""
+        return re.findall(r"%([^,() ]+)", self.arguments)
+
     def calls(self) -> Iterator[tuple[str, str]]:
         """(as what, name) of the computations that it calls."""
         for role, names in _CALLS.findall(self.attributes):
@@ -109,21 +114,32 @@ class Program:
                     times[called] += count * times[name]
 
     def _trips(self, loop: Instruction, trips: Callable[[Instruction], int] | None) -> int:
-        """How often the body of a loop runs. JAX's loops count from 0 by 1 up to a limit."""
+        """How often the body of a loop runs."""
         known = _TRIPS.search(loop.attributes)
-        if known:
-            return int(known[1])
-        (condition,) = [name for role, name in loop.calls() if role == "condition"]
-        limits = [
-            int(instruction.arguments)
-            for instruction in self.computations[condition]
-            if instruction.opcode == "constant" and instruction.arguments.isdigit()
-        ]
-        if len(limits) == 1:
-            return limits[0]
-        if trips is None:
+        count = int(known[1]) if known else self._counted(loop)
+        if count is None and trips is None:
             raise ValueError(f"%{loop.name}: how often this loop runs is known at run time only")
-        return trips(loop)
+        return trips(loop) if count is None and trips else count or 0
+
+    def _counted(self, loop: Instruction) -> int | None:
+        """Rounds of a loop that counts from 0 up to a constant, in steps of a constant; or None."""
+        called = dict(loop.calls())
+        condition = {i.name: i for i in self.computations[called["condition"]]}
+        body = {i.name: i for i in self.computations[called["body"]]}
+        compare, root = list(condition.values())[-1], list(body.values())[-1]
+        if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+            return None
+        counter, limit = (condition[name] for name in compare.reads)
+        place = re.search(r"index=(\d+)", counter.attributes)
+        if limit.opcode != "constant" or place is None:
+            return None
+        added = body[root.reads[int(place[1])]]
+        while added.opcode in ("copy", "bitcast"):
+            added = body[added.reads[0]]
+        steps = [body[name] for name in added.reads if body[name].opcode == "constant"]
+        if added.opcode != "add" or len(steps) != 1:
+            return None
+        return -(-int(limit.arguments) // int(steps[0].arguments))
 
     @functools.cached_property
     def _callers_first(self) -> list[str]:
@@ -179,10 +195,12 @@ def read(text: str) -> Program:
         if head:
             name, lines = head[2], []
             entry = name if head[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             computations[name] = _computation(lines)
-        else:
+        elif _INSTRUCTION.match(line):
             lines.append(line)
+        elif lines:  # the text of a kernel's attributes may have several lines
+            lines[-1] += line
     return Program(entry, computations)
 
 
@@ -191,8 +209,7 @@ def _computation(lines: list[str]) -> tuple[Instruction, ...]:
     found = []
     for line in lines:
         head = _INSTRUCTION.match(line)
-        if head is None:
-            continue
+        assert head is not None, line
         shape, rest = _until(_COMMENT.sub("", line[head.end() :]), " ")
         opcode, rest = rest.lstrip().split("(", 1)
         operands, attributes = _until("(" + rest, ")")

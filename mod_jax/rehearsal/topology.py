@@ -48,6 +48,7 @@ NAMES = (*SLICES, *HOSTS)
 def prepare() -> None:
     """Lets jax use the compilers alone, in this process; call it before anything runs in jax."""
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
     os.environ |= {
         "CUDA_VISIBLE_DEVICES": "-1",
         "TPU_SKIP_MDS_QUERY": "1",

@@ -69,7 +69,7 @@ def test_experts_are_kernels_for_rows_in_groups(found, step, mesh):
     grouped = []
     for instruction, times in program.runs(lambda loop: 1):
         product = products.product(instruction)
-        if product and product.grouped:
+        if product and product.rows:
             grouped += times * [instruction]
         elif product:
             experts = EXPERTS // mesh.shape["expert"]
