@@ -21,9 +21,11 @@ import jax  # after the environment is set
 import pytest
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Halves the time of a module that compiles many programs and runs each of them once."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Halves the time of compilation: most programs run once.
+
+    A module that reads what the compiler makes of a program sets `OPTIMIZED = True`.
+    """
+    jax.config.update("jax_disable_most_optimizations", not hasattr(request.module, "OPTIMIZED"))
     yield
-    jax.config.update("jax_disable_most_optimizations", False)

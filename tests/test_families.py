@@ -25,7 +25,6 @@ from mod_jax.models import llava
 from mod_jax.sharding import make_mesh, parameter_shardings
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
 ]
 

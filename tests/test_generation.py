@@ -20,8 +20,6 @@ from mod_jax.inference.generation import Prompts, Question, answer, generate
 from mod_jax.models import llava
 from mod_jax.sharding import make_mesh, parameter_shardings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGE, NEW, LONGEST = IDS["image_token_id"], 8, 40
 RNG = np.random.default_rng(0)
 NO_IMAGE = np.zeros((1, 0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)

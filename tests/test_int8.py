@@ -16,8 +16,6 @@ from mod_jax.training import loop
 from mod_jax.training.int8 import Int8, quantised, scales_sharding
 from mod_jax.training.state import Frozen, may_be_int8
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Name -> the dimension of one layer, or of one expert, whose numbers share a scale.
 SHARED = {
     "layers.attention.query.w_dnh": 1,

@@ -28,8 +28,6 @@ from mod_jax.data.sources.record import BadSample
 from mod_jax.inference import chat, generation
 from mod_jax.interop.processor import chat_template
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STOCK = families.checkpoint_of("CLIP + Qwen1.5, 2, 2.5")
 SEEN, OTHER = families.inputs()[1][3]
 NEW = 8

@@ -21,8 +21,6 @@ from mod_jax.sharding import make_mesh
 from mod_jax.training.state import Frozen, make_optimizer, new_state, split_trained
 from mod_jax.training.step import make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SCOPES = [
     "vision_tower/patch_embedding",
     "vision_tower/attention",

@@ -37,8 +37,6 @@ from mod_jax.training import loop, step
 from mod_jax.training.checkpoint import Checkpoints, abstract
 from mod_jax.training.state import TrainState, make_optimizer, new_state, split_trained
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = pathlib.Path(__file__).parents[1]
 # What the second stage trains.
 EXPERTS = ("language_model.layers.moe.*", "language_model.layers.mlp.*", "adaptor.*")
@@ -1034,7 +1032,7 @@ def test_a_run_can_be_loaded_and_asked_on_other_devices_than_it_was_trained_on(
     write_config(workdir, changed(recipe(folder), "mesh.data", 512))
     for name, chosen in [("adaptor", "adaptor"), ("mimic", None)]:
         model = mod_jax.load(workdir, chosen)
-        assert model.config == students[name].config
+        assert model.config == dataclasses.replace(students[name].config, remat="none")
         for parameter, array in students[name].params.items():
             assert np.array_equal(model.params[parameter], array)
     rendered = model.processor.render([{"role": "user", "content": "how many?"}])

@@ -32,8 +32,6 @@ from mod_jax.training.loop import to_devices
 from mod_jax.training.metrics import mean as metrics_mean
 from mod_jax.training.state import Frozen, make_optimizer, make_schedule, new_state, split_trained
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LANGUAGE = ("language_model.*", "adaptor.*")
 EXPERTS = ("language_model.layers.mlp.*", "language_model.layers.moe.*", "adaptor.*")
 CASES = {

@@ -20,6 +20,8 @@ from mod_jax.config import MeshConfig
 from mod_jax.ops import vocab_losses
 from mod_jax.ops.vocab_losses import Block
 
+OPTIMIZED = True
+
 B, S, D, D_TEACHER, V = 8, 12, 16, 24, 64
 CHUNKS = Block(8)  # several, the last one never full
 TILES = Block(8, 24)  # the last one of a range of words never full

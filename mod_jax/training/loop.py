@@ -53,7 +53,7 @@ class Program(NamedTuple):
     state: TrainState
     frozen: Frozen
     dtype: str
-    int8_teacher: bool
+    int8_teacher: bool = False
 
 
 def make_program(
