@@ -38,9 +38,9 @@ def tokamax_matmul(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> ja
 
 def tokamax_gradients(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array, dy: jax.Array):
     """(dx in the dtype of `x`, dw f32[E,D,F])."""
-    dx = tokamax_matmul(dy, w_edf.swapaxes(1, 2), group_sizes)
-    # The kernel multiplies what it has to leave out by 0.
+    # The kernel of the sum multiplies what it has to leave out by 0. Both products read one `dy`.
     x, dy = (_without_rest(a, group_sizes) for a in (x, dy))
+    dx = tokamax_matmul(dy, w_edf.swapaxes(1, 2), group_sizes)
     dw_edf = on_device(_groups_summed, x, dy, group_sizes)
     return dx, jnp.where(group_sizes[:, None, None] > 0, dw_edf, 0)
 
@@ -64,6 +64,8 @@ def _by_group(x: jax.Array, w_edf: jax.Array, group_sizes: jax.Array) -> jax.Arr
 
 def _groups_summed(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """f32[E,D,F]; of groups without rows it has no meaning."""
+    if x.shape[1] > dy.shape[1]:  # the kernel transposes its first operand, here the smaller one
+        return _groups_summed(dy, x, group_sizes).swapaxes(1, 2)
     fits = len(x) % ROW_BLOCK == 0 and not any(a.shape[1] % WIDTH_BLOCK for a in (x, dy))
     return tokamax().ragged_dot_general(
         x,
