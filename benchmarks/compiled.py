@@ -42,6 +42,21 @@ def _with_decoder(config: ModelConfig, **changes) -> ModelConfig:
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **changes))
 
 
+def markdown(table: list[dict]) -> list[str]:
+    """The lines of a table for docs/benchmarks.md."""
+    lines = [
+        "| accelerator | mesh | remat | rows | peak GiB | of that weights | FLOPs over needed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for found in table:
+        mesh = ", ".join(map(str, found["mesh"].values()))
+        figures = ("peak_gib", "weights_gib", "ratio")
+        cells = [f"{found[key]:.2f}" for key in figures if key in found] or ["does not fit", "", ""]
+        cells = [found["on"], mesh, found["remat"], str(found["rows"]), *cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
     topology.prepare()
@@ -59,6 +74,7 @@ def main(_) -> None:
                 found = {"error": str(error).splitlines()[0][:300]}
             table.append(about | found)
             measure.report(table, JSON.value)
+    print("\n".join(markdown(table)))
 
 
 if __name__ == "__main__":
