@@ -134,10 +134,13 @@ class FolderPictures:
         self._paths = (str(folder.absolute()), str(folder.resolve()))
 
     def __getitem__(self, name: str) -> pathlib.Path:
-        # A lost mount must stop the run. Without this check every record would be bad instead.
-        require(self._folder.is_dir(), KEY, str(self._folder), FOLDER_AT_OPENING, BRING_BACK)
         paths = [self._folder / spelling for spelling in spellings(name, *self._paths)]
-        path = next(filter(os.path.isfile, paths), paths[0])
+        path = next(filter(os.path.isfile, paths), None)
+        if path is None:
+            # A lost mount must stop the run. Without this check every record would be bad instead.
+            # It comes after the search: the folder may be lost meanwhile.
+            require(self._folder.is_dir(), KEY, str(self._folder), FOLDER_AT_OPENING, BRING_BACK)
+            path = paths[0]
         if os.path.isdir(path):
             raise BadSample(f"no such picture file: {quoted(str(path))} is a folder")
         return path
