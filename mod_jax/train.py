@@ -30,6 +30,7 @@ from mod_jax.runs.check import check
 from mod_jax.sharding import make_mesh, parameter_shardings
 from mod_jax.storage.atomic import write_json
 from mod_jax.storage.lock import locked
+from mod_jax.training.allocator import keep_freed_memory
 from mod_jax.training.log import NotFinite
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -148,6 +149,8 @@ def main(_) -> None:
     if not WORKDIR.value:
         raise ConfigError(f"--workdir = {WORKDIR.value!r}: expected a folder for the run.")
     workdir = pathlib.Path(WORKDIR.value)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     if CHECK.value:
         _, names, again = plan(config, workdir, STAGE.value, REDO.value)
         print(f"checked, and can run: {', '.join(names)}")
