@@ -81,6 +81,8 @@ def run(
     """
     with _locked(workdir) if workdir.is_dir() else contextlib.nullcontext():
         recipe, names, again = plan(config, workdir, stage, redo)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     workdir.mkdir(parents=True, exist_ok=True)
     with _locked(workdir), jax.set_mesh(recipe.mesh):
         folder.begin(recipe, names, again)
@@ -149,8 +151,6 @@ def main(_) -> None:
     if not WORKDIR.value:
         raise ConfigError(f"--workdir = {WORKDIR.value!r}: expected a folder for the run.")
     workdir = pathlib.Path(WORKDIR.value)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     if CHECK.value:
         _, names, again = plan(config, workdir, STAGE.value, REDO.value)
         print(f"checked, and can run: {', '.join(names)}")
