@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 
 from benchmarks import measure, models
-from benchmarks.compiled_step import TRAINS, Step, figures, stage
+from benchmarks.compiled_step import TRAINS, Step, figures
 from benchmarks.sizes import Sizes, draw
 from mod_jax.config import MeshConfig, ModelConfig
 from mod_jax.rehearsal import topology
@@ -35,7 +35,8 @@ def full_size(rows: int, work: str, remat: str) -> Step:
     student = models.student(sizes, dtype="bfloat16", remat=remat)
     student = _with_decoder(student, tie_embeddings=False)
     teacher = _with_decoder(student, **TEACHER, num_kv_heads=32, head_dim=128, moe=None)
-    return Step(stage(work, rows, TRAINS), student, teacher, models.batch(work, draw(sizes)))
+    stage = models.stage(work, rows, TRAINS)
+    return Step(stage, student, teacher, models.batch(work, draw(sizes)))
 
 
 def _with_decoder(config: ModelConfig, **changes) -> ModelConfig:

@@ -9,10 +9,10 @@ import math
 
 from jax.sharding import Mesh
 
-from benchmarks import flops, measure, models
+from benchmarks import flops, measure
 from mod_jax import objectives
 from mod_jax.batch import Batch
-from mod_jax.config import DataConfig, ModelConfig, SourceConfig, StageConfig
+from mod_jax.config import ModelConfig, StageConfig
 from mod_jax.models import llava
 from mod_jax.rehearsal import products
 from mod_jax.rehearsal.program import Instruction, Program, read
@@ -37,12 +37,6 @@ class Step:
     student: ModelConfig
     teacher: ModelConfig
     batch: Batch
-
-
-def stage(work: str, rows: int, trains: tuple[str, ...]) -> StageConfig:
-    """A stage that trains parts of a model."""
-    data = DataConfig((SourceConfig(),))
-    return StageConfig(trains, models.OBJECTIVES[work], data, steps=1000, rows=rows)
 
 
 def figures(step: Step, mesh: Mesh, options: dict | None = None) -> dict:

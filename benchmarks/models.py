@@ -12,7 +12,16 @@ from benchmarks.sizes import (
     Sizes,
 )
 from mod_jax.batch import Batch
-from mod_jax.config import DecoderConfig, ModelConfig, MoEConfig, ObjectiveConfig, VisionConfig
+from mod_jax.config import (
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    ObjectiveConfig,
+    SourceConfig,
+    StageConfig,
+    VisionConfig,
+)
 from mod_jax.objectives import CHOSEN, REJECTED
 
 TRAINS = ("language_model.layers.moe.*", "adaptor.*")
@@ -23,6 +32,12 @@ OBJECTIVES = {
         "preference", preference="kto_pair", beta=BETA, balance_weight=BALANCE_WEIGHT
     ),
 }
+
+
+def stage(work: str, rows: int, trains: tuple[str, ...] = TRAINS) -> StageConfig:
+    """A stage of a thousand steps that trains parts of a student."""
+    data = DataConfig((SourceConfig(),))
+    return StageConfig(trains, OBJECTIVES[work], data, steps=1000, rows=rows)
 
 
 def student(sizes: Sizes, **options) -> ModelConfig:

@@ -17,11 +17,9 @@ from benchmarks.sizes import PRESETS, WORK, Sizes, draw, positions_of
 from mod_jax.batch import Batch
 from mod_jax.config import (
     ConfigError,
-    DataConfig,
     MeshConfig,
     ModelConfig,
     RecipeConfig,
-    SourceConfig,
     StageConfig,
     from_dict,
     require,
@@ -90,16 +88,9 @@ def of_preset(preset: str, work: str, **options) -> Setting:
 def of_sizes(about: dict, sizes: Sizes, work: str, **options) -> Setting:
     """The same for any sizes, under names of theirs."""
     require(work in WORK, "--work", work, " or ".join(WORK))
-    stage = StageConfig(
-        models.TRAINS,
-        models.OBJECTIVES[work],
-        DataConfig((SourceConfig(),)),
-        steps=1000,
-        rows=sizes.samples,
-    )
     return Setting(
         {**about, "work": work, **options},
-        stage,
+        models.stage(work, sizes.samples),
         models.student(sizes, **options),
         models.teacher(sizes, dtype=options.get("dtype", "float32")),
         models.batch(work, draw(sizes)),

@@ -46,9 +46,7 @@ def blocked_attention(
     """
     # equivalent to: attention_oracle(query, key, value, visible(*rows))
     length, kv_heads = key.shape[1:3]
-    blocks = -(-length // BLOCK)
-    block = -(-length // (blocks * MULTIPLE)) * MULTIPLE
-    padding = blocks * block - length
+    block, padding = equal_blocks(length, BLOCK, MULTIPLE)
 
     def pad(x: Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
@@ -66,6 +64,13 @@ def blocked_attention(
         (pad(rows[0]), pad(rows[1])),
     )
     return out.transpose(0, 3, 1, 2, 4).reshape(len(query), -1, *query.shape[2:])[:, :length]
+
+
+def equal_blocks(length: int, largest: int, multiple: int) -> tuple[int, int]:
+    """(positions of a block, padding of the row) that cut a row into as few blocks as may be."""
+    blocks = -(-length // largest)
+    block = -(-length // (blocks * multiple)) * multiple
+    return block, blocks * block - length
 
 
 def _by_head(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from mod_jax.batch import Array
 from mod_jax.ops.added_dimensions import each_device, of_branches, with_dimensions
-from mod_jax.ops.blocked_attention import SAVED
+from mod_jax.ops.blocked_attention import SAVED, equal_blocks
 
 BLOCK = 512  # positions; a row is cut into equal blocks of at most so many
 LANES = 128  # of a TPU, of which a block is a multiple
@@ -68,14 +68,12 @@ def _on_device(
         foreign, own = of_branches(branch_ids)
         query, key = with_dimensions(query, [foreign]), with_dimensions(key, [own])
 
-    blocks = -(-length // BLOCK)
-    block = -(-length // (blocks * LANES)) * LANES
-    padding = blocks * block - length
+    block, padding = equal_blocks(length, BLOCK, LANES)
     query, key, value, segment_ids = (
         jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         for x in (query, key, value, segment_ids)
     )
-    mask = (masks.FullMask if rows is None else masks.CausalMask)((blocks * block,) * 2)
+    mask = (masks.FullMask if rows is None else masks.CausalMask)((length + padding,) * 2)
     attend = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         head_shards=1,

@@ -14,7 +14,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mod_jax.ops.vocab_sweep import Plan, Side, Sweep, chunk_indices, logits_of, put, take
+from mod_jax.ops.vocab_sweep import (
+    Plan,
+    Side,
+    Sweep,
+    chunk_indices,
+    empty_sweep,
+    logits_of,
+    put,
+    take,
+)
 from mod_jax.sharding import ROWS, RULES
 
 VOCAB = RULES["vocab"]  # mesh axis that a head's words are split over
@@ -66,12 +75,8 @@ def sweep_chunks(
         d_head = jnp.einsum("cv,cd->vd", d_logits, rows, preferred_element_type=jnp.float32)
         return Sweep(values, d_hidden, sweep.d_head + d_head)
 
-    zeros = Sweep(
-        tuple(jnp.zeros(mask_n.shape) for _ in range(1 if teacher is None else 2)),
-        None if weights is None else jnp.zeros_like(hidden),
-        jnp.zeros(head.shape, jnp.float32) if plan.head_trains else None,
-    )
-    return jax.lax.fori_loop(0, chunks, body, zeros)
+    start = empty_sweep(plan, student, teacher, mask_n, weights)
+    return jax.lax.fori_loop(0, chunks, body, start)
 
 
 def _of_logits(

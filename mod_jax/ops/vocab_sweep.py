@@ -71,6 +71,21 @@ class Sweep(NamedTuple):
     d_head: jax.Array | None
 
 
+def empty_sweep(
+    plan: Plan,
+    student: Side,
+    teacher: Side | None,
+    mask_n: jax.Array,
+    weights: tuple[jax.Array, ...] | None,
+) -> Sweep:
+    """What a sweep has made before its first block: zeros for all that it is to make."""
+    return Sweep(
+        tuple(jnp.zeros(mask_n.shape) for _ in range(1 if teacher is None else 2)),
+        None if weights is None else jnp.zeros_like(student.hidden),
+        jnp.zeros(student.head.shape, jnp.float32) if plan.head_trains else None,
+    )
+
+
 def chunk_indices(mask_n: jax.Array, positions: int) -> tuple[jax.Array, jax.Array]:
     """Indices of the masked positions, in chunks.
 

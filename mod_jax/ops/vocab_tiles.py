@@ -20,7 +20,16 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from mod_jax.ops.vocab_sweep import Plan, Side, Sweep, chunk_indices, logits_of, put, take
+from mod_jax.ops.vocab_sweep import (
+    Plan,
+    Side,
+    Sweep,
+    chunk_indices,
+    empty_sweep,
+    logits_of,
+    put,
+    take,
+)
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 Carry = TypeVar("Carry")
@@ -81,12 +90,8 @@ def sweep_tiles(
         d_hidden = put(sweep.d_hidden, indices_c, d_rows) if given else None
         return Sweep(values, d_hidden, None)
 
-    zeros = Sweep(
-        tuple(jnp.zeros(mask_n.shape) for _ in range(1 if teacher is None else 2)),
-        None if weights is None else jnp.zeros_like(student.hidden),
-        None,
-    )
-    return jax.lax.fori_loop(0, chunks, body, zeros)
+    start = empty_sweep(plan, student, teacher, mask_n, weights)
+    return jax.lax.fori_loop(0, chunks, body, start)
 
 
 def _log_probs(

@@ -11,8 +11,8 @@ from mod_jax.config import ModelConfig, StageConfig
 from mod_jax.models import llava
 from mod_jax.models.vision import without_tower
 from mod_jax.rehearsal.topology import compiling_for
-from mod_jax.training.loop import in_use, make_program
-from mod_jax.training.state import Frozen, new_state, split_trained
+from mod_jax.training import loop
+from mod_jax.training.state import Frozen, split_trained
 
 
 def compile_step(
@@ -37,12 +37,9 @@ def compile_step(
         {name: shapes[name] for name in names} for names in split_trained(shapes, stage.trains)
     )
     frozen = Frozen(rest, without_tower(llava.abstract(teacher)) if teacher else {})
-    program = make_program(stage, student, teacher, mesh, trained, frozen)
-    state = jax.eval_shape(lambda params: new_state(params, program.optimizer), trained)
-    read = jax.eval_shape(
-        lambda frozen: in_use(frozen, program.dtype, program.int8_teacher), frozen
-    )
+    program = loop.make_program(stage, student, teacher, mesh, trained, frozen)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)), batch)
+    inputs = loop.input_shapes(program, trained, frozen)
     step = typing.cast(jax.stages.Wrapped, program.step)
     with compiling_for(mesh):
-        return step.lower(state, read, batch).compile(compiler_options=options)
+        return step.lower(*inputs, batch).compile(compiler_options=options)

@@ -24,12 +24,10 @@ class Slice(NamedTuple):
     Attributes:
       topology: Generation and chips along each axis.
       chip: Name of the chip's configuration; a "megacore" is one device of two cores.
-      wraps: Whether the links along an axis form a ring.
     """
 
     topology: str
     chip: str = "default"
-    wraps: bool = False
 
 
 # Names as in Google Cloud, by cores; a v5p chip of two cores is one device.
@@ -78,15 +76,14 @@ def devices(name: str) -> list[jax.Device]:
 
 
 def _slice(name: str) -> topologies.TopologyDescription:
-    topology, chip, wraps = SLICES[name]
-    axes = topology.count("x") + 1
+    topology, chip = SLICES[name]
     return topologies.get_topology_desc(
         platform="tpu",
         topology_name=topology,
         chip_config_name=chip,
         chips_per_host_bounds=(2, 2, 1),
         num_slices=1,
-        wrap=(wraps,) * max(axes, 3),
+        wrap=(False, False, False),  # along no axis do the links form a ring
     )
 
 

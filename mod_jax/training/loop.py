@@ -70,6 +70,16 @@ def make_program(
     return Program(optimizer, *step, student.dtype, config.int8_teacher)
 
 
+def input_shapes(program: Program, trained: dict, frozen: Frozen) -> tuple[TrainState, Frozen]:
+    """Shapes of the state and the frozen parts as a step reads them; arguments as for `trace`."""
+
+    def read(params: dict, frozen: Frozen) -> tuple[TrainState, Frozen]:
+        held = in_use(frozen, program.dtype, program.int8_teacher)
+        return new_state(params, program.optimizer), held
+
+    return jax.eval_shape(read, trained, frozen)
+
+
 def trace(program: Program, trained: dict, frozen: Frozen, batch: Batch) -> None:
     """Follows the shapes of a step through the models, under the ambient mesh; computes nothing.
 
@@ -81,12 +91,8 @@ def trace(program: Program, trained: dict, frozen: Frozen, batch: Batch) -> None
     Raises:
       ConfigError: If they do not fit each other or the mesh.
     """
-    state = jax.eval_shape(lambda params: new_state(params, program.optimizer), trained)
     try:
-        read = jax.eval_shape(
-            lambda frozen: in_use(frozen, program.dtype, program.int8_teacher), frozen
-        )
-        jax.eval_shape(program.step, state, read, batch)
+        jax.eval_shape(program.step, *input_shapes(program, trained, frozen), batch)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split("\n\n")[0].split())[:200]
         raise ConfigError(f"the train step does not fit its models and mesh: {reason}") from error

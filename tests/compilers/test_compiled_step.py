@@ -10,7 +10,7 @@ import math
 import pytest
 
 from benchmarks import models
-from benchmarks.compiled_step import TRAINS, Step, figures, read_positions, stage
+from benchmarks.compiled_step import TRAINS, Step, figures, read_positions
 from benchmarks.sizes import Sizes, draw
 from mod_jax.config import ConfigError, MeshConfig
 from mod_jax.rehearsal import products, topology
@@ -48,7 +48,7 @@ def step(request, mesh):
         make(sizes(rows), dtype="bfloat16") for make in (models.student, models.teacher)
     )
     batch = models.batch(work, draw(sizes(rows)))
-    return Step(stage(work, rows, TRAINS), student, teacher, batch)
+    return Step(models.stage(work, rows, TRAINS), student, teacher, batch)
 
 
 @pytest.fixture(scope="module")
