@@ -11,7 +11,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
-    # The older code generator: its programs run as fast, and are made in less than half of the time.
+    # The older code generator: its programs run as fast, and are made in half of the time.
     "--xla_cpu_use_fusion_emitters=false",
     os.environ.get("XLA_FLAGS", ""),
 ]
