@@ -95,9 +95,7 @@ MULTI_TASK = (
     ),
 )
 PAIRS = (Source(83.132, "openbmb/RLAIF-V-Dataset", kind="rlaif"),)
-INSTRUCTIONS = (
-    Source(665, "liuhaotian/LLaVA-Instruct-150K/llava_v1_5_mix665k.json", "images"),
-)
+INSTRUCTIONS = (Source(665, "liuhaotian/LLaVA-Instruct-150K/llava_v1_5_mix665k.json", "images"),)
 
 ADAPTOR = ("adaptor.*",)
 LANGUAGE = ("language_model.*", "adaptor.*")
