@@ -137,7 +137,7 @@ def config_from_json(
       values: Contents of config.json.
       folder: Folder of its other files, such as that of the image processor; they may be missing.
       vision_tower: Folder of the vision tower, for original LLaVA and the authors' models; None
-        takes the published tower that config.json names.
+        takes the folder or the published tower that config.json names.
       tokenizer: Tokenizer of these models, which has the ids of their tokens; None takes Qwen's.
 
     Raises:
@@ -146,7 +146,7 @@ def config_from_json(
     if not original.is_original(values):
         return _read_config(values, folder)
     decoder = original.language_model_from_json(values)
-    tower = _tower_config(values, vision_tower)
+    tower = _tower_config(values, vision_tower or original.tower_folder(values))
     vision = config_of_kind(VisionConfig, tower, "vision tower", str(vision_tower))
     config = ModelConfig(original.with_features(vision, values), decoder)
     return config_with_vocabulary(config, tokenizer) if tokenizer else config
