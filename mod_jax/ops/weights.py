@@ -15,13 +15,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 from jax.sharding import PartitionSpec
 
 from mod_jax.sharding import ROWS, mesh_axes
 
-WHOLE = "whole_weight"  # name of gathered weights, which no backward pass should keep
 TILE = (8, 1024)
+# What makes a whole weight from its parts, and costs little elsewhere.
+AGAIN = {"all_gather", "convert_element_type", "pad", "reshape", "slice", "squeeze", "transpose"}
 
 
 @jax.named_scope("gather_weight")
@@ -41,19 +42,18 @@ def whole(part: jax.Array, spec: PartitionSpec) -> jax.Array:
         parts = tiles.reshape(-1, tiles[: TILE[0]].size)[:, : part.size]
         together = parts.reshape(-1, *first.shape[1:])
         part = jnp.moveaxis(together, 0, dimension)
-    return checkpoint_name(part, WHOLE)
+    return part
 
 
 @jax.named_scope("scatter_gradient")
-def own_share(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Sums the gradient of a whole weight over all rows; each device keeps its part.
+def scattered(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Sums the gradient of a whole weight along the axes of `whole`; each device keeps its part.
 
     Args:
       gradient: f32, of a weight from `whole`, of this device's rows.
       spec: Mesh axes of each dimension of the weight.
     """
-    # equivalent to: psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True), and psum
-    rest = tuple(axis for axis in ROWS if jax.lax.axis_size(axis) > 1)
+    # equivalent to: psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True) for each
     for dimension, axes in _travelled(spec):
         first = jnp.moveaxis(gradient, dimension, 0)
         shape = (len(first) // jax.lax.axis_size(axes), *first.shape[1:])
@@ -62,8 +62,23 @@ def own_share(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
             tiles = jax.lax.psum_scatter(tiles, axis, tiled=True)
         part = tiles.reshape(-1)[: math.prod(shape)].reshape(shape)
         gradient = jnp.moveaxis(part, 0, dimension)
-        rest = tuple(axis for axis in rest if axis not in axes)
-    return jax.lax.psum(gradient, rest) if rest else gradient
+    return gradient
+
+
+def own_share(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`scattered`, and summed along the axes that split rows but not the weight as well."""
+    part = scattered(gradient, spec)
+    used = {axis for _, axes in _travelled(spec) for axis in axes}
+    rest = tuple(axis for axis in ROWS if axis not in used and jax.lax.axis_size(axis) > 1)
+    return jax.lax.psum(part, rest) if rest else part
+
+
+def keeps_no_weight(primitive: Primitive, *_, **__) -> bool:
+    """A policy of `jax.checkpoint`: the backward pass keeps everything but gathered weights.
+
+    It gathers them again, casts them and brings them into shape.
+    """
+    return primitive.name not in AGAIN
 
 
 def _tiled(parts: jax.Array) -> jax.Array:
