@@ -1,4 +1,4 @@
-"""Command lines that name a recipe: --config=FILE, --config.KEY=VALUE, errors in one line."""
+"""Command lines that name a recipe: its flags, and errors in one line."""
 
 import pathlib
 
@@ -7,19 +7,21 @@ from ml_collections import config_flags
 
 from mod_jax.config import ConfigError, RecipeConfig, from_dict, require
 
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe, a file in configs/.", lock_config=True
+)
+STAGE = flags.DEFINE_string("stage", None, "Name of the only stage; by default all.")
 
-def recipe_of(flag: flags.FlagHolder) -> RecipeConfig:
+
+def read_recipe() -> RecipeConfig:
     """The recipe that --config names, with the keys that the command line sets.
-
-    Args:
-      flag: The flag of `config_flags.DEFINE_config_file`, parsed.
 
     Raises:
       ConfigError: If there is no such file, or the recipe is wrong.
     """
-    path = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")[0]
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     require(pathlib.Path(path).is_file(), "--config", path, "an existing file, as in configs/")
-    return from_dict(RecipeConfig, flag.value.to_dict())
+    return from_dict(RecipeConfig, CONFIG.value.to_dict())
 
 
 def parse(arguments: list[str]) -> list[str]:

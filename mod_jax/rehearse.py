@@ -15,10 +15,9 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 from jax.sharding import Mesh
-from ml_collections import config_flags
 from rich.console import Console
 
-from mod_jax.command_line import parse, recipe_of
+from mod_jax.command_line import STAGE, parse, read_recipe
 from mod_jax.config import ConfigError, MeshConfig, RecipeConfig, require
 from mod_jax.rehearsal import search, topology
 from mod_jax.rehearsal.candidates import Candidate, candidates
@@ -29,12 +28,8 @@ from mod_jax.rehearsal.stage import prepare, rehearse
 from mod_jax.sharding import AXES, make_mesh
 from mod_jax.storage.atomic import write_json
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe, a file in configs/.", lock_config=True
-)
 TOPOLOGY = flags.DEFINE_string("topology", None, "One of " + ", ".join(topology.NAMES) + ".")
 SLICES = flags.DEFINE_integer("slices", 1, "Number of such TPU slices, joined by the network.")
-STAGE = flags.DEFINE_string("stage", None, "Rehearse only this stage.")
 MESH = flags.DEFINE_list(
     "mesh", None, f"Devices along {', '.join(AXES)}; by default those of the recipe."
 )
@@ -104,7 +99,7 @@ def _check(name: str, plan: Planned, mesh: Mesh) -> None:
 
 def _recipe() -> RecipeConfig:
     """The recipe with the mesh and the rows of the command line."""
-    config = recipe_of(CONFIG)
+    config = read_recipe()
     name = STAGE.value
     require(name is None or name in config.stages, "--stage", name, f"one of {config.order}")
     if MESH.value:

@@ -88,7 +88,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
     # GPUs have the number of a slice too: that of a host, over which any axis may go.
     is_tpu = devices[0].platform == "tpu"
-    slices = len({device.slice_index for device in devices}) if is_tpu else 1
+    # those of a single slice that is not here have none
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
     data, *others = shape
     require(
         data % slices == 0,

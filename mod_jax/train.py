@@ -16,9 +16,8 @@ from collections.abc import Sequence
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from mod_jax.command_line import parse, recipe_of
+from mod_jax.command_line import STAGE, parse, read_recipe
 from mod_jax.config import ConfigError, RecipeConfig, require
 from mod_jax.data.batches.skips import TooManyBadSamples
 from mod_jax.data.batches.workers import WorkerDied
@@ -34,14 +33,8 @@ from mod_jax.storage.lock import locked
 from mod_jax.training.allocator import keep_freed_memory
 from mod_jax.training.log import NotFinite
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe, a file in configs/.", lock_config=True
-)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics and results."
-)
-STAGE = flags.DEFINE_string(
-    "stage", None, "Run only this stage; the stage that it starts from has to be finished."
 )
 REDO = flags.DEFINE_string(
     "redo",
@@ -142,7 +135,7 @@ def measure(recipe: Recipe, name: str) -> dict:
 def main(_) -> None:
     """Runs the command."""
     logging.set_verbosity(logging.WARNING)  # Orbax logs every step of a save
-    config = recipe_of(CONFIG)
+    config = read_recipe()
     check_stage(config, STAGE.value)
     if DRY_RUN.value:
         stages = (STAGE.value,) if STAGE.value else config.order

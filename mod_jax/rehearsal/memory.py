@@ -92,7 +92,9 @@ def _largest(program: Program) -> tuple[Buffer, ...]:
 
 def refused(error: str) -> Memory | None:
     """What an out-of-memory error of the TPU compiler says; None for other errors."""
-    used = re.search(r"Used ([\d.]+)([BKMGT]) of ([\d.]+)([BKMGT]) hbm", error)
+    used = re.search(r"Used ([\d.]+)([BKMGT]) of", error) or re.search(
+        r"Ran out of memory on HBM, .* \(([\d.]+)([BKMGT])\) exceeds", error
+    )
     if not used:
         return None
     buffers = []

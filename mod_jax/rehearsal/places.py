@@ -96,7 +96,11 @@ class Places:
         """
         made, users = self._made[computation], self._users[computation]
         reads = instruction.reads
-
+        caller = self._caller.get(computation)
+        if caller and caller.opcode in ("fusion", "async-start"):  # which surround it alone
+            operand = made[reads[index]]
+            number = int(operand.arguments) if operand.opcode == "parameter" else 0
+            return self.of_operand(self._inside[computation], caller, number)
         def before(at: Instruction) -> Iterable[Instruction]:
             return [made[name] for name in at.reads if name in made]
 
