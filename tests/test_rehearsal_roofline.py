@@ -195,14 +195,15 @@ REFUSED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.
 
 
 def test_what_a_compiler_says_that_refuses_a_step():
-    memory = refused(REFUSED)
+    memory = refused(REFUSED, {"teacher": 4 * GIB})
     assert memory.needed == 20.51 * GIB
+    assert memory.parts == {"teacher": 4 * GIB, "activations and temporaries": 16.51 * GIB}
     assert memory.largest == (
         (4 * GIB, "f32[8,28,2048,2048]", "teacher attention"),
         (512.5 * GIB / 1024, "bf16[151936,1766]", "unnamed"),
     )
     short = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
-    assert refused(f"{short} temporaries (200.00G) exceeds available HBM (94.75G).").needed == (
+    assert refused(f"{short} temporaries (200.00G) exceeds available HBM (94.75G).", {}).needed == (
         200 * GIB
     )
-    assert refused("INTERNAL: something else") is None
+    assert refused("INTERNAL: something else", {}) is None

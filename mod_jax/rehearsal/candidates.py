@@ -26,6 +26,8 @@ REMATS = ("full", "dots", "none")
 FORWARD = {"full": 2.0, "dots": 1.2, "none": 1.0}
 KEPT = {"full": 0.0, "dots": 1.0, "none": 2.5}
 FLOAT32, HALF = 4, 2  # bytes
+FULL = 0.8  # of the memory, as the estimate leaves out what a compiler needs besides
+ALIKE = 0.03  # relative difference of estimates below which memory decides
 A_MESH = 2  # candidates of one mesh among those that are compiled
 GATHERED = ("embed", "expert_embed")  # logical axes over whose mesh axes weights are gathered
 
@@ -75,7 +77,7 @@ def candidates(
         if sizes["data"] % slices == 0 and all(_divides(one, sizes) for one in (plan, *others))
         for candidate in _of_mesh(plan, sizes, hardware)
     ]
-    found.sort(key=lambda one: (one.seconds, one.memory))
+    found.sort(key=lambda one: (round(math.log(one.seconds) / ALIKE), one.memory))
     chosen: list[Candidate] = []
     for one in found:
         alike = sum(one.mesh == other.mesh for other in chosen)
@@ -132,7 +134,7 @@ def _of_mesh(plan: Planned, sizes: Mapping[str, int], hardware: Hardware) -> Ite
             tokens = rows * length  # of a device in a step
             kept = _kept(plan, tokens / accumulation, remat) / sizes["tensor"]
             memory = held.state + kept
-            if memory > hardware.memory:
+            if memory > FULL * hardware.memory:
                 continue
             forward = FORWARD[remat]
             compute = 2 * tokens * (held.student * (forward + 2) + held.teacher)

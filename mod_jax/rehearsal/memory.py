@@ -15,6 +15,7 @@ from mod_jax.rehearsal.step import Prepared
 from mod_jax.sharding import row_sharding
 
 LARGEST = 8  # arrays that are listed
+TEMPORARIES = "activations and temporaries"
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -37,7 +38,7 @@ class Memory(NamedTuple):
 
     Attributes:
       needed: Bytes at the peak of a step.
-      parts: Part -> bytes, which sum to `needed`; empty if the compiler refused the step.
+      parts: Part -> bytes, which sum to `needed`.
       largest: The largest arrays that the step makes, or of which the compiler says that they do
         not fit.
     """
@@ -52,19 +53,23 @@ def memory_of(
 ) -> Memory:
     """The memory of a compiled step."""
     analysis: Any = compiled.memory_analysis()
-    needed = analysis.peak_memory_in_bytes
+    needed, inputs = analysis.peak_memory_in_bytes, analysis.argument_size_in_bytes
+    parts = read_by(prepared, mesh)
+    parts["padding of these"] = inputs - sum(parts.values())
+    parts[TEMPORARIES] = needed - inputs
+    return Memory(needed, parts, _largest(program))
+
+
+def read_by(prepared: Prepared, mesh: Mesh) -> dict[str, float]:
+    """Part -> bytes that one device holds of what a step reads, without the padding of layouts."""
     state, frozen = prepared.program.state, prepared.program.frozen
-    parts = {
+    return {
         "weights that train": _held(prepared.state.params, state.params),
         "optimizer": _held(prepared.state.optimizer, state.optimizer),
         "frozen weights": _held(prepared.frozen.student, frozen.student),
         "teacher": _held(prepared.frozen.teacher, frozen.teacher),
         "batch": _held(prepared.batch, row_sharding(mesh)),
     }
-    inputs = analysis.argument_size_in_bytes
-    parts["padding of these"] = inputs - sum(parts.values())
-    parts["activations and temporaries"] = needed - inputs
-    return Memory(needed, parts, _largest(program))
 
 
 def _held(arrays: Any, shardings: Any) -> float:
@@ -90,8 +95,13 @@ def _largest(program: Program) -> tuple[Buffer, ...]:
     return tuple(sorted(found, reverse=True)[:LARGEST])
 
 
-def refused(error: str) -> Memory | None:
-    """What an out-of-memory error of the TPU compiler says; None for other errors."""
+def refused(error: str, read: Mapping[str, float]) -> Memory | None:
+    """What an out-of-memory error of the TPU compiler says; None for other errors.
+
+    Args:
+      error: Its text. What the error calls temporaries includes what the step reads.
+      read: From `read_by`.
+    """
     used = re.search(r"Used ([\d.]+)([BKMGT]) of", error) or re.search(
         r"Ran out of memory on HBM, .* \(([\d.]+)([BKMGT])\) exceeds", error
     )
@@ -106,7 +116,9 @@ def refused(error: str) -> Memory | None:
             place = place_of(name[1]) if name else None
             buffers.append(Buffer(_bytes(*size.groups()), shape[1], str(place or UNNAMED)))
     buffers.sort(reverse=True)
-    return Memory(_bytes(used[1], used[2]), {}, tuple(buffers[:LARGEST]))
+    needed = _bytes(used[1], used[2])
+    parts = {**read, TEMPORARIES: needed - sum(read.values())}
+    return Memory(needed, parts, tuple(buffers[:LARGEST]))
 
 
 def _bytes(number: str, unit: str) -> float:

@@ -101,6 +101,7 @@ class Places:
             operand = made[reads[index]]
             number = int(operand.arguments) if operand.opcode == "parameter" else 0
             return self.of_operand(self._inside[computation], caller, number)
+
         def before(at: Instruction) -> Iterable[Instruction]:
             return [made[name] for name in at.reads if name in made]
 

@@ -6,8 +6,9 @@ tpu7x has two devices, every other chip one.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -92,20 +93,28 @@ def print_stage(console: Console, report: Mapping[str, Any], mesh: Mapping[str, 
         _print_axes(console, report["sent"])
 
 
+def _table(console: Console, title: str, *headings: str) -> Table:
+    """Prints a title and makes a table; columns whose heading begins with > are numbers."""
+    console.print(f"\n{title}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in headings:
+        justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
+        table.add_column(heading.removeprefix(">"), justify=justify)
+    return table
+
+
 def _print_memory(console: Console, memory: Mapping[str, Any]) -> None:
     left = (memory["usable"] - memory["needed"]) / GIB
     words = f"{left:.2f} GiB left" if left >= 0 else f"{-left:.2f} GiB too much"
-    table = Table(title=f"memory of a device: {words}", title_justify="left")
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
+    table = _table(console, f"memory of a device: {words}", "part", ">GiB")
     for part, size in memory["parts"].items():
-        table.add_row(part, f"{size / GIB:.2f}")
+        table.add_row(part, f"{max(0, size) / GIB:.2f}")
     table.add_row("needed", f"{memory['needed'] / GIB:.2f}")
     table.add_row("usable", f"{memory['usable'] / GIB:.2f}")
     console.print(table)
-    largest = Table(title="largest arrays of the step", title_justify="left")
-    for heading in ("array", "GiB", "of"):
-        largest.add_column(heading, justify="right" if heading == "GiB" else "left")
+    if not memory["largest"]:
+        return  # a compiler may refuse a step without naming them
+    largest = _table(console, "largest arrays of the step", "array", ">GiB", "of")
     for buffer in memory["largest"]:
         largest.add_row(buffer["shape"], f"{buffer['size'] / GIB:.2f}", buffer["place"])
     console.print(largest)
@@ -113,9 +122,7 @@ def _print_memory(console: Console, memory: Mapping[str, Any]) -> None:
 
 def _print_time(console: Console, report: Mapping[str, Any]) -> None:
     time = report["time"]
-    table = Table(title="a step at best, by what takes time", title_justify="left")
-    for heading in ("", "work", "ms"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = _table(console, "a step at best, by what takes time", "", ">work", ">ms")
     work = {
         "compute": f"{sum(report['flops'].values()) / 1e12:.2f} TFLOP",
         "memory": f"{sum(report['bytes'].values()) / GIB:.1f} GiB",
@@ -138,9 +145,8 @@ def _print_time(console: Console, report: Mapping[str, Any]) -> None:
 
 def _print_modules(console: Console, report: Mapping[str, Any]) -> None:
     columns = (report["flops"], report["bytes"], report["sent"]["module"])
-    table = Table(title="by module", title_justify="left")
-    for heading in ("module", "TFLOP", "GiB read and written", "GiB sent"):
-        table.add_column(heading, justify="left" if heading == "module" else "right")
+    headings = ("module", ">TFLOP", ">GiB read and written", ">GiB sent")
+    table = _table(console, "by module", *headings)
     units = (1e12, GIB, GIB)
 
     def shares(module: str) -> list[float]:
@@ -161,9 +167,7 @@ def _print_modules(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def _print_axes(console: Console, sent: Mapping[str, Mapping[str, float]]) -> None:
-    table = Table(title="sent by a device", title_justify="left")
-    for heading in ("over", "GiB", "as", "GiB"):
-        table.add_column(heading, justify="right" if heading == "GiB" else "left")
+    table = _table(console, "sent by a device", "over", ">GiB", "as", ">GiB")
     axes, kinds = list(sent["axes"].items()), list(sent["kind"].items())
     for number in range(max(len(axes), len(kinds))):
         cells = []

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from mod_jax.rehearsal.hardware import Hardware
-from mod_jax.rehearsal.memory import Memory, memory_of, refused
+from mod_jax.rehearsal.memory import Memory, memory_of, read_by, refused
 from mod_jax.rehearsal.program import read
 from mod_jax.rehearsal.recipe import Planned
 from mod_jax.rehearsal.roofline import Costs, Roofline, attention_flops, costs, roofline
@@ -71,7 +71,7 @@ def rehearse(
     try:
         compiled = compile_prepared(prepared, mesh, QUICK if quick and on_tpu else None)
     except jax.errors.JaxRuntimeError as error:
-        memory = refused(str(error))
+        memory = refused(str(error), read_by(prepared, mesh))
         if memory is None:
             raise
         return Rehearsed(plan, memory, time.time() - start)
