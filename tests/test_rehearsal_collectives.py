@@ -147,20 +147,33 @@ def test_bytes_axes_and_modules_of_a_program():
     ]
 
 
-def test_a_group_over_slices_sends_the_rest_over_the_network():
-    """Two slices of four devices: a ring in each, and a quarter of the array between the two."""
-    text = PROGRAM.split("%sums = ")[1].split("\n")[0]
-    program = read(
-        "ENTRY %main (d_w: f32[64,16], d_h: f32[10]) -> f32[10] {\n"
-        "  %d_w = f32[64,16]{1,0} parameter(0)\n"
-        "  %d_h = f32[10]{0} parameter(1)\n"
-        f"  ROOT %sums = {text}\n}}\n"
-    )
+ACROSS = """
+ENTRY %main (w: f32[64,16]) -> token[] {
+  %w = f32[64,16]{1,0} parameter(0)
+  %start = token[] after-all()
+  %d = f32[64,16]{1,0} multiply(%w, %w), @GRADIENT@
+  %sum = f32[64,16]{1,0} all-reduce(%d), replica_groups={}, to_apply=%add
+  %send = (f32[64,16]{1,0}, u32[], token[]) send(%sum, %start), is_host_transfer=true, @KIND@
+  ROOT %done = token[] send-done(%send), is_host_transfer=true, @HANDLER@
+}
+"""
+for mark, text in {
+    "@GRADIENT@": 'metadata={op_name="jit(train_step)/transpose(jvp(student))/mlp/dot"}',
+    "@KIND@": 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}',
+    "@HANDLER@": 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}',
+}.items():
+    ACROSS = ACROSS.replace(mark, text)
+
+
+def test_slices_send_to_each_other_through_their_hosts():
+    """Two slices of four devices: a ring of four in each, then a ring of the two slices."""
     mesh = {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
-    first, _ = collectives(program, mesh, slices=2)
-    size = 64 * 16 * 4
-    assert (first.links, first.network) == (2 * 3 / 4 * size, 2 * 1 / 2 * size / 4)
-    assert first.axes == ("data", "fsdp")
+    within, across = collectives(read(ACROSS), mesh, slices=2)
+    size, module = 64 * 16 * 4, "student mlp, gradient"
+    assert (within.links, within.network) == (2 * 3 / 4 * size, 0)
+    assert (across.links, across.network) == (0, 2 * 1 / 2 * size)
+    assert (within.axes, across.axes) == (("fsdp",), ("data",))
+    assert (across.kind, within.module, across.module) == ("all-reduce", module, module)
 
 
 STARTED_ON_GPU = """

@@ -5,10 +5,12 @@ parts of b bytes sends (n - 1) b, a reduce-scatter and an all-to-all of b bytes 
 all-reduce twice that. On a torus a message passes other chips on its way; that is not counted. An
 exchange of ragged rows counts as if they were spread evenly.
 
-A group that spans several slices sends within each slice first: only the rest crosses the network.
+The program for several slices is that of one of them. What crosses the network between them is
+written as a message to the host, which says what it is for.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -18,6 +20,7 @@ from mod_jax.rehearsal.groups import axes_of, groups_of, pairs_of
 from mod_jax.rehearsal.places import Places
 from mod_jax.rehearsal.program import Instruction, Program
 
+_ACROSS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -35,8 +38,8 @@ class Collective:
 
     Attributes:
       name: Of the instruction.
-      kind: One of `KINDS`.
-      axes: Axes of the mesh that it goes over, () if it moves nothing.
+      kind: One of `KINDS`, or what goes over the network in the same words.
+      axes: Axes of the mesh that it goes over.
       module: Where it comes from, as `places.Places` says.
       links: Bytes that a device sends over the links of its slice in one run.
       network: Bytes that a device sends to other slices in one run.
@@ -73,25 +76,34 @@ def collectives(
     """
     places = Places(program)
     scattering = _scattering(program)
-    devices = int(np.prod(list(mesh.values())))
+    devices = math.prod(mesh.values()) // slices
     for computation, instruction, times in program.located_runs(trips):
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        across = _ACROSS.search(instruction.attributes) if kind == "send" else None
+        if not times or (kind not in KINDS and not across):
             continue
-        if kind == "collective-permute":
-            pairs = [pair for pair in pairs_of(instruction) if pair[0] != pair[1]]
-            groups = np.array(pairs) if pairs else np.zeros((1, 1), int)
+        if across:
+            kind = across[1].lower().replace("_", "-")
+            sizes = [array.size for array in instruction.operands[:1]]
+            axes, share, joined = tuple(mesh)[:1], 1.0, slices
         else:
-            groups = groups_of(instruction, devices)
-        axes = axes_of(groups, mesh)
-        if not axes or not times:
-            continue
+            groups, share = _groups(instruction, devices)
+            axes, joined = axes_of(groups, mesh), groups.shape[1]
+            sizes = _sizes(instruction, kind)
         kind = "reduce-scatter" if computation in scattering else kind
-        share = len(groups) / devices if kind == "collective-permute" else 1
-        for index, size in enumerate(_sizes(instruction, kind)):
-            links, network = _bytes(kind, size * share, *_spanned(groups, devices, slices))
+        for index, size in enumerate(sizes if axes else ()):
+            sent = share * _sent(kind, size, joined)
             module = places.of_operand(computation, instruction, index)
-            yield Collective(instruction.name, kind, axes, module, links, network, times)
+            over = (0.0, sent) if across else (sent, 0.0)
+            yield Collective(instruction.name, kind, axes, module, *over, times)
+
+
+def _groups(instruction: Instruction, devices: int) -> tuple[np.ndarray, float]:
+    """The groups of a collective, and the share of the devices that send."""
+    if not instruction.opcode.startswith("collective-permute"):
+        return groups_of(instruction, devices), 1.0
+    pairs = [pair for pair in pairs_of(instruction) if pair[0] != pair[1]]
+    return (np.array(pairs) if pairs else np.zeros((1, 1), int)), len(pairs) / devices
 
 
 def _scattering(program: Program) -> set[str]:
@@ -111,26 +123,10 @@ def _sizes(instruction: Instruction, kind: str) -> list[float]:
     return [array.size for array in (operands[:1] if kind == "ragged-all-to-all" else operands)]
 
 
-def _spanned(groups: np.ndarray, devices: int, slices: int) -> tuple[int, int]:
-    """(devices of a group within a slice, slices of a group)."""
-    of_slice = groups // (devices // slices)
-    spanned = len(set(of_slice[0].tolist()))
-    return groups.shape[1] // spanned, spanned
-
-
-def _bytes(kind: str, size: float, inner: int, slices: int) -> tuple[float, float]:
-    """(bytes over links, bytes over the network) that a device sends of an array."""
-    if kind in ("collective-permute", "collective-broadcast"):
-        return (size, 0.0) if slices == 1 else (0.0, size)
-    if kind == "all-gather":
-        return _ring(kind, size * slices, inner), _ring(kind, size, slices)
-    if kind.endswith("all-to-all"):
-        return _ring(kind, size / slices, inner), _ring(kind, size, slices)
-    return _ring(kind, size, inner), _ring(kind, size / inner, slices)
-
-
-def _ring(kind: str, size: float, devices: int) -> float:
+def _sent(kind: str, size: float, devices: int) -> float:
     """Bytes that each device of a ring sends."""
+    if kind.startswith(("collective-", "one-to-one")):
+        return size
     if kind == "all-gather":
         return (devices - 1) * size
     return (2 if kind == "all-reduce" else 1) * (devices - 1) / devices * size

@@ -33,7 +33,7 @@ def test_the_quickstart_is_rehearsed(name, tmp_path):
         f"--config=configs/quickstart.py --config.dtype=bfloat16 --output={output}"
     )
     command = [sys.executable, "-m", "mod_jax.rehearse", *flags.split()]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.splitlines()[-1].startswith("fits: 0.")
     (stage,) = json.loads(output.read_text())["stages"]
