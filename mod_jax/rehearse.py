@@ -20,11 +20,12 @@ from rich.console import Console
 from mod_jax.command_line import STAGE, parse, read_recipe
 from mod_jax.config import ConfigError, MeshConfig, RecipeConfig, require
 from mod_jax.rehearsal import search, topology
+from mod_jax.rehearsal.apart import rehearse_apart
 from mod_jax.rehearsal.candidates import Candidate, candidates
 from mod_jax.rehearsal.hardware import Hardware, hardware
 from mod_jax.rehearsal.recipe import Planned, planned
-from mod_jax.rehearsal.report import print_stage, stage_report, verdict
-from mod_jax.rehearsal.stage import prepare, rehearse
+from mod_jax.rehearsal.report import print_stage, print_summary, stage_report, totals, verdict
+from mod_jax.rehearsal.stage import CompilerFailed, prepare
 from mod_jax.sharding import AXES, make_mesh
 from mod_jax.storage.atomic import write_json
 
@@ -64,16 +65,21 @@ def main(_) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     names = (STAGE.value,) if STAGE.value else config.order
     if SEARCH.value:
-        config = _searched(config, names, devices, a_device, console)
+        config = _searched(config, names, len(devices), a_device, console)
     plans = {name: planned(config, name) for name in names}
     mesh = make_mesh(config.mesh, devices)
     for name, plan in plans.items():  # all of them before the first is compiled
         _check(name, plan, mesh)
     stages = []
     for name, plan in plans.items():
-        found = rehearse(plan, mesh, a_device, SLICES.value, QUICK.value)
+        try:
+            found = rehearse_apart(plan, config.mesh, on, SLICES.value, QUICK.value)
+        except CompilerFailed as error:
+            raise CompilerFailed(f"stage {name}: {error}") from None
         stages.append(stage_report(name, found, a_device, len(devices), PRICE.value))
         print_stage(console, stages[-1], mesh.shape)
+    if len(stages) > 1:
+        print_summary(console, stages)
     fits, line = verdict(stages, a_device)
     if OUTPUT.value:
         about = {
@@ -84,7 +90,7 @@ def main(_) -> None:
             "mesh": dict(mesh.shape),
             "fits": fits,
         }
-        write_json(pathlib.Path(OUTPUT.value), about | {"stages": stages})
+        write_json(pathlib.Path(OUTPUT.value), about | {"total": totals(stages), "stages": stages})
     print(line)
     sys.exit(not fits)
 
@@ -118,7 +124,7 @@ def _recipe() -> RecipeConfig:
 
 
 def _searched(
-    config: RecipeConfig, names: Sequence[str], devices: list, a_device: Hardware, console: Console
+    config: RecipeConfig, names: Sequence[str], devices: int, a_device: Hardware, console: Console
 ) -> RecipeConfig:
     """The recipe with the best of what `search` tries; prints it, and writes it if it is asked to.
 
@@ -129,13 +135,13 @@ def _searched(
     name = search.heaviest(plans)
     plan = plans.pop(name)
     found = candidates(
-        plan, list(plans.values()), len(devices), a_device, CANDIDATES.value, SLICES.value
+        plan, list(plans.values()), devices, a_device, CANDIDATES.value, SLICES.value
     )
     console.rule(f"search on stage {name}")
 
     def run(candidate: Candidate):
-        mesh = make_mesh(candidate.mesh, devices)
-        return rehearse(search.planned_with(plan, candidate), mesh, a_device, SLICES.value, True)
+        tried = search.planned_with(plan, candidate)
+        return rehearse_apart(tried, candidate.mesh, TOPOLOGY.value or "", SLICES.value, True)
 
     tried = search.try_all(found, run, a_device, console)
     search.print_tried(tried, a_device, console)
@@ -159,7 +165,7 @@ def cli() -> None:
     flags.mark_flags_as_required(["config", "topology"])
     try:
         app.run(main, flags_parser=parse)
-    except ConfigError as error:
+    except (ConfigError, CompilerFailed) as error:
         sys.exit(f"error: {error}")
 
 

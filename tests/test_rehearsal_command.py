@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import pathlib
 import runpy
 import sys
 
@@ -9,14 +12,17 @@ import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from rich.console import Console
 from small import DECODER, IDS, TEACHER, VISION
 
 from mod_jax import rehearse
 from mod_jax.command_line import parse, read_recipe
 from mod_jax.config import ConfigError, MeshConfig, RecipeConfig, from_dict
-from mod_jax.rehearsal import topology
+from mod_jax.rehearsal import apart, search, topology
+from mod_jax.rehearsal.candidates import Candidate
 from mod_jax.rehearsal.hardware import hardware
 from mod_jax.rehearsal.recipe import planned
+from mod_jax.rehearsal.stage import CompilerFailed
 from mod_jax.rehearsal.stage import rehearse as rehearse_stage
 from mod_jax.sharding import make_mesh
 
@@ -67,7 +73,7 @@ def command(tmp_path, monkeypatch, compiled):
         topology, "devices", lambda name, slices=1: jax.devices() if slices == 1 else here(name, 2)
     )
     monkeypatch.setattr(
-        rehearse, "rehearse", lambda plan, *_: dataclasses.replace(compiled, plan=plan)
+        rehearse, "rehearse_apart", lambda plan, *_: dataclasses.replace(compiled, plan=plan)
     )
 
     def run(*arguments):
@@ -129,6 +135,7 @@ def test_a_recipe_is_rehearsed(command, compiled, tmp_path, capsys):
     assert time["tokens_a_second"] == 16 * 32 / time["step"]
     assert time["chip_hours"] == pytest.approx(time["step"] * 8)  # 3600 steps, 8 chips
     assert time["cost"] == 2 * time["chip_hours"]
+    assert found["total"]["chip_hours"] == sum(s["time"]["chip_hours"] for s in found["stages"])
 
 
 def test_what_does_not_fit_is_the_exit_code(command, capsys, monkeypatch):
@@ -175,3 +182,33 @@ def test_a_search_writes_flags_that_every_command_reads(command, tmp_path, capsy
     assert config.remat in ("full", "dots", "none")
     for line in file.read_text().splitlines()[1:]:
         assert line in printed
+
+
+def abort(*arguments):
+    pathlib.Path(arguments[-1]).write_text("a line\nF1 emitter.cc:676] Check failed: a >= 2\nmore")
+    os._exit(134)
+
+
+def test_a_compiler_that_aborts_is_one_line(monkeypatch):
+    monkeypatch.setattr(apart, "_run", abort)
+    fork = multiprocessing.get_context("fork")  # the function above is known there
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    with pytest.raises(CompilerFailed, match=r"^the compiler aborted: F1 .*Check failed: a >= 2$"):
+        apart.rehearse_apart(None, MeshConfig(), "v5e-4")
+
+
+def test_a_candidate_that_fails_is_no_winner(compiled, capsys):
+    device = hardware("v5e-4")
+    small, wide = (Candidate(MeshConfig(data=data), 1, "full", 0.0, 0.0) for data in (4, 8))
+
+    def run(candidate):
+        if candidate == small:
+            raise CompilerFailed("the compiler aborted: Check failed")
+        return compiled
+
+    console = Console(width=120)
+    tried = search.try_all([small, wide], run, device, console)
+    assert [one.candidate for one in tried] == [wide, small]
+    search.print_tried(tried, device, console)
+    printed = capsys.readouterr().out
+    assert "the compiler aborted: Check failed" in printed and "refused" in printed

@@ -1,7 +1,6 @@
 """The stages of a recipe as shapes: which models a stage trains, and its batch."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 
@@ -13,7 +12,8 @@ from mod_jax.interop import loading
 from mod_jax.models.upcycle import sparse_config
 
 
-class Planned(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Planned:
     """A stage, as shapes.
 
     Attributes:

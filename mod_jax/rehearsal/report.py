@@ -80,6 +80,37 @@ def verdict(stages: Sequence[Mapping[str, Any]], hardware: Hardware) -> tuple[bo
     return fits, f"{words}: {a_chip[0]:.2f} of {a_chip[1]:.2f} GiB a chip"
 
 
+def totals(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Days, chip-hours and cost of all stages; empty if the compiler refused one."""
+    if not all("time" in stage for stage in stages):
+        return {}
+    keys = ("days", "chip_hours", "chip_hours_without_overlap", "cost")
+    return {
+        key: sum(stage["time"][key] for stage in stages) for key in keys if key in stages[0]["time"]
+    }
+
+
+def print_summary(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
+    """Prints a line for each stage, and their sum."""
+    headings = ("stage", ">GiB", "fits", ">step ms", "binds", ">days", ">chip-hours", ">USD")
+    table = _table(console, "all stages, at best", *headings)
+    for stage in stages:
+        needed = f"{stage['memory']['needed'] / GIB:.2f}"
+        cells = [stage["stage"], needed, "yes" if stage["fits"] else "no"]
+        if "time" in stage:
+            time = stage["time"]
+            cells += [f"{time['step'] * 1e3:.1f}", time["binds"], *_sums(time)]
+        table.add_row(*cells)
+    if total := totals(stages):
+        table.add_row("", "", "", "", "", *_sums(total))
+    console.print(table)
+
+
+def _sums(time: Mapping[str, Any]) -> list[str]:
+    cost = f"{time['cost']:,.0f}" if "cost" in time else ""
+    return [f"{time['days']:.2f}", f"{time['chip_hours']:,.1f}", cost]
+
+
 def print_stage(console: Console, report: Mapping[str, Any], mesh: Mapping[str, int]) -> None:
     """Prints the report of a stage."""
     console.rule(f"stage {report['stage']}")

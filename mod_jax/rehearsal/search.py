@@ -10,7 +10,6 @@ import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +18,7 @@ from mod_jax.models import llava
 from mod_jax.rehearsal.candidates import Candidate
 from mod_jax.rehearsal.hardware import GIB, Hardware
 from mod_jax.rehearsal.recipe import Planned
-from mod_jax.rehearsal.stage import Rehearsed
+from mod_jax.rehearsal.stage import CompilerFailed, Rehearsed
 from mod_jax.sharding import AXES, ROWS
 from mod_jax.storage.atomic import write_text
 from mod_jax.training.state import split_trained
@@ -31,13 +30,11 @@ class Tried:
 
     Attributes:
       candidate: What was tried.
-      found: Its program; None if the stage refused it.
-      reason: Why it was refused.
+      found: Its program; None if the stage or the compiler refused it.
     """
 
     candidate: Candidate
     found: Rehearsed | None
-    reason: str = ""
 
     def fits(self, hardware: Hardware) -> bool:
         """Whether it fits."""
@@ -85,12 +82,9 @@ def try_all(
         console.print(f"{number}/{len(options)}: {describe(candidate)}", highlight=False)
         try:
             tried.append(Tried(candidate, run(candidate)))
-        except ConfigError as error:
-            tried.append(Tried(candidate, None, str(error)))
-        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-            # compilers refuse for many reasons: a candidate less
-            lines = str(error).splitlines() or [type(error).__name__]
-            tried.append(Tried(candidate, None, lines[0][:200]))
+        except (ConfigError, CompilerFailed) as error:
+            console.print(f"   {error}", highlight=False, markup=False, soft_wrap=True)
+            tried.append(Tried(candidate, None))
     return sorted(tried, key=lambda one: (not one.fits(hardware), one.seconds))
 
 
@@ -110,7 +104,7 @@ def print_tried(tried: Sequence[Tried], hardware: Hardware, console: Console) ->
         cells = [str(getattr(one.candidate.mesh, axis)) for axis in AXES]
         cells += [str(one.candidate.accumulation), one.candidate.remat]
         if one.found is None:
-            cells += ["", "refused", "", "", one.reason[:40]]
+            cells += ["", "refused"]
         else:
             memory = f"{one.found.memory.needed / GIB:.2f}"
             cells += [memory, "yes" if one.fits(hardware) else "no"]
@@ -123,7 +117,8 @@ def print_tried(tried: Sequence[Tried], hardware: Hardware, console: Console) ->
 
 def planned_with(plan: Planned, candidate: Candidate) -> Planned:
     """A stage with the micro-batches and the remat of a candidate."""
-    return plan._replace(
+    return dataclasses.replace(
+        plan,
         stage=dataclasses.replace(plan.stage, accumulation=candidate.accumulation),
         student=dataclasses.replace(plan.student, remat=candidate.remat),
     )

@@ -19,6 +19,10 @@ from mod_jax.sharding import row_ways
 QUICK = {"exec_time_optimization_effort": -1.0}
 
 
+class CompilerFailed(RuntimeError):
+    """A compiler that made no program of a step; the message is one line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rehearsed:
     """What is known of a stage's step.
@@ -64,6 +68,7 @@ def rehearse(
 
     Raises:
       ConfigError: If the stage does not fit the mesh.
+      CompilerFailed: If the compiler refuses the step for another reason than memory.
     """
     prepared = prepare(plan, mesh)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
@@ -73,7 +78,8 @@ def rehearse(
     except jax.errors.JaxRuntimeError as error:
         memory = refused(str(error), read_by(prepared, mesh))
         if memory is None:
-            raise
+            reason = " ".join(str(error).split())[:300]
+            raise CompilerFailed(f"the compiler refused the step: {reason}") from None
         return Rehearsed(plan, memory, time.time() - start)
     seconds = time.time() - start
     program = read(compiled.as_text() or "")
