@@ -12,7 +12,7 @@ setuptools.setup(
     "small multimodal mixture-of-experts models distilled from large ones",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["mod_jax", "mod_jax.*"]),
-    package_data={"mod_jax.rehearsal": ["cards/*.pbtxt"]},
+    package_data={"mod_jax.rehearsal": ["cards/*.pbtxt", "published/*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10,<0.12",

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mod_jax.config import DataConfig, SourceConfig
 from mod_jax.data.batches.statistics import SourceStatistics, packing
+from mod_jax.data.sources.unused_keys import UnusedKeys
 
 SAMPLES = 20_000
 PICTURE = 576  # positions of a picture
@@ -60,16 +61,21 @@ def draw(parts: dict[str, tuple], seed: int = 0) -> np.ndarray:
     return np.stack([positions, pictures[part]], 1).astype(np.int32)
 
 
-def padding_of_pipeline(sizes: np.ndarray, length: int, look_ahead: int) -> float:
-    """Padding of this project's input pipeline."""
+def padding_of_pipeline(
+    sizes: np.ndarray, length: int, look_ahead: int = 32, samples: int = 16
+) -> float:
+    """Padding of this project's input pipeline, with at most `samples` in a row."""
     source = SourceConfig(path="drawn")
     config = DataConfig(
         (source,),
         sequence_length=length,
-        images_per_row=length // PICTURE,
+        images_per_row=min(samples, length // PICTURE),
+        samples_per_row=samples,
         look_ahead=look_ahead,
     )
-    statistics = SourceStatistics(source, sizes, answers=0, truncated=0, skipped=())
+    statistics = SourceStatistics(
+        source, sizes, answers=0, truncated=0, skipped=(), unused=UnusedKeys()
+    )
     return packing(config, [statistics]).padding
 
 
@@ -121,6 +127,7 @@ def methods(sizes: np.ndarray) -> dict[str, Callable[[int], float]]:
         "ours, look_ahead 8": partial(padding_of_pipeline, sizes, look_ahead=8),
         "ours, look_ahead 32": partial(padding_of_pipeline, sizes, look_ahead=32),
         "ours, look_ahead 128": partial(padding_of_pipeline, sizes, look_ahead=128),
+        "ours, two samples in a row": partial(padding_of_pipeline, sizes, samples=2),
         "lower bound for whole samples": partial(lower_bound, sizes),
     }
 

@@ -29,6 +29,7 @@ from mod_jax.data.samples.tokenizer import load_tokenizer
 from mod_jax.data.sources.kinds import Source
 from mod_jax.interop.model import Model, load_model
 from mod_jax.interop.vocabulary import check_vocabulary
+from mod_jax.models import llava
 from mod_jax.models.upcycle import sparse_config, upcycle
 from mod_jax.models.vision import TOWER_PREFIX, without_tower
 from mod_jax.storage.place import moved
@@ -95,12 +96,7 @@ class Recipe:
             raise ConfigError("teacher = None: expected a model source. Set config.teacher.")
         model = self._load("teacher", source, "none")
         student = self._first_student
-        require(
-            model.config.vision == student.config.vision,
-            "teacher vision tower",
-            model.config.vision,
-            f"the student's, {student.config.vision}",
-        )
+        check_towers(student.config, model.config)
         same = source.random is not None or _tower_checksum(model) == _tower_checksum(student)
         require(
             same,
@@ -137,21 +133,6 @@ class Recipe:
         )
         check_vocabulary(key, source, self.tokenizer)
         return load_model(source, self.tokenizer, self.config.dtype, remat)
-
-    def _shapes_before(self, name: str) -> tuple[ModelConfig, dict]:
-        """Returns configuration and shapes of `student_before`, which may not exist yet."""
-        stage = self.config.stages[name]
-        if stage.starts_from:
-            config, shapes = self._shapes_before(stage.starts_from)
-        else:
-            config = self._first_student.config
-            shapes = jax.eval_shape(lambda: self._first_student.params)
-        if stage.upcycle is None:
-            return config, shapes
-        moe = stage.upcycle
-        key = jax.random.key(stage.seed)
-        shapes = jax.eval_shape(lambda dense: upcycle(dense, config, moe, key)[0], shapes)
-        return sparse_config(config, moe), shapes
 
     def student_before(self, name: str) -> Model:
         """Returns the student that stage `name` starts from, upcycled if the stage says so."""
@@ -295,7 +276,8 @@ class Recipe:
 
     def _plan(self, name: str) -> Plan:
         stage = self.config.stages[name]
-        student, shapes = self._shapes_before(name)
+        student = student_at(self.config, name, self._first_student.config)
+        shapes = llava.abstract(student)
         names, others = split_trained(shapes, stage.trains)
         teacher = self.teacher if stage.objective.needs_teacher else None
         if teacher and any(trained.startswith(TOWER_PREFIX) for trained in names):
@@ -303,9 +285,9 @@ class Recipe:
                 f"stages.{name}.trains = {stage.trains!r}: expected the vision tower frozen, as "
                 "the teacher reads its features too."
             )
-        _check_length(name, stage, self._first_student)
+        check_length(name, stage, student, self._first_student.origin)
         if teacher:
-            _check_length(name, stage, teacher)
+            check_length(name, stage, teacher.config, teacher.origin)
         shard = (jax.process_index(), jax.process_count())
         data = Batches(stage.data, self.tokenizer, student, stage.rows, shard)
         check_pairs(name, stage, data.sources)
@@ -354,14 +336,47 @@ def _after(stage: str, before: Model, trained: dict) -> Model:
     return Model(before.config, {**before.params, **trained}, f"stage {stage}")
 
 
-def _check_length(name: str, stage: StageConfig, model: Model) -> None:
-    """Refuses rows that are longer than the sequences that a model supports."""
+def student_at(config: RecipeConfig, name: str, first: ModelConfig) -> ModelConfig:
+    """Returns the configuration of the student that a stage trains; no stage needs to have run.
+
+    Args:
+      config: Configuration of the recipe.
+      name: Name of the stage.
+      first: Configuration of the recipe's student.
+    Raises:
+      ConfigError: if a student would be upcycled that is sparse already.
+    """
+    stage = config.stages[name]
+    before = student_at(config, stage.starts_from, first) if stage.starts_from else first
+    return before if stage.upcycle is None else sparse_config(before, stage.upcycle)
+
+
+def check_towers(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises ConfigError unless both have the same vision tower."""
     require(
-        stage.data.sequence_length <= model.config.decoder.max_positions,
+        teacher.vision == student.vision,
+        "teacher vision tower",
+        teacher.vision,
+        f"the student's, {student.vision}",
+    )
+
+
+def check_length(name: str, stage: StageConfig, model: ModelConfig, origin: str) -> None:
+    """Refuses rows that are longer than the sequences that a model supports.
+
+    Args:
+      name: Name of the stage.
+      stage: Its configuration.
+      model: Configuration of its student or its teacher.
+      origin: Where the model comes from, for the message.
+    Raises:
+      ConfigError: if they are.
+    """
+    require(
+        stage.data.sequence_length <= model.decoder.max_positions,
         f"stages.{name}.data.sequence_length",
         stage.data.sequence_length,
-        f"at most {model.config.decoder.max_positions}, the longest sequence that {model.origin} "
-        "supports",
+        f"at most {model.decoder.max_positions}, the longest sequence that {origin} supports",
     )
 
 

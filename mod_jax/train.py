@@ -26,7 +26,7 @@ from mod_jax.recipe import Recipe
 from mod_jax.report import dry_run
 from mod_jax.report.scores import print_table
 from mod_jax.runs import folder
-from mod_jax.runs.check import check
+from mod_jax.runs.check import check, check_folders
 from mod_jax.sharding import make_mesh, parameter_shardings
 from mod_jax.storage.atomic import write_json
 from mod_jax.storage.lock import locked
@@ -140,6 +140,7 @@ def main(_) -> None:
     if DRY_RUN.value:
         stages = (STAGE.value,) if STAGE.value else config.order
         sys.exit(not dry_run.run(config, stages, DECODE.value))
+    check_folders(config)
     if not WORKDIR.value:
         raise ConfigError(f"--workdir = {WORKDIR.value!r}: expected a folder for the run.")
     workdir = pathlib.Path(WORKDIR.value)

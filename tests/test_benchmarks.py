@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import DENSE, SPARSE, TEACHER, chats, pairs
 
-from benchmarks import compare, flops, measure, models
+from benchmarks import compare, flops, measure, models, padding
 from benchmarks.sizes import PRESETS, draw
 from mod_jax.config import ObjectiveConfig
 from mod_jax.models import llava
@@ -122,3 +122,9 @@ def test_a_command_writes_its_figures(tmp_path, module):
     command = [sys.executable, "-m", f"benchmarks.{module}", "--preset=test", "--steps=2"]
     subprocess.run([*command, f"--json={tmp_path}/out.json"], check=True)
     assert "seconds" in (tmp_path / "out.json").read_text()
+
+
+@pytest.mark.parametrize(("samples", "used"), [(1, 1000), (2, 2000)])
+def test_padding_of_rows_with_at_most_so_many_samples(samples, used):
+    sizes = np.array([[1000, 1]] * 64, np.int32)
+    assert padding.padding_of_pipeline(sizes, 2048, samples=samples) == 1 - used / 2048

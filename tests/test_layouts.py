@@ -131,9 +131,12 @@ def assert_equal(found: dict, wanted: dict):
 def test_a_layout_reads_as_the_same_model(layout, stock, tmp_path):
     config, values, spelling = LAYOUTS[layout]
     model, (wanted, params) = stock(config)
-    found, loaded = hf_models.load(write_original(tmp_path, model, values, spelling))
+    folder = write_original(tmp_path, model, values, spelling)
+    found, loaded = hf_models.load(folder)
     assert found == wanted
     assert_equal(loaded, params)
+    (tmp_path / "pytorch_model.bin").unlink()  # its configuration alone needs no weights
+    assert loading.read_model_config(folder, None, load_tokenizer(folder)) == wanted
 
 
 @pytest.mark.parametrize("save", [save_bin, save_safetensors])

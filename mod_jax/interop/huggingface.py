@@ -34,6 +34,7 @@ from mod_jax.interop.pretrained import (
     Parameter,
     Pretrained,
     config_of_kind,
+    config_with_vocabulary,
     decoder_of,
     with_decoder,
     with_vocabulary,
@@ -124,6 +125,40 @@ def _read_config(values: JsonObject, folder: pathlib.Path) -> Config:
     return CONFIGS[values["model_type"]](values, folder)
 
 
+def config_from_json(
+    values: JsonObject,
+    folder: pathlib.Path,
+    vision_tower=None,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+) -> Config:
+    """Reads the configuration of a model of any kind, without its weights.
+
+    Args:
+      values: Contents of config.json.
+      folder: Folder of its other files, such as that of the image processor; they may be missing.
+      vision_tower: Folder of the vision tower, for original LLaVA and the authors' models; None
+        takes the folder or the published tower that config.json names.
+      tokenizer: Tokenizer of these models, which has the ids of their tokens; None takes Qwen's.
+
+    Raises:
+      ConfigError: For options that our model does not compute.
+    """
+    if not original.is_original(values):
+        return _read_config(values, folder)
+    decoder = original.language_model_from_json(values)
+    tower = _tower_config(values, vision_tower or original.tower_folder(values))
+    vision = config_of_kind(VisionConfig, tower, "vision tower", str(vision_tower))
+    config = ModelConfig(original.with_features(vision, values), decoder)
+    return config_with_vocabulary(config, tokenizer) if tokenizer else config
+
+
+def _tower_config(values: JsonObject, vision_tower) -> Config:
+    if vision_tower is None:
+        return original.published_tower(values)
+    folder = pathlib.Path(vision_tower)
+    return _read_config(read_config(folder), folder)
+
+
 def _open_stock(
     values: JsonObject, folder: pathlib.Path, files: contextlib.ExitStack
 ) -> Pretrained[Config]:
@@ -151,11 +186,7 @@ def _open_original(
     tower_config: Config
     tower_params: Mapping[str, Parameter]
     if has_tower:
-        if vision_tower:
-            tower_folder = pathlib.Path(vision_tower)
-            tower_config = _read_config(read_config(tower_folder), tower_folder)
-        else:
-            tower_config = original.published_tower(values)
+        tower_config = _tower_config(values, vision_tower)
         tower_params = {}
         origin = str(folder)
     else:

@@ -1,11 +1,13 @@
 """Opens pretrained models in any supported format; the format is read from the folder."""
 
 import contextlib
+import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mod_jax.config import ModelConfig, ModelSource, require
 from mod_jax.interop import huggingface, native
+from mod_jax.interop.folder import read_config
 from mod_jax.interop.pretrained import (
     PARTS,
     Adaptor,
@@ -40,6 +42,24 @@ def open_pretrained(path, vision_tower=None, tokenizer=None) -> Iterator[Pretrai
         opened = huggingface.open_folder(path, vision_tower, tokenizer)
     with opened as pretrained:
         yield pretrained
+
+
+def read_model_config(
+    path, vision_tower=None, tokenizer: "PreTrainedTokenizerFast | None" = None
+) -> Config:
+    """Reads the configuration of a folder's model; no weights are read or have to be there.
+
+    Args:
+      path: A native folder, or a Hugging Face folder.
+      vision_tower, tokenizer: As for `huggingface.config_from_json`.
+
+    Raises:
+      ConfigError: As `huggingface.config_from_json`.
+    """
+    if native.is_native(path):
+        return native.read_model_config(path)
+    values = read_config(path)
+    return huggingface.config_from_json(values, pathlib.Path(path), vision_tower, tokenizer)
 
 
 @contextlib.contextmanager

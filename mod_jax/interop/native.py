@@ -103,6 +103,15 @@ def open_native(path) -> Iterator[Pretrained[Config]]:
     yield Pretrained(config, params, str(about.get("origin")), folder, ends)
 
 
+def read_model_config(path) -> Config:
+    """Reads the configuration in a native folder.
+
+    Raises:
+      ConfigError: If the folder was written by another version of the format.
+    """
+    return _read_about(absolute(path))[1]
+
+
 def _read_about(folder: epath.Path) -> tuple[JsonObject, Config]:
     """Reads model.json, and the configuration in it."""
     path = folder / ABOUT

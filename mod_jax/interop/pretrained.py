@@ -174,6 +174,22 @@ def with_decoder(config: Config, decoder: DecoderConfig) -> Config:
     return decoder
 
 
+def join_configs(
+    tower: Config, language_model: Config, tower_origin: str, language_model_origin: str
+) -> ModelConfig:
+    """Joins the configurations of two parts, which come from places that an error names.
+
+    Raises:
+      ConfigError: If one of them is of another kind of model.
+    """
+    return ModelConfig(
+        vision=config_of_kind(VisionConfig, tower, "vision_tower", tower_origin),
+        decoder=config_of_kind(
+            DecoderConfig, language_model, "language_model", language_model_origin
+        ),
+    )
+
+
 def join(
     tower: Pretrained[Config],
     language_model: Pretrained[Config],
@@ -193,12 +209,7 @@ def join(
     Raises:
       ConfigError: If a part is of another kind, or the adaptor does not fit between the two.
     """
-    config = ModelConfig(
-        vision=config_of_kind(VisionConfig, tower.config, "vision_tower", tower.origin),
-        decoder=config_of_kind(
-            DecoderConfig, language_model.config, "language_model", language_model.origin
-        ),
-    )
+    config = join_configs(tower.config, language_model.config, tower.origin, language_model.origin)
     if adaptor is None:
         adaptor = _new_adaptor(config, seed)
     else:
@@ -246,26 +257,40 @@ def with_vocabulary(
     New rows of the vocabulary, up to a multiple of 64, are the mean of the others. The logit of a
     mean row is the mean of the logits, so it is never the largest.
     """
-    config = pretrained.config
     params = dict(pretrained.params)
+    config = config_with_vocabulary(pretrained.config, tokenizer, pretrained.end_token_ids)
     rows = config.decoder.vocab_size
-    vocabulary = tokenizer.get_vocab()
-    needed_rows = max(vocabulary.values()) + 1
-    if needed_rows > rows:
-        rows = -(-needed_rows // 64) * 64
+    if rows > pretrained.config.decoder.vocab_size:
         for name in TABLES:
             if name in params:
                 table = np.asarray(params[name])
                 mean = table.mean(0, dtype=np.float32).astype(table.dtype)
                 new_rows = np.broadcast_to(mean, (rows - len(table), len(mean)))
                 params[name] = InMemory(np.concatenate([table, new_rows]))
+    require_rows(config, pretrained.origin)
+    return dataclasses.replace(pretrained, config=config, params=params)
+
+
+def config_with_vocabulary(
+    config: ModelConfig, tokenizer: "PreTrainedTokenizerFast", end_token_ids: tuple[int, ...] = ()
+) -> ModelConfig:
+    """The configuration that `with_vocabulary` gives a model.
+
+    Args:
+      config: Configuration of the model.
+      tokenizer: Tokenizer with `<image>`.
+      end_token_ids: Ids of the tokens that end a text of its language model.
+    """
+    vocabulary = tokenizer.get_vocab()
+    rows = config.decoder.vocab_size
+    needed_rows = max(vocabulary.values()) + 1
+    if needed_rows > rows:
+        rows = -(-needed_rows // 64) * 64
     end = tokenizer.eos_token_id
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
         decoder=dataclasses.replace(config.decoder, vocab_size=rows),
         image_token_id=vocabulary[MARKER],
         end_token_id=end,
-        other_end_token_ids=tuple(number for number in pretrained.end_token_ids if number != end),
+        other_end_token_ids=tuple(number for number in end_token_ids if number != end),
     )
-    require_rows(config, pretrained.origin)
-    return dataclasses.replace(pretrained, config=config, params=params)

@@ -1,25 +1,39 @@
-"""The stages of a recipe as shapes: which models a stage trains, and its batch."""
+"""A stage of a recipe in shapes alone, to compile its step before any folder of it is here."""
 
 import dataclasses
-
-import jax
+import pathlib
+from typing import TYPE_CHECKING
 
 from mod_jax.batch import Batch
-from mod_jax.config import ConfigError, ModelConfig, ModelSource, RecipeConfig, StageConfig
-from mod_jax.data.batches.packing import Room, to_batch
-from mod_jax.data.samples.tokenizer import load_tokenizer
-from mod_jax.interop import loading
-from mod_jax.models.upcycle import sparse_config
+from mod_jax.config import ModelConfig, ModelSource, RecipeConfig, StageConfig, require
+from mod_jax.data.batches.packing import batch_shapes
+from mod_jax.data.samples.tokenizer import READERS, load_tokenizer
+from mod_jax.interop.folder import read_json
+from mod_jax.interop.huggingface import config_from_json
+from mod_jax.interop.loading import read_model_config
+from mod_jax.interop.pretrained import (
+    Config,
+    config_of_kind,
+    config_with_vocabulary,
+    join_configs,
+)
+from mod_jax.recipe import check_length, check_towers, student_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PUBLISHED = pathlib.Path(__file__).with_name("published")
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A stage, as shapes.
+    """A stage of a recipe, in shapes.
 
     Attributes:
       stage: Its configuration.
-      student, teacher: Configurations of its models; no teacher if the objective reads none.
-      batch: ShapeDtypeStructs of its global batch.
+      student: Configuration of its student, upcycled where a stage up to this one says so.
+      teacher: Configuration of its teacher; None if the objective needs none.
+      batch: A global batch of ShapeDtypeStructs.
     """
 
     stage: StageConfig
@@ -29,43 +43,71 @@ class Planned:
 
 
 def planned(config: RecipeConfig, stage: str, rows: int | None = None) -> Planned:
-    """The shapes of a stage; no weights and no data are read.
+    """Returns what a stage would run, as far as its shapes go.
+
+    Of a model's folder only config.json is read. In place of a folder that is not here, the
+    published config.json of the same name is taken (`published/`); without a tokenizer, `<image>`
+    and the end token have Qwen's ids.
 
     Args:
-      config: The recipe.
+      config: Configuration of the recipe.
       stage: Name of the stage.
-      rows: Rows of the global batch; those of the stage by default.
-
+      rows: Rows of the global batch in place of the stage's own.
     Raises:
-      ConfigError: If a folder of the recipe cannot be read.
+      ConfigError: If a folder is not here and has no published name, or the models do not fit each
+        other or the stage.
     """
-    found = config.stages[stage]
+    require(stage in config.stages, "stage", stage, f"one of {config.order}")
+    settings = config.stages[stage]
     if rows is not None:
-        found = dataclasses.replace(found, rows=rows)
-    student = _student(config, stage)
+        settings = dataclasses.replace(settings, rows=rows)
+    is_here = any((pathlib.Path(config.tokenizer) / file).is_file() for file in READERS)
+    tokenizer = load_tokenizer(config.tokenizer) if is_here else None
+    first = _model("student", config.student, tokenizer)
+    first = dataclasses.replace(first, dtype=config.dtype, remat=config.remat)
+    student = student_at(config, stage, first)
+    check_length(stage, settings, student, "the student")
     teacher = None
-    if found.objective.needs_teacher:
-        if config.teacher is None:
-            raise ConfigError("teacher = None: expected a model source. Set config.teacher.")
-        teacher = _model(config, config.teacher, "none")
-    row = to_batch([()], Room.of_row(found.data), student.vision.image_size, student.end_token_id)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((found.rows, *x.shape[1:]), x.dtype), row)
-    return Planned(found, student, teacher, batch)
+    if settings.objective.needs_teacher and config.teacher:
+        teacher = _model("teacher", config.teacher, tokenizer)
+        teacher = dataclasses.replace(teacher, dtype=config.dtype, remat="none")
+        check_towers(student, teacher)
+        check_length(stage, settings, teacher, "the teacher")
+    batch = batch_shapes(settings.data, settings.rows, student)
+    return Planned(settings, student, teacher, batch)
 
 
-def _student(config: RecipeConfig, name: str) -> ModelConfig:
-    stage = config.stages[name]
-    if stage.starts_from:
-        student = _student(config, stage.starts_from)
-    else:
-        student = _model(config, config.student, config.remat)
-    return sparse_config(student, stage.upcycle) if stage.upcycle else student
-
-
-def _model(config: RecipeConfig, source: ModelSource, remat: str) -> ModelConfig:
+def _model(
+    key: str, source: ModelSource, tokenizer: "PreTrainedTokenizerFast | None"
+) -> ModelConfig:
+    """Configuration of the model that a recipe names under `key`."""
     if source.random:
-        found = source.random
-    else:
-        with loading.open_source(source, load_tokenizer(config.tokenizer)) as pretrained:
-            found = pretrained.config
-    return dataclasses.replace(found, dtype=config.dtype, remat=remat)
+        return source.random
+    if source.folder:
+        config = _config(f"{key}.folder", source.folder, source.vision_tower, tokenizer)
+        return config_of_kind(ModelConfig, config, f"{key}.folder", source.folder)
+    tower = _config(f"{key}.vision_tower", source.vision_tower)
+    language_model = _config(f"{key}.language_model", source.language_model)
+    joined = join_configs(tower, language_model, source.vision_tower, source.language_model)
+    return config_with_vocabulary(joined, tokenizer) if tokenizer else joined
+
+
+def _config(
+    key: str,
+    folder: str,
+    vision_tower: str = "",
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+) -> Config:
+    """Configuration of the model in a folder, or of the published model of the same name."""
+    if pathlib.Path(folder).is_dir():
+        return read_model_config(folder, vision_tower or None, tokenizer)
+    file = PUBLISHED / f"{pathlib.Path(folder).name}.json"
+    names = sorted(path.stem for path in PUBLISHED.glob("*.json"))
+    require(
+        file.is_file(),
+        key,
+        folder,
+        f"a folder that is here, or one with the name of a published model ({', '.join(names)})",
+        "Its config.json alone is enough: download that.",
+    )
+    return config_from_json(read_json(file), file.with_suffix(""))

@@ -6,19 +6,45 @@ third has trained for a day.
 """
 
 import contextlib
+import pathlib
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
 from mod_jax.config import ConfigError, RecipeConfig, require
-from mod_jax.data.batches.packing import Room, to_batch
+from mod_jax.data.batches.packing import batch_shapes
 from mod_jax.data.samples.sample import Samples, Skipped
 from mod_jax.data.samples.tokens import chat_format
 from mod_jax.recipe import Plan, Recipe
+from mod_jax.storage.place import is_remote
 from mod_jax.training import loop
 
 TRIED = 16  # records of a source that are read until one can be used
+
+
+def check_folders(config: RecipeConfig) -> None:
+    """Checks that the folders of the tokenizer and the models are here, before one is opened.
+
+    Raises:
+      ConfigError: naming the first that is missing, how to get it, and the others.
+    """
+    named = {"tokenizer": config.tokenizer}
+    for key, source in (("student", config.student), ("teacher", config.teacher)):
+        for part in ("folder", "language_model", "vision_tower", "adaptor"):
+            named[f"{key}.{part}"] = getattr(source, part, "")
+    missing = {
+        key: path
+        for key, path in named.items()
+        if path and not is_remote(path) and not pathlib.Path(path).exists()
+    }
+    if missing:
+        key, path = next(iter(missing.items()))
+        others = sorted(set(missing.values()) - {path})
+        raise ConfigError(
+            f"{key} = {path!r}: expected an existing folder. One of the Hugging Face Hub is "
+            f"downloaded by: hf download OWNER/NAME --local-dir {path}"
+            + (f" (missing as well: {', '.join(others)})." if others else ".")
+        )
 
 
 def check(
@@ -125,7 +151,5 @@ def _trace(plan: Plan, config: RecipeConfig, name: str) -> None:
       ConfigError: if they do not fit the models or the mesh.
     """
     stage = config.stages[name]
-    room = Room.of_row(stage.data)
-    row = to_batch([()], room, plan.student.vision.image_size, plan.student.end_token_id)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((stage.rows, *x.shape[1:]), x.dtype), row)
+    batch = batch_shapes(stage.data, stage.rows, plan.student)
     loop.trace(plan.program, plan.trained, plan.frozen, batch)

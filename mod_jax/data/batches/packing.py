@@ -11,10 +11,11 @@ empty with 32 open rows and 21 % with one, whereas choosing among the next 32 sa
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from mod_jax.batch import Batch
-from mod_jax.config import DataConfig
+from mod_jax.config import DataConfig, ModelConfig
 from mod_jax.data.samples.sample import Sample
 
 PER_POSITION = {
@@ -138,3 +139,12 @@ def to_batch(
         images=images,
         samples=numbers,
     )
+
+
+def batch_shapes(config: DataConfig, rows: int, model: ModelConfig) -> Batch:
+    """Returns the shapes of a batch of `rows` rows for a model, as a Batch of ShapeDtypeStructs.
+
+    They are the same for chats and pairs, whatever the records hold.
+    """
+    row = to_batch([()], Room.of_row(config), model.vision.image_size, model.end_token_id)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), row)
