@@ -10,6 +10,7 @@ import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -96,7 +97,7 @@ def describe(candidate: Candidate) -> str:
 
 def print_tried(tried: Sequence[Tried], hardware: Hardware, console: Console) -> None:
     """Prints the table of what was tried."""
-    table = Table(title="candidates", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     headings = (*AXES, "accumulation", "remat", "GiB", "fits", "step ms", "no overlap ms", "binds")
     for heading in headings:
         table.add_column(heading, justify="right")
