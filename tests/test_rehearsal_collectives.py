@@ -209,6 +209,8 @@ def test_programs_of_gpus():
         ),
         ("transpose(jvp(mimic))/shard_map/gather_head/all_gather", "loss, gradient"),
         ("jit(train_step)/jvp(student)/while/body/dynamic_slice", "student"),
+        ("jit(train_step)/pair_means/while/body/shard_map/gather_head/all_gather", "loss"),
+        ("jit(train_step)/pair_means/while/body/student/mlp/dot_general", "student mlp"),
         ("jit(train_step)/reduce_sum", "None"),
     ],
 )

@@ -145,8 +145,9 @@ GROUPED = """  %x = bf16[16,8]{1,0} get-tuple-element(%t), index=1
 
 def test_loops_that_depend_on_data():
     work = Work(words=96, read=100, routed=50)
-    program, loop = loop_of("jit(train_step)/jvp(mimic)/shard_map/while", LOGITS)
-    assert trips(work, program)(loop) == 7  # chunks of 16 of the 100 positions
+    for scopes in ("jvp(mimic)", "pair_means/while/body"):
+        program, loop = loop_of(f"jit(train_step)/{scopes}/shard_map/while", LOGITS)
+        assert trips(work, program)(loop) == 7  # chunks of 16 of the 100 positions
     program, loop = loop_of("jvp(student)/moe/experts/shard_map/while", GROUPED)
     assert trips(work, program)(loop) == 4  # chunks of 16 of the 50 rows
     program, loop = loop_of("jvp(student)/attention/while", "")

@@ -64,7 +64,7 @@ def place_of(op_name: str) -> Place | None:
     part = next((name for scope, name in PARTS.items() if scope in words), "")
     model = next((model for model in MODELS if model in words), "")
     if not part and not model:
-        return None
+        return Place("loss", backward, True) if "pair_means" in words else None
     return Place(f"{model} {part}".strip(), backward, bool(part))
 
 

@@ -5,6 +5,7 @@ through the rows that arrive. Rows are taken to be spread evenly over experts.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from mod_jax.config import ModelConfig
 from mod_jax.rehearsal import products
 from mod_jax.rehearsal.program import Instruction, Program
 
-LOSSES = ("mimic", "preference", "next_token")
+LOSSES = {"mimic", "preference", "next_token", "pair_means"}  # scopes
 
 
 class Work(NamedTuple):
@@ -54,10 +55,11 @@ def trips(work: Work, program: Program) -> Callable[[Instruction], int]:
     """
 
     def rounds(loop: Instruction) -> int:
-        if any(f"({loss})" in loop.op_name for loss in LOSSES):
-            return _rounds(work.read, _chunk(program, loop, work.words))
-        if "/experts/" in loop.op_name:
+        scopes = set(re.findall(r"\w+", loop.op_name))
+        if "experts" in scopes:
             return _rounds(work.routed, _rows(program, loop))
+        if scopes & LOSSES:
+            return _rounds(work.read, _chunk(program, loop, work.words))
         raise ValueError(
             f"{loop.op_name or loop.name}: expected a loop of the loss or of the experts, as no "
             "other depends on data"
