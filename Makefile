@@ -12,7 +12,7 @@ WORKERS ?= 2
 PRESET ?= real-vocab
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: quickstart test coverage test-slow test-beam assets directions photos families check-4.57 check-compilers compare lint clean
+.PHONY: quickstart test coverage test-slow test-beam assets directions photos families check-4.57 check-compilers rehearse compare lint clean
 
 quickstart: $(VENV)/.installed data/scenes
 	$(RUN) -m mod_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -64,8 +64,18 @@ check-4.57: $(VENV)/.installed-test $(VENV)-4.57/.installed
 # Compiles the train step for TPUs and NVIDIA GPUs, of which none has to be here, and reads the
 # programs. Each compiler gets an environment of its own (0.5 and 4 GB).
 check-compilers: $(VENV)-tpu/.installed $(VENV)-gpu/.installed
-	$(VENV)-tpu/bin/python -m pytest -q -k v5e --durations=5 tests/compilers
+	$(VENV)-tpu/bin/python -m pytest -q -k "not h100" --durations=5 tests/compilers
 	$(VENV)-gpu/bin/python -m pytest -q -k h100 --durations=5 tests/compilers
+
+# Compiles all stages of a recipe for accelerators that need not be here, and says whether they fit,
+# how long a step takes at best and what it sends (docs/rehearsal.md):
+#   make rehearse TOPOLOGY=v5e-64 CONFIG=configs/llava_mod.py:qwen1.5-1.8b
+#   make rehearse TOPOLOGY=h100-8 CONFIG=configs/quickstart.py ARGS="--stage=sparse_mimic --search"
+TOPOLOGY ?= v5e-64
+CONFIG ?= configs/quickstart.py
+COMPILER := $(VENV)-$(if $(filter v% tpu%,$(TOPOLOGY)),tpu,gpu)
+rehearse: $(COMPILER)/.installed
+	$(COMPILER)/bin/python -m mod_jax.rehearse --config=$(CONFIG) --topology=$(TOPOLOGY) $(ARGS)
 
 # Compares time and memory with the PyTorch peer, which gets an environment of its own
 # (docs/benchmarks.md).

@@ -5,7 +5,6 @@ needs (`flops`); attention's kernels are left out on both sides.
 """
 
 import dataclasses
-import math
 
 from jax.sharding import Mesh
 
@@ -14,8 +13,8 @@ from mod_jax import objectives
 from mod_jax.batch import Batch
 from mod_jax.config import ModelConfig, StageConfig
 from mod_jax.models import llava
-from mod_jax.rehearsal import products
-from mod_jax.rehearsal.program import Instruction, Program, read
+from mod_jax.rehearsal import products, trips
+from mod_jax.rehearsal.program import read
 from mod_jax.rehearsal.step import compile_step
 from mod_jax.sharding import row_ways
 from mod_jax.training.state import split_trained
@@ -53,11 +52,12 @@ def figures(step: Step, mesh: Mesh, options: dict | None = None) -> dict:
     program = read(binary.as_text())
     trained, _ = split_trained(llava.abstract(step.student), step.stage.trains)
     needed = flops.of_step(step.stage.objective, step.student, step.teacher, trained, step.batch)
+    work = work_of_device(step, mesh)
     found = 0.0
-    for instruction, times in program.runs(lambda loop: rounds(step, mesh, program, loop)):
+    for instruction, times in program.runs(trips.trips(work, program)):
         if product := products.product(instruction):
             # The buffer of an exchange has room to spare; kernels read the rows that arrive.
-            filled = min(1, routed_rows(step, mesh) / product.rows) if product.rows else 1
+            filled = work.filled(product.rows) if product.rows else 1
             found += product.flops * times * filled
     memory = binary.memory_analysis()
     return {
@@ -71,36 +71,11 @@ def figures(step: Step, mesh: Mesh, options: dict | None = None) -> dict:
     }
 
 
-def rounds(step: Step, mesh: Mesh, program: Program, loop: Instruction) -> int:
-    """How often a loop runs that depends on data.
-
-    That of the loss goes by the positions that count. If experts share the work evenly, the first
-    round of their exchange has room for all rows.
-    """
-    if "/later_rounds/" in loop.op_name:
-        return 0
-    kind = step.stage.objective.kind
-    if f"({kind})" not in loop.op_name:
-        raise ValueError(
-            f"{loop.op_name}: expected a loop of the loss or of the expert exchange, as no other "
-            "depends on data"
-        )
-    words = step.student.decoder.vocab_size // mesh.shape["tensor"]
-    chunk = max(
-        math.prod(array.shape) // words
-        for instruction in program.under(loop)
-        if products.product(instruction)
-        for array in instruction.results
-        if words in array.shape
-    )
-    return -(-read_positions(step) // row_ways(mesh) // chunk)
-
-
-def routed_rows(step: Step, mesh: Mesh) -> float:
-    """Pairs of a token and its expert that a device computes, if experts share the work evenly."""
-    moe = step.student.decoder.moe
-    choices = moe.experts_per_token if moe else 0
-    return (step.batch.segment_ids > 0).sum() * choices / row_ways(mesh)
+def work_of_device(step: Step, mesh: Mesh) -> trips.Work:
+    """What the data of a batch give a device to do, if experts share it evenly."""
+    ways = row_ways(mesh)
+    tokens = int((step.batch.segment_ids > 0).sum()) // ways
+    return trips.work_of(step.student, mesh.shape, -(-read_positions(step) // ways), tokens)
 
 
 def read_positions(step: Step) -> int:

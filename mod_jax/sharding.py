@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mod_jax.config import ConfigError, MeshConfig, require
@@ -56,13 +57,16 @@ def check_platform() -> None:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run.
 
+    Axes follow the links of a TPU slice, and two of them may share an axis of the slice. Of several
+    slices the data axis comes first: it alone crosses the network between them.
+
     Args:
       config: Devices along each axis.
       devices: Devices of the mesh; all devices by default.
 
     Raises:
-      ConfigError: If the product of the axes is not the number of devices, or as
-        `check_platform`.
+      ConfigError: If the product of the axes is not the number of devices, if slices do not divide
+        the data axis, or as `check_platform`.
     """
     check_platform()
     devices = jax.devices() if devices is None else devices
@@ -85,9 +89,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f"sizes with the product {len(devices)}, the number of devices",
         "Set one axis to -1 to give it the devices that are left.",
     )
-    return jax.make_mesh(
-        tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    # GPUs have the number of a slice too: that of a host, over which any axis may go.
+    is_tpu = devices[0].platform == "tpu"
+    # those of a single slice that is not here have none
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
+    data, *others = shape
+    require(
+        data % slices == 0,
+        "mesh.data",
+        data,
+        f"a multiple of {slices}, the number of TPU slices, as this axis alone spans them",
     )
+    # `jax.make_mesh` refuses several slices, and shapes of one for which two axes have to share an
+    # axis of the slice.
+    if slices > 1:
+        of_slice, of_slices = (data // slices, *others), (slices, *(1 for _ in others))
+        array = mesh_utils.create_hybrid_device_mesh(
+            of_slice, of_slices, devices, allow_split_physical_axes=True
+        )
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition(

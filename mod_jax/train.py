@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from mod_jax.config import ConfigError, RecipeConfig, from_dict, require
+from mod_jax.command_line import STAGE, parse, read_recipe
+from mod_jax.config import ConfigError, RecipeConfig, require
 from mod_jax.data.batches.skips import TooManyBadSamples
 from mod_jax.data.batches.workers import WorkerDied
 from mod_jax.models import llava
@@ -33,14 +33,8 @@ from mod_jax.storage.lock import locked
 from mod_jax.training.allocator import keep_freed_memory
 from mod_jax.training.log import NotFinite
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe, a file in configs/.", lock_config=True
-)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics and results."
-)
-STAGE = flags.DEFINE_string(
-    "stage", None, "Run only this stage; the stage that it starts from has to be finished."
 )
 REDO = flags.DEFINE_string(
     "redo",
@@ -141,9 +135,7 @@ def measure(recipe: Recipe, name: str) -> dict:
 def main(_) -> None:
     """Runs the command."""
     logging.set_verbosity(logging.WARNING)  # Orbax logs every step of a save
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    require(pathlib.Path(path).is_file(), "--config", path, "an existing file, as in configs/")
-    config = from_dict(RecipeConfig, CONFIG.value.to_dict())
+    config = read_recipe()
     check_stage(config, STAGE.value)
     if DRY_RUN.value:
         stages = (STAGE.value,) if STAGE.value else config.order
@@ -161,36 +153,6 @@ def main(_) -> None:
     results = run(config, workdir, STAGE.value, REDO.value)
     if results:
         print_table(results)
-
-
-def parse(arguments: list[str]) -> list[str]:
-    """Parses the command line as absl does.
-
-    Raises:
-      ConfigError: in one line, for a recipe that is missing or wrong, a --config.KEY that it does
-        not have, or a value that a flag does not take.
-    """
-    try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(_what_is_wrong(error)) from None
-
-
-def _what_is_wrong(error: Exception) -> str:
-    """One line about an error of absl or ml_collections.
-
-    ml_collections wraps an error of the recipe into one whose message is a whole traceback.
-    """
-    chain: list[BaseException] = [error]
-    while chain[-1].__context__:
-        chain.append(chain[-1].__context__)
-    for cause in chain:
-        is_one_line = "\n" not in str(cause)
-        if isinstance(cause, ConfigError | flags.Error) and is_one_line:
-            return str(cause)
-    cause = chain[-1] if isinstance(error, flags.Error) else error
-    message = " ".join(str(cause).replace("\\n", " ").split())
-    return f"--config: expected a file that can be read and keys that it has ({message})."
 
 
 def cli() -> None:

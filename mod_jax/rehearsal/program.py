@@ -8,13 +8,14 @@ instruction a line, each with its shape, operation, operands and attributes.
 import collections
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 _HEAD = re.compile(r"(ENTRY )?%([^ ]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([^ ]+) = ")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{[^}]*?S\((\d+)\)[^}]*\})?")
 _CALLS = re.compile(
     r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation"
     r"|called_computations)=\{?(%[^,{} ]+(?:, %[^,{} ]+)*)"
@@ -25,10 +26,24 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 
 class Array(NamedTuple):
-    """Shape and dtype of an array, the latter in the words of HLO: "bf16", "s32"."""
+    """An array.
+
+    Attributes:
+      dtype: In the words of HLO: "bf16", "s32".
+      shape: Its shape.
+      space: Number of the memory that it lies in; 0 is the device's main memory.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def size(self) -> float:
+        """Bytes, without the padding of its layout."""
+        bits = re.search(r"\d+", self.dtype)
+        widths = {"pred": 8, "token": 0, "opaque": 0}
+        return math.prod(self.shape) * (int(bits[0]) if bits else widths[self.dtype]) / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +84,12 @@ class Instruction:
         return re.findall(r"%([^,() ]+)", self.arguments)
 
     def calls(self) -> Iterator[tuple[str, str]]:
-        """(as what, name) of the computations that it calls."""
+        """(as what, name) of the computations that it calls.
+
+        The end of an asynchronous operation names what its beginning has run.
+        """
+        if self.opcode in ("async-update", "async-done"):
+            return
         for role, names in _CALLS.findall(self.attributes):
             for name in names.split(", "):
                 yield role, name.removeprefix("%")
@@ -103,12 +123,19 @@ class Program:
           trips: Loop -> how often its body runs, asked for loops whose number XLA does not know.
 
         Raises:
-              ValueError: For such a loop without `trips`.
+          ValueError: For such a loop without `trips`.
         """
+        for _, instruction, count in self.located_runs(trips):
+            yield instruction, count
+
+    def located_runs(
+        self, trips: Callable[[Instruction], int] | None = None
+    ) -> Iterator[tuple[str, Instruction, int]]:
+        """As `runs`, with the name of the computation before each instruction."""
         times = collections.Counter({self.entry: 1})
         for name in self._callers_first:
             for instruction in self.computations[name]:
-                yield instruction, times[name]
+                yield name, instruction, times[name]
                 for role, called in instruction.calls():
                     count = self._trips(instruction, trips) if role == "body" else 1
                     times[called] += count * times[name]
@@ -167,20 +194,27 @@ class Program:
                 yield instruction
                 names += [called for _, called in instruction.calls() if called not in names]
 
+    @functools.cached_property
+    def fused(self) -> set[str]:
+        """Names of the computations within a fusion or an operation, whose arrays are not stored.
+
+        Those of calls, loops, branches and asynchronous operations are none of them.
+        """
+        return {
+            called
+            for name in self._callers_first
+            for instruction in self.computations[name]
+            for role, called in instruction.calls()
+            if role in ("calls", "to_apply") and instruction.opcode not in ("call", "async-start")
+        }
+
     def arrays(self) -> Iterator[tuple[Array, Instruction]]:
         """(array, instruction that makes it) for all arrays that lie in memory.
 
         What a fusion makes inside does not: only its results are written.
         """
-        fused = {
-            called
-            for name in self._callers_first
-            for instruction in self.computations[name]
-            for role, called in instruction.calls()
-            if role in ("calls", "to_apply") and instruction.opcode != "call"
-        }
         for name in self._callers_first:
-            if name not in fused:
+            if name not in self.fused:
                 for instruction in self.computations[name]:
                     for array in instruction.results:
                         yield array, instruction
@@ -236,6 +270,6 @@ def _until(text: str, end: str) -> tuple[str, str]:
 
 def _arrays(shape: str) -> tuple[Array, ...]:
     return tuple(
-        Array(dtype, tuple(int(size) for size in sizes.split(",") if size))
-        for dtype, sizes in _ARRAY.findall(shape)
+        Array(dtype, tuple(int(size) for size in sizes.split(",") if size), int(space or 0))
+        for dtype, sizes, space in _ARRAY.findall(shape)
     )

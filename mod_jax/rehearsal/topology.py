@@ -24,22 +24,38 @@ class Slice(NamedTuple):
     Attributes:
       topology: Generation and chips along each axis.
       chip: Name of the chip's configuration; a "megacore" is one device of two cores.
+      rings: Whether the links along every axis of more than two chips close to a ring, as they do
+        in a whole pod of v5e and v6e, and in cubes of v5p.
     """
 
     topology: str
     chip: str = "default"
+    rings: bool = False
 
 
-# Names as in Google Cloud, by cores; a v5p chip of two cores is one device.
+# Names as in Google Cloud: v5e, v6e and tpu7x by chips, of which the last has two devices; v5p by
+# cores, of which two are one device.
 SLICES = {
     "v5e-4": Slice("v5e:2x2"),
     "v5e-16": Slice("v5e:4x4"),
     "v5e-64": Slice("v5e:8x8"),
-    "v5p-32": Slice("v5:2x2x4", "megacore"),
+    "v5e-256": Slice("v5e:16x16", rings=True),
     "v6e-16": Slice("v6e:4x4"),
+    "v6e-256": Slice("v6e:16x16", rings=True),
+    "v5p-32": Slice("v5:2x2x4", "megacore"),
+    "v5p-128": Slice("v5:4x4x4", "megacore", rings=True),
+    "tpu7x-16": Slice("tpu7x:2x2x2"),
 }
-# Name -> (file in cards/, GPUs of the host). Descriptions of cards are those of the XLA project.
-HOSTS = {"h100-1": ("h100", 1), "h100-8": ("h100", 8)}
+# Name -> (file in cards/, GPUs of the host). Descriptions of cards are those of the XLA project
+# (xla/backends/gpu/target_config/specs), with the CUDA version that compiles here.
+HOSTS = {
+    "h100-1": ("h100", 1),
+    "h100-8": ("h100", 8),
+    "h200-1": ("h200", 1),
+    "h200-8": ("h200", 8),
+    "a100-8": ("a100", 8),
+    "b200-8": ("b200", 8),
+}
 NAMES = (*SLICES, *HOSTS)
 
 
@@ -57,17 +73,24 @@ def prepare() -> None:
     }
 
 
-def devices(name: str) -> list[jax.Device]:
+def devices(name: str, slices: int = 1) -> list[jax.Device]:
     """Devices of a slice or a host, which exist for the compiler alone.
 
+    Args:
+      name: One of `NAMES`.
+      slices: Number of such slices.
+
     Raises:
-      ConfigError: If the name is unknown, or its compiler is not installed.
+      ConfigError: If the name is unknown, its compiler is not installed, or there are several hosts
+        of GPUs.
     """
     require(name in NAMES, "topology", name, "one of " + ", ".join(NAMES))
+    on_tpu = name in SLICES
+    require(on_tpu or slices == 1, "slices", slices, f"1, as {name} is one host of GPUs")
     try:
-        return list((_slice if name in SLICES else _host)(name).devices)
+        return list((_slice(name, slices) if on_tpu else _host(name)).devices)
     except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-        remedy = "pip install jax[tpu]" if name in SLICES else "pip install -r requirements-gpu.txt"
+        remedy = "pip install jax[tpu]" if on_tpu else "pip install -r requirements-gpu.txt"
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"topology = {name!r}: expected an installed compiler for it. Try {remedy}. "
@@ -75,15 +98,16 @@ def devices(name: str) -> list[jax.Device]:
         ) from error
 
 
-def _slice(name: str) -> topologies.TopologyDescription:
-    topology, chip = SLICES[name]
+def _slice(name: str, slices: int) -> topologies.TopologyDescription:
+    topology, chip, rings = SLICES[name]
+    axes = topology.partition(":")[2].count("x") + 1
     return topologies.get_topology_desc(
         platform="tpu",
         topology_name=topology,
         chip_config_name=chip,
         chips_per_host_bounds=(2, 2, 1),
-        num_slices=1,
-        wrap=(False, False, False),  # along no axis do the links form a ring
+        num_slices=slices,
+        wrap=tuple(rings and axis < axes for axis in range(3)),
     )
 
 
