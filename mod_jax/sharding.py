@@ -23,7 +23,10 @@ Split = str | tuple[str, ...] | None  # the mesh axes of a dimension, as in a Pa
 # Logical axis of a parameter -> mesh axes; None is replicated.
 RULES: dict[str | None, Split] = {
     "layers": None,
-    "vocab": "tensor",
+    # Words of an embedding table or a head. What devices along `expert` exchange for it is little,
+    # as they are few, and no device needs a whole table.
+    "vocab": ("tensor", "expert"),
+    "word_embed": "fsdp",
     # Dense weights have no expert axis of their own, so `expert` serves as a second fsdp for them.
     "embed": ("fsdp", "expert"),
     "heads": "tensor",

@@ -80,13 +80,13 @@ def test_parameters_lie_where_their_logical_axes_say():
     axes = {
         "dense": ("layers", "embed", "heads", None),
         "expert": ("layers", "expert", "expert_embed", "mlp"),
-        "head": ("vocab", "embed"),
+        "head": ("vocab", "word_embed"),
         "scalar": (),
     }
     shapes = {
         "dense": shape(3, 8, 4, 5),
         "expert": shape(3, 4, 6, 10),
-        "head": shape(6, 4),
+        "head": shape(8, 4),
         "scalar": shape(),
     }
     mesh = make_mesh(MESH)
@@ -94,7 +94,7 @@ def test_parameters_lie_where_their_logical_axes_say():
     assert {name: s.spec for name, s in found.items()} == {
         "dense": PartitionSpec(None, ("fsdp", "expert"), "tensor", None),
         "expert": PartitionSpec(None, "expert", "fsdp", "tensor"),
-        "head": PartitionSpec("tensor", ("fsdp", "expert")),
+        "head": PartitionSpec(("tensor", "expert"), "fsdp"),
         "scalar": PartitionSpec(),
     }
     assert found["dense"].shard_shape(shapes["dense"].shape) == (3, 2, 2, 5)
@@ -121,7 +121,7 @@ def test_a_dimension_that_does_not_divide_lies_on_fewer_devices(size, axis, spli
 def test_no_two_dimensions_of_a_weight_share_a_mesh_axis():
     """For all combinations of axes that the weights of the models have."""
     for axes in [
-        ("vocab", "embed"),
+        ("vocab", "word_embed"),
         ("embed", "heads"),
         ("embed", "kv_heads"),
         ("embed", "mlp"),

@@ -350,7 +350,7 @@ def test_eight_devices_agree_with_one(mesh, words):
     desired = expected(inputs, weights)
     mesh = sharding.make_mesh(mesh)
     rows = sharding.row_sharding(mesh)
-    head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["embed"]))
+    head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["word_embed"]))
     with jax.set_mesh(mesh):
         placed = [
             jax.device_put(x, s) for x, s in zip(inputs, (rows, head, rows, head, rows, rows))
@@ -370,7 +370,7 @@ def test_eight_devices_sum_the_heads_gradient_in_float32():
     *_, alone = ours(inputs, weights)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rows = sharding.row_sharding(mesh)
-    head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["embed"]))
+    head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["word_embed"]))
     with jax.set_mesh(mesh):
         places = (rows, head, rows, head, rows, rows)
         *_, d_head = ours([jax.device_put(*pair) for pair in zip(inputs, places)], weights)
@@ -458,7 +458,7 @@ def test_no_product_is_made_twice(loss, teacher, values, frozen, trained):
 
 
 def placed_on(mesh, inputs):
-    head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["embed"]))
+    head = NamedSharding(mesh, PartitionSpec(sharding.RULES["vocab"], sharding.RULES["word_embed"]))
     rows = sharding.row_sharding(mesh)
     return [jax.device_put(x, s) for x, s in zip(inputs, (rows, head, rows, head, rows, rows))]
 

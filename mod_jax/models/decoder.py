@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         table = (config.vocab_size, config.hidden_size)
-        axes = ("vocab", "embed")
+        axes = ("vocab", "word_embed")
         stddev = config.hidden_size**-0.5
         self.embedding = nnx.Dict(w_vd=weight(rngs, (), table, axes, stddev))
         self.layers = Layers(config, rngs)

@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mod_jax.batch import Array
-from mod_jax.sharding import AXES, ROWS, mesh_axes, partition
+from mod_jax.sharding import ROWS, mesh_axes, partition
+
+TABLE_AXES = ("vocab", "word_embed")  # logical axes of a table's dimensions
 
 
 def lookup(table_vd: jax.Array, tokens: Array, dtype: str) -> jax.Array:
     """Rows of an embedding table.
 
     Args:
-      table_vd: f32[V,D], with the logical axes ("vocab", "embed"). Its gradient is summed in its
-        own dtype.
+      table_vd: f32[V,D], with the logical axes `TABLE_AXES`. Its gradient is summed in its own
+        dtype.
       tokens: i32[B,S], below V. Under an ambient mesh, B is a multiple of the devices that rows are
         split over.
       dtype: Of the result.
@@ -30,7 +32,7 @@ def lookup(table_vd: jax.Array, tokens: Array, dtype: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _rows(table_vd, jnp.asarray(tokens)).astype(dtype)
-    spec = partition(mesh, table_vd.shape, ("vocab", "embed"))
+    spec = partition(mesh, table_vd.shape, TABLE_AXES)
     vocab, embed = map(mesh_axes, spec)
     body = functools.partial(_on_device, vocab, embed, dtype)
     rows = PartitionSpec(ROWS)
@@ -50,9 +52,9 @@ def _on_device(
 ) -> jax.Array:
     """`lookup` of this device's rows.
 
-    Devices that hold other columns read theirs for these tokens, and send them: the tokens of all
-    are gathered, and an exchange trades columns of all rows for all columns of one's own. So what
-    travels is as large as the result, and not as the table.
+    Each device reads its words and columns for the rows of all that it shares the table with; they
+    sum over the words, of which one is not 0, and trade columns of all rows for all columns of
+    their own. So what travels goes by the size of the result, and not of the table.
 
     Args:
       vocab, embed: Mesh axes over which the two dimensions of the table are split.
@@ -60,17 +62,28 @@ def _on_device(
       table_vd: This device's words and columns.
       tokens: i32[b,S].
     """
-    others = tuple(axis for axis in AXES if axis not in vocab + embed)
-    tokens = jax.lax.pcast(tokens, vocab, to="varying") if vocab else tokens
-    table_vd = jax.lax.pcast(table_vd, tuple(axis for axis in others if axis in ROWS), to="varying")
-    if embed:
-        tokens = jax.lax.all_gather(tokens, embed, tiled=True)
+    tokens = _varying(tokens, tuple(axis for axis in vocab if axis not in ROWS))
+    table_vd = _varying(table_vd, tuple(axis for axis in ROWS if axis not in vocab + embed))
+    readers = tuple(axis for axis in vocab if axis in ROWS)
+    for axis in readers + embed:  # tokens of [embed, readers, b]
+        tokens = jax.lax.all_gather(tokens, axis, tiled=True)
     if vocab:
         words = len(table_vd)
         own = tokens - jax.lax.axis_index(vocab) * words
-        mine = (own >= 0) & (own < words)
-        found = jnp.where(mine[..., None], _rows(table_vd, own), 0)
-        found = jax.lax.psum(found.astype(dtype), vocab)  # of which one is not 0
+        found = jnp.where(((own >= 0) & (own < words))[..., None], _rows(table_vd, own), 0)
     else:
-        found = _rows(table_vd, tokens).astype(dtype)
+        found = _rows(table_vd, tokens)
+    found = found.astype(dtype)
+    for axis in vocab:
+        if axis in ROWS:
+            parts = jax.lax.axis_size(embed) if embed else 1
+            found = found.reshape(parts, -1, *found.shape[1:])
+            found = jax.lax.psum_scatter(found, axis, scatter_dimension=1, tiled=True)
+            found = found.reshape(-1, *found.shape[2:])
+        else:
+            found = jax.lax.psum(found, axis)
     return jax.lax.all_to_all(found, embed, 0, 2, tiled=True) if embed else found
+
+
+def _varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pcast(x, axes, to="varying") if axes else x

@@ -1,8 +1,7 @@
 """A sweep over the head in chunks of positions, each with the logits of all words.
 
-It makes the gradient of a head that trains, and the devices along `tensor` may each hold a slice of
-the vocabulary: per chunk they exchange maxima and sums of C positions, and add up the gradient rows
-[C,D].
+It makes the gradient of a head that trains, and devices may each hold a slice of the vocabulary:
+per chunk they exchange maxima and sums of C positions.
 
 Axes: N positions of one device, C positions of a chunk, D width, W words of the slice that one
 device holds.
@@ -24,9 +23,7 @@ from mod_jax.ops.vocab_sweep import (
     put,
     take,
 )
-from mod_jax.sharding import ROWS, RULES
-
-VOCAB = RULES["vocab"]  # mesh axis that a head's words are split over
+from mod_jax.sharding import AXES
 
 
 def sweep_chunks(
@@ -49,13 +46,14 @@ def sweep_chunks(
       weights: f32[N] of each value; None makes values alone.
 
     Returns:
-      Values f32[N], d_hidden f[N,D], and d_head f32[W,D], the sum over these rows.
+      Values f32[N], d_hidden f[N,D], and d_head f32[W,D], the sum over these rows. Of a slice of
+      the vocabulary d_hidden is f32, to be summed over the slices.
     """
     hidden, head = student
     indices, chunks = chunk_indices(mask_n, positions)
-    if plan.split:
+    if plan.slices:
         # Devices that exchange numbers in the loop have to take as many turns.
-        chunks = jax.lax.pmax(chunks, (*ROWS, VOCAB))
+        chunks = jax.lax.pmax(chunks, AXES)
 
     def body(i, sweep):
         indices_c = indices[i]
@@ -69,7 +67,7 @@ def sweep_chunks(
             return Sweep(values, None, None)
         d_logits = gradient([take(x, indices_c) for x in weights]).astype(hidden.dtype)
         d_rows = jnp.einsum("cv,vd->cd", d_logits, head, preferred_element_type=jnp.float32)
-        d_hidden = put(sweep.d_hidden, indices_c, _over_slices(plan, jax.lax.psum, d_rows))
+        d_hidden = put(sweep.d_hidden, indices_c, d_rows)
         if sweep.d_head is None:
             return Sweep(values, d_hidden, None)
         d_head = jnp.einsum("cv,cd->vd", d_logits, rows, preferred_element_type=jnp.float32)
@@ -90,7 +88,7 @@ def _of_logits(
     # A CPU writes out whatever is reduced, so sums are taken of logits as they are.
     total = functools.partial(_over_slices, plan, jax.lax.psum)
     width = student_cv.shape[1]
-    first = jax.lax.axis_index(VOCAB) * width if plan.split else 0
+    first = jax.lax.axis_index(plan.slices) * width if plan.slices else 0
     log_sum = _log_sum_exp(plan, student_cv)
     column = jnp.where(targets_c < first, width, targets_c - first)[:, None]
     at_target = jnp.take_along_axis(student_cv, column, axis=1, mode="fill", fill_value=0)
@@ -134,7 +132,7 @@ def _log_sum_exp(plan: Plan, logits_cv: jax.Array) -> jax.Array:
 
 def _over_slices(plan: Plan, reduce: Callable, x: jax.Array) -> jax.Array:
     """`reduce`, psum or pmax, over the devices that hold the other slices of the vocabulary."""
-    return reduce(x, VOCAB) if plan.split else x
+    return reduce(x, plan.slices) if plan.slices else x
 
 
 def fitted(x: jax.Array, size: int, axis: int) -> jax.Array:

@@ -23,12 +23,14 @@ weights of the positions beforehand:
 
 Without differentiation a sweep makes values alone, and nothing is made for a frozen head.
 
-Under the ambient mesh (`jax.set_mesh`) rows stay on their devices. The devices along `tensor`,
-which hold the same rows, keep their slices of the vocabulary. Along the axes that split a head's
-width, each device gathers its slice [W,D] once, in the dtype of the hidden states; the head's
-gradient is summed and scattered back once, in float32. The alternative, to exchange partial logits,
-moves W float32 numbers for every counted position of all those devices, and together these
-outnumber D.
+Under the ambient mesh (`jax.set_mesh`) no device holds a whole head where `tensor` or `expert` has
+several devices. They keep slices of the vocabulary, and softmaxes are put together from maxima and
+sums. Devices along `tensor` have the same rows; those along `expert` get each other's hidden
+states, which are fewer numbers than a head's, and give back the gradients in them. Along `fsdp`,
+which splits a head's width, each device gathers its slice [W,D] once, in the dtype of the hidden
+states; the head's gradient is summed and scattered back once, in float32. The alternative, to
+exchange partial logits, moves W float32 numbers for every counted position of all those devices,
+and together these outnumber D.
 """
 
 import functools
@@ -40,13 +42,13 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from mod_jax.batch import Array
+from mod_jax.ops.embedding import TABLE_AXES
 from mod_jax.ops.vocab_chunks import fitted, sweep_chunks
 from mod_jax.ops.vocab_sweep import Block, Form, Plan, Side, Sweep
 from mod_jax.ops.vocab_tiles import sweep_tiles
 from mod_jax.ops.weights import own_share, whole
-from mod_jax.sharding import ROWS, partition
+from mod_jax.sharding import ROWS, mesh_axes, partition
 
-HEAD_AXES = ("vocab", "embed")  # logical axes of a head's dimensions
 # An accelerator needs enough positions to pay for reading the head once per chunk: C operations per
 # number read.
 CHUNK = 512
@@ -232,25 +234,21 @@ def _sweep(
 ) -> Sweep:
     """Values at the masked positions and, with weights, gradients of their weighted sum."""
     words = student.head.shape[0]
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.empty or mesh.size == 1
-    lies = None if alone else partition(mesh, student.head.shape, HEAD_AXES)
-    split = lies is not None and lies[0] is not None
     shared = words if teacher is None else min(words, teacher.head.shape[0])
-    plan = Plan(form, words, shared, head_trains, split)
-    if lies is None:
-        return _sweep_on_device(plan, None, None, student, teacher, targets, mask, weights)
+    plan = Plan(form, words, shared, head_trains)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _sweep_on_device(plan, student, teacher, targets, mask, weights)
+    lies = partition(mesh, student.head.shape, TABLE_AXES)
+    plan = plan._replace(slices=mesh_axes(lies[0]))
     rows, teacher_lies = PartitionSpec(ROWS), None
     if teacher is not None:
         # Each device needs the teacher's logits of the words in its slice of the student's head.
-        head = fitted(teacher.head, words, axis=0) if split else teacher.head
-        teacher_lies = partition(mesh, head.shape, HEAD_AXES)
-        if not split:
-            teacher_lies = PartitionSpec(None, teacher_lies[1])
-        head = jax.lax.with_sharding_constraint(head, teacher_lies)
-        teacher = Side(teacher.hidden, head)
+        head = fitted(teacher.head, words, axis=0) if plan.slices else teacher.head
+        teacher_lies = PartitionSpec(lies[0], partition(mesh, head.shape, TABLE_AXES)[1])
+        teacher = Side(teacher.hidden, jax.lax.with_sharding_constraint(head, teacher_lies))
     return jax.shard_map(
-        functools.partial(_sweep_on_device, plan, lies, teacher_lies),
+        functools.partial(_sweep_on_mesh, plan, lies, teacher_lies),
         in_specs=(
             Side._make((rows, lies)),
             None if teacher is None else Side._make((rows, teacher_lies)),
@@ -263,30 +261,77 @@ def _sweep(
     )(student, teacher, targets, mask, weights)
 
 
+def _sweep_on_mesh(
+    plan: Plan,
+    student_lies: PartitionSpec,
+    teacher_lies: PartitionSpec | None,
+    student: Side,
+    teacher: Side | None,
+    *rows,
+) -> Sweep:
+    """`_sweep_on_device` within `jax.shard_map`, of this device's rows and words.
+
+    Devices that share out the vocabulary compute their words for the rows of all of them, and then
+    add up what belongs to a row.
+
+    Args:
+      plan: What to make.
+      student_lies, teacher_lies: Mesh axes of the heads' dimensions.
+      student, teacher: This device's rows and its part of the heads.
+      rows: targets, mask and weights of these rows.
+    """
+    readers = tuple(axis for axis in plan.slices if axis in ROWS)
+    others = tuple(axis for axis in plan.slices if axis not in ROWS)
+
+    def of_all(x):
+        return jax.lax.all_gather(x, readers, tiled=True) if readers else x
+
+    def side(of, lies):
+        return Side(of_all(of.hidden), _whole_width(of, lies))
+
+    sweep = _sweep_on_device(
+        plan,
+        side(student, student_lies),
+        None if teacher is None else side(teacher, teacher_lies),
+        *jax.tree.map(of_all, rows),
+    )
+    values, d_hidden, d_head = sweep
+    if readers:
+        # All of them have made the values of all rows.
+        mine = jax.lax.axis_index(readers) * len(student.hidden)
+        values = tuple(jax.lax.dynamic_slice_in_dim(x, mine, len(student.hidden)) for x in values)
+    if d_hidden is not None:
+        for axis in readers:
+            d_hidden = jax.lax.psum_scatter(d_hidden, axis, tiled=True)
+        d_hidden = jax.lax.psum(d_hidden, others) if others else d_hidden
+        d_hidden = d_hidden.astype(student.hidden.dtype)
+    if d_head is not None:
+        with jax.named_scope("scatter_head_gradient"):
+            width = PartitionSpec(None, student_lies[1])
+            split = tuple(axis for axis in ROWS if axis not in readers)
+            d_head = own_share(d_head, width, split).astype(student.head.dtype)
+    return Sweep(values, d_hidden, d_head)
+
+
 def _sweep_on_device(
     plan: Plan,
-    student_lies: PartitionSpec | None,
-    teacher_lies: PartitionSpec | None,
     student: Side,
     teacher: Side | None,
     targets_bs: Array,
     mask_bs: Array,
     weights: tuple[jax.Array, ...] | None,
 ) -> Sweep:
-    """`_sweep` of this device's rows and, if the vocabulary is split, its slice of the words.
-
-    `student_lies` and `teacher_lies` name the mesh axes of the heads' dimensions, on a mesh.
-    """
+    """`_sweep` of these rows and the words of these heads."""
 
     def flat(x):
         return x.reshape(mask_bs.size, *x.shape[2:])
 
-    def gathered(side, lies):
-        return Side(flat(side.hidden), _whole_width(side, lies))
+    def in_dtype(side):
+        return Side(flat(side.hidden), side.head.astype(side.hidden.dtype))
 
     operands = (
-        gathered(student, student_lies),
-        None if teacher is None else gathered(teacher, teacher_lies),
+        in_dtype(student),
+        None if teacher is None else in_dtype(teacher),
         flat(targets_bs),
         flat(mask_bs),
         None if weights is None else tuple(map(flat, weights)),
@@ -303,15 +348,13 @@ def _sweep_on_device(
     values, d_hidden, d_head = sweep
     if d_hidden is not None:
         d_hidden = d_hidden.reshape(student.hidden.shape)
-    if d_head is not None:
-        with jax.named_scope("scatter_head_gradient"):
-            d_head = d_head if student_lies is None else own_share(d_head, student_lies)
+    if d_head is not None and not plan.slices:
         d_head = d_head.astype(student.head.dtype)
     return Sweep(tuple(x.reshape(mask_bs.shape) for x in values), d_hidden, d_head)
 
 
 def _may_cut_words(plan: Plan) -> bool:
-    return not (plan.head_trains or plan.split)
+    return not (plan.head_trains or plan.slices)
 
 
 def _in_blocks(plan: Plan, block: Block) -> Callable[..., Sweep]:
@@ -322,10 +365,9 @@ def _in_blocks(plan: Plan, block: Block) -> Callable[..., Sweep]:
 
 
 @jax.named_scope("gather_head")
-def _whole_width(side: Side, lies: PartitionSpec | None) -> jax.Array:
+def _whole_width(side: Side, lies: PartitionSpec) -> jax.Array:
     """This device's slice of the vocabulary, [W,D] in the dtype of the hidden states."""
-    head = side.head.astype(side.hidden.dtype)
-    return head if lies is None else whole(head, lies)
+    return whole(side.head.astype(side.hidden.dtype), PartitionSpec(None, lies[1]))
 
 
 def token_log_probs_oracle(

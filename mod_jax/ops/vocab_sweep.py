@@ -43,14 +43,14 @@ class Plan(NamedTuple):
       words: Vs, over all devices.
       shared: Words that student and teacher have in common, min(Vs, Vt).
       head_trains: Whether the gradient of the student's head is made.
-      split: Whether each device along `tensor` holds a slice of the vocabulary.
+      slices: Mesh axes along which each device holds a slice of the vocabulary, for the same rows.
     """
 
     form: Form
     words: int
     shared: int
     head_trains: bool
-    split: bool
+    slices: tuple[str, ...] = ()
 
 
 class Sweep(NamedTuple):
@@ -76,10 +76,15 @@ def empty_sweep(
     mask_n: jax.Array,
     weights: tuple[jax.Array, ...] | None,
 ) -> Sweep:
-    """What a sweep has made before its first block: zeros for all that it is to make."""
+    """What a sweep has made before its first block: zeros for all that it is to make.
+
+    Of slices of the vocabulary the gradients in the hidden states are still to be added up, so they
+    are float32.
+    """
+    dtype = jnp.float32 if plan.slices else student.hidden.dtype
     return Sweep(
         tuple(jnp.zeros(mask_n.shape) for _ in range(1 if teacher is None else 2)),
-        None if weights is None else jnp.zeros_like(student.hidden),
+        None if weights is None else jnp.zeros_like(student.hidden, dtype),
         jnp.zeros(student.head.shape, jnp.float32) if plan.head_trains else None,
     )
 

@@ -65,11 +65,14 @@ def scattered(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
     return gradient
 
 
-def own_share(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """`scattered`, and summed along the axes that split rows but not the weight as well."""
+def own_share(gradient: jax.Array, spec: PartitionSpec, rows: tuple[str, ...] = ROWS) -> jax.Array:
+    """`scattered`, and summed along the axes that split rows but not the weight as well.
+
+    `rows` are the axes that split the rows which the gradient is of.
+    """
     part = scattered(gradient, spec)
     used = {axis for _, axes in _travelled(spec) for axis in axes}
-    rest = tuple(axis for axis in ROWS if axis not in used and jax.lax.axis_size(axis) > 1)
+    rest = tuple(axis for axis in rows if axis not in used and jax.lax.axis_size(axis) > 1)
     return jax.lax.psum(part, rest) if rest else part
 
 
