@@ -65,16 +65,22 @@ def _swiglu(
 ) -> jax.Array:
     """SwiGLU of f[r,D], rows sorted by expert, each times its share f32[r]."""
     gate, up, down = experts
-    gated = grouped_matmul(rows, gate, group_sizes)
-    hidden = _hidden(gated, grouped_matmul(rows, up, group_sizes), shares)
-    return grouped_matmul(hidden, down, group_sizes)
+    products = (grouped_matmul(rows, w, group_sizes) for w in (gate, up))
+    return grouped_matmul(_hidden(*products, shares), down, group_sizes)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _hidden(gate: jax.Array, up: jax.Array, shares: jax.Array) -> jax.Array:
-    """f[r,F], computed in float32, of which nothing is kept for the backward pass."""
+def _gated(gate: jax.Array, up: jax.Array, shares: jax.Array) -> jax.Array:
+    """f[r,F], computed in float32."""
     product = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     return (product * shares[:, None]).astype(gate.dtype)
+
+
+# equivalent to: _gated. Its gradient keeps the arguments, and no f32[r,F], whatever remat says.
+_hidden = jax.custom_vjp(_gated)
+_hidden.defvjp(
+    lambda *arguments: (_gated(*arguments), arguments),
+    lambda arguments, dy: jax.vjp(_gated, *arguments)[1](dy),
+)
 
 
 def in_rounds(
