@@ -15,7 +15,7 @@ from mod_jax.rehearsal.step import Prepared, compile_prepared, prepare_step
 from mod_jax.rehearsal.trips import work_of
 from mod_jax.sharding import row_ways
 
-# Compiles in a third of the time; memory and order of instructions differ a little.
+# Compiles in less time; memory and the order of instructions differ from those of a run.
 QUICK = {"exec_time_optimization_effort": -1.0}
 
 

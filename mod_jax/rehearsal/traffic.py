@@ -50,6 +50,8 @@ class Traffic:
             return 0.0
         if opcode == "fusion":
             (called,) = [name for _, name in instruction.calls()]
+            if called in self._program.continued:
+                return self._beside(instruction)
             read = sum(
                 self._read(called, number, array)
                 for number, array in enumerate(instruction.operands)
@@ -65,6 +67,13 @@ class Traffic:
         if opcode in OPERAND_IN_RESULTS:
             written -= read
         return read + max(0.0, written)
+
+    def _beside(self, fusion: Instruction) -> float:
+        """Bytes of a fusion beside a collective, whose arrays pass through it untouched."""
+        passed = fusion.aliases
+        read = [array for n, array in enumerate(fusion.operands) if n not in passed.values()]
+        written = [array for n, array in enumerate(fusion.results) if n not in passed]
+        return self._sum((*read, *written))
 
     def _sum(self, arrays: tuple[Array, ...]) -> float:
         return sum(array.size for array in arrays if not (self._on_chip and array.space))

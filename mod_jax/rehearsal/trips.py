@@ -1,7 +1,7 @@
 """How often the loops run whose number depends on data, for which a program's text has no number.
 
-There are two kinds: the loss goes through the positions that it reads, and the exchange of experts
-through the rows that arrive. Rows are taken to be spread evenly over experts.
+There are two kinds: the loss goes through the positions that it reads, and experts exchange rows in
+further rounds if one of them gets more than its share. Rows are taken to be spread evenly.
 """
 
 import math
@@ -14,6 +14,7 @@ from mod_jax.rehearsal import products
 from mod_jax.rehearsal.program import Instruction, Program
 
 LOSSES = {"mimic", "preference", "next_token", "pair_means"}  # scopes
+UNEVEN = "later_rounds"  # scope of the rounds that an even routing does not need
 
 
 class Work(NamedTuple):
@@ -56,10 +57,10 @@ def trips(work: Work, program: Program) -> Callable[[Instruction], int]:
 
     def rounds(loop: Instruction) -> int:
         scopes = set(re.findall(r"\w+", loop.op_name))
-        if "experts" in scopes:
-            return _rounds(work.routed, _rows(program, loop))
+        if UNEVEN in scopes:
+            return 0
         if scopes & LOSSES:
-            return _rounds(work.read, _chunk(program, loop, work.words))
+            return -(-work.read // _chunk(program, loop, work.words))
         raise ValueError(
             f"{loop.op_name or loop.name}: expected a loop of the loss or of the experts, as no "
             "other depends on data"
@@ -68,25 +69,12 @@ def trips(work: Work, program: Program) -> Callable[[Instruction], int]:
     return rounds
 
 
-def _rounds(of: float, each: int) -> int:
-    return max(1, math.ceil(of / each)) if each else 1
-
-
 def _chunk(program: Program, loop: Instruction, words: int) -> int:
     """Positions whose logits a turn of the loss makes."""
     return max(
-        (
-            math.prod(array.shape) // words
-            for instruction in program.under(loop)
-            if products.product(instruction)
-            for array in instruction.results
-            if words in array.shape
-        ),
-        default=0,
+        math.prod(array.shape) // words
+        for instruction in program.under(loop)
+        if products.product(instruction)
+        for array in instruction.results
+        if words in array.shape
     )
-
-
-def _rows(program: Program, loop: Instruction) -> int:
-    """Rows that the grouped products of a turn take."""
-    found = map(products.product, program.under(loop))
-    return max((product.rows for product in found if product), default=0)
