@@ -59,6 +59,9 @@ class Traffic:
             return read + self._written(called, instruction)
         if opcode in SLICES:
             return 2 * self._sum(instruction.results)
+        if opcode == "slice-start":  # its results are the operand, the slice and a context
+            (_, part, *_), (source, *_) = instruction.results, instruction.operands
+            return part.size * (self._is_main(source) + self._is_main(part))
         if opcode == "dynamic-update-slice":
             return 2 * self._sum(instruction.operands[1:2])
         if opcode == "scatter":
@@ -76,7 +79,10 @@ class Traffic:
         return self._sum((*read, *written))
 
     def _sum(self, arrays: tuple[Array, ...]) -> float:
-        return sum(array.size for array in arrays if not (self._on_chip and array.space))
+        return sum(array.size for array in arrays if self._is_main(array))
+
+    def _is_main(self, array: Array) -> bool:
+        return not (self._on_chip and array.space)
 
     def _read(self, computation: str, number: int, array: Array) -> float:
         """Bytes that a fusion reads of its operand of this number."""
