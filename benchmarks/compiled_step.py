@@ -56,7 +56,7 @@ def figures(step: Step, mesh: Mesh, options: dict | None = None) -> dict:
     found = 0.0
     for instruction, times in program.runs(trips.trips(work, program)):
         if product := products.product(instruction):
-            # The buffer of an exchange has all rows that could arrive; kernels read those that do.
+            # The buffer of an exchange has room to spare; kernels read the rows that arrive.
             filled = work.filled(product.rows) if product.rows else 1
             found += product.flops * times * filled
     memory = binary.memory_analysis()

@@ -4,6 +4,7 @@ Mesh axes: data (replicas, across slices), fsdp, expert, tensor. Rows of a batch
 data x fsdp x expert.
 """
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from mod_jax.config import ConfigError, MeshConfig, require
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
 
+Split = str | tuple[str, ...] | None  # the mesh axes of a dimension, as in a PartitionSpec
+
 # Logical axis of a parameter -> mesh axes; None is replicated.
-RULES: dict[str | None, str | tuple[str, ...] | None] = {
+RULES: dict[str | None, Split] = {
     "layers": None,
     "vocab": "tensor",
     # Dense weights have no expert axis of their own, so `expert` serves as a second fsdp for them.
@@ -109,37 +112,59 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def partition(
+    mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]
+) -> PartitionSpec:
+    """How a parameter is split.
+
+    A dimension that does not divide over all mesh axes of its rule is split over as many of them as
+    it can be, and is whole on every device if it divides over none.
+
+    Args:
+      mesh: From `make_mesh`.
+      shape: Of the parameter.
+      axes: Logical axis (a key of `RULES`) of each dimension.
+
+    Returns:
+      Mesh axes of each dimension.
+    """
+    return PartitionSpec(
+        *(_split(mesh, size, axis) for size, axis in zip(shape, axes, strict=True))
+    )
+
+
+def _split(mesh: Mesh | AbstractMesh, size: int, axis: str | None) -> Split:
+    """The mesh axes of a dimension, without those that have one device."""
+    rule = tuple(a for a in mesh_axes(RULES[axis]) if mesh.shape[a] > 1)
+    choices: list[Split] = [*rule, rule]
+    fitting = [choice for choice in choices if size % ways(mesh, choice) == 0]
+    return max(fitting, key=functools.partial(ways, mesh), default=None) or None
+
+
+def mesh_axes(split: Split) -> tuple[str, ...]:
+    """The mesh axes of a dimension, from its entry in a PartitionSpec."""
+    return (split,) if isinstance(split, str) else split or ()
+
+
+def ways(mesh: Mesh | AbstractMesh, split: Split) -> int:
+    """Number of parts of a dimension, from its entry in a PartitionSpec."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(split))
+
+
 def parameter_shardings(
     mesh: Mesh, shapes: Mapping, axes: Mapping[str, tuple]
 ) -> dict[str, Sharding]:
-    """The sharding of each parameter.
+    """The sharding of each parameter: name -> sharding, for the names in `shapes`.
 
     Args:
       mesh: From `make_mesh`.
       shapes: Name -> anything with a shape.
       axes: Name -> logical axis of each dimension, for at least the names in `shapes`.
-
-    Returns:
-      Name -> sharding, for the names in `shapes`.
-
-    Raises:
-      ConfigError: If dimensions do not divide over the mesh; it names each of them.
     """
-    wrong = []
-    shardings: dict[str, Sharding] = {}
-    for name, array in shapes.items():
-        spec = [RULES[axis] for axis in axes[name]]
-        for size, axis, mesh_axes in zip(array.shape, axes[name], spec, strict=True):
-            split_over = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-            ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in split_over)
-            if size % ways:
-                wrong.append(f"{name}: {axis} of size {size} over {mesh_axes} = {ways} devices")
-        shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
-    if wrong:
-        raise ConfigError(
-            "these sizes do not divide over the mesh; choose other mesh sizes: " + "; ".join(wrong)
-        )
-    return shardings
+    return {
+        name: NamedSharding(mesh, partition(mesh, array.shape, axes[name]))
+        for name, array in shapes.items()
+    }
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -154,7 +179,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def row_ways(mesh: Mesh | AbstractMesh) -> int:
     """Number of devices, or of groups of them, that the rows of a batch are split over."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return ways(mesh, ROWS)
 
 
 def check_rows(mesh: Mesh, rows: int, accumulation: int) -> None:

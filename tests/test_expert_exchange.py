@@ -7,15 +7,19 @@ Axes: B rows, S positions, D width, F feed-forward, E experts, K experts per tok
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from ragged import ragged_all_to_all
 
 from mod_jax.config import ConfigError, MeshConfig
-from mod_jax.ops.expert_exchange import exchange, expert_layer, expert_layer_oracle, permute
+from mod_jax.ops import expert_exchange, expert_windows
+from mod_jax.ops.expert_exchange import expert_layer, expert_layer_oracle
+from mod_jax.ops.expert_windows import rows_of_rounds
 from mod_jax.sharding import ROWS, make_mesh, parameter_shardings
 
 MESHES = {
@@ -28,19 +32,19 @@ B, S, D, F, E, K = 8, 6, 16, 32, 8, 2
 ROUTINGS = ["even", "all to one", "many to none"]
 
 
-def choose(routing):
+def choose(routing, E=E, K=K):
     """Choices i32[B,S,K] of experts; the number E means none."""
     choices = np.argsort(np.random.default_rng(0).random((B, S, E)), axis=-1)[..., :K]
     if routing == "all to one":
-        choices[..., 0] = 5
-        choices[..., 1] = E
+        choices[..., 0] = E - 1
+        choices[..., 1:] = E
     if routing == "many to none":
         choices[::2] = E
-        choices[:, :3, 1] = E
+        choices[:, :3, 1:] = E
     return jnp.array(choices, jnp.int32)
 
 
-def operands():
+def operands(E=E, K=K):
     """The layer's arguments by name, and a cotangent [B,S,D] of its output."""
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = {
@@ -108,6 +112,47 @@ def test_the_mesh_changes_nothing(config):
         assert_close(ours[routing], with_gradients(expert_layer_oracle, given, choose(routing), dy))
 
 
+# form, devices along expert, experts of a device, choices of a token
+ROUNDS = [("capacity", 8, 2, 1), ("ragged", 4, 1, 2)]
+OTHER_ROUNDS = [
+    case
+    for case in itertools.product(("capacity", "ragged"), (2, 4, 8), (1, 2), (1, 2))
+    if case not in ROUNDS
+]
+
+
+def check_rounds(monkeypatch, form, axis, experts, choices_per_token):
+    """Rounds of a few rows serve even and uneven routings as the oracle does."""
+    monkeypatch.setattr(expert_windows, "TILE", 1)
+    monkeypatch.setattr(expert_exchange, "exchange_form", lambda mesh: form)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    E, K = axis * experts, choices_per_token
+    given, dy = operands(E, K)
+    first, later = rows_of_rounds(B * S // 8, K, axis, experts)
+    assert not later or first + later < B * S // 8 * min(K, experts), "two rounds would do"
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8 // axis, expert=axis))
+    to_last_device = [E - 1 - k if k < experts else E for k in range(K)]
+    routings = {routing: choose(routing, E, K) for routing in ROUTINGS}
+    routings["all to one device"] = jnp.broadcast_to(jnp.array(to_last_device), (B, S, K))
+    with jax.set_mesh(mesh):
+        placed = on_mesh(mesh, given)
+        layer = functools.partial(expert_layer)  # traced anew for each form
+        ours = {name: with_gradients(layer, placed, c, dy) for name, c in routings.items()}
+    for name, choices in routings.items():
+        assert_close(ours[name], with_gradients(expert_layer_oracle, given, choices, dy))
+
+
+@pytest.mark.parametrize("case", ROUNDS, ids=str)
+def test_rounds_follow_until_all_rows_are_served(case, monkeypatch):
+    check_rounds(monkeypatch, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHER_ROUNDS, ids=str)
+def test_rounds_of_other_sizes_do_too(case, monkeypatch):
+    check_rounds(monkeypatch, *case)
+
+
 def test_experts_that_do_not_divide_are_refused():
     given, dy = operands()
     six = given | {name: given[name][:6] for name in ("gate", "up", "down")}
@@ -134,9 +179,11 @@ def test_rows_that_do_not_divide_are_refused():
         )
 
 
-def test_gathered_weights_are_not_kept_for_the_backward_pass():
+@pytest.mark.parametrize("axis", [1, 4])
+def test_gathered_weights_are_not_kept_for_the_backward_pass(axis, monkeypatch):
+    monkeypatch.setattr(expert_windows, "TILE", 1)
     given, _ = operands()
-    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8 // axis, expert=axis))):
         saved = jax.eval_shape(
             lambda g: jax.vjp(
                 lambda g: expert_layer(
@@ -146,51 +193,5 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
             )[1],
             given,
         )
-    # the gathered weights of all 8 devices together would be 8 * E * D * F numbers
-    assert max(a.size for a in jax.tree.leaves(saved)) < 8 * E * D * F
-
-
-def test_exchange_delivers_each_slice_in_the_order_of_the_senders():
-    """Two independent groups (data 0 and 1) of four devices; numbered rows tell where each went."""
-    rng = np.random.default_rng(1)
-    sizes = rng.integers(0, 4, (2, 4, 4))
-    sizes[0, :, 2] = 0  # a device that receives nothing
-    sizes[1, 1, :] = 0  # a device that sends nothing
-    rows = np.arange(1, 2 * 4 * 12 * 2 + 1, dtype=np.float32).reshape(2, 4, 12, 2)
-    expected = np.zeros((2, 4, 14, 2), np.float32)
-    expected_gradient = np.zeros_like(rows)
-    seeds = rng.random(expected.shape, np.float32)
-    for group in range(2):
-        for receiver in range(4):
-            place = 0
-            for sender in range(4):
-                begin = sizes[group, sender, :receiver].sum()
-                for row in range(begin, begin + sizes[group, sender, receiver]):
-                    expected[group, receiver, place] = rows[group, sender, row]
-                    expected_gradient[group, sender, row] = seeds[group, receiver, place]
-                    place += 1
-
-    spec = PartitionSpec("data", "expert")
-
-    @functools.partial(
-        jax.shard_map,
-        mesh=make_mesh(MeshConfig(data=2, expert=4)),
-        in_specs=(spec, PartitionSpec("data")),
-        out_specs=spec,
-    )
-    def deliver(rows, sizes):
-        sizes = jax.lax.pcast(sizes[0], "expert", to="varying")
-        return exchange(rows[0, 0], sizes, 14)[None, None]
-
-    got, pullback = jax.vjp(lambda rows: jax.jit(deliver)(rows, jnp.array(sizes)), jnp.array(rows))
-    np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(pullback(jnp.array(seeds))[0], expected_gradient)
-
-
-def test_permute_is_indexing_with_its_gradient():
-    x, dy = jax.random.normal(jax.random.key(0), (2, 50, 3))
-    order = jax.random.permutation(jax.random.key(1), 50)
-    ours, pullback = jax.vjp(lambda x: permute(x, order, jnp.argsort(order)), x)
-    expected, expected_pullback = jax.vjp(lambda x: x[order], x)
-    np.testing.assert_array_equal(ours, expected)
-    np.testing.assert_array_equal(pullback(dy)[0], expected_pullback(dy)[0])
+    # the gathered weights of all 8 devices together would be 8 / axis * E * D * F numbers
+    assert max(a.size for a in jax.tree.leaves(saved)) < 8 / axis * E * D * F

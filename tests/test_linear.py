@@ -8,13 +8,29 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mod_jax.config import MeshConfig
 from mod_jax.ops.linear import add, linear
-from mod_jax.sharding import ROWS, make_mesh
+from mod_jax.sharding import ROWS, make_mesh, partition
 
 B, S = 8, 96
 CASES = {  # shapes of x and w, the dimensions that are contracted, and the einsum
     "matrix": ((B, S, 6), (6, 5), 1, "bsd,df->bsf"),
     "into heads": ((B, S, 6), (6, 2, 3), 1, "bsd,dnh->bsnh"),
     "from heads": ((B, S, 2, 3), (2, 3, 5), 2, "bsnh,nhd->bsd"),
+    "up": ((B, S, 16), (16, 6), 1, "bsd,df->bsf"),
+    "down": ((B, S, 6), (6, 16), 1, "bsd,df->bsf"),
+    "out": ((B, S, 4, 3), (4, 3, 16), 2, "bsnh,nhd->bsd"),
+}
+AXES = {  # logical axes of the weight
+    "matrix": ("embed", "mlp"),  # of sizes that no mesh axis divides: whole on every device
+    "into heads": ("embed", "heads", None),
+    "from heads": ("heads", None, "embed"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "out": ("heads", None, "embed"),
+}
+MESHES = {
+    "8 fsdp": MeshConfig(1, 8, 1, 1),
+    "2 fsdp x 4 expert": MeshConfig(1, 2, 4, 1),
+    "2 data x 2 expert x 2 tensor": MeshConfig(2, 1, 2, 2),
 }
 
 
@@ -41,9 +57,9 @@ def by_einsum(case, x, w, dy):
     )
 
 
-def with_gradients(case, x, w, dy):
+def with_gradients(case, x, w, dy, axes=None):
     def run(x, w, dy):
-        y, pull = jax.vjp(lambda x, w: linear(x, w, CASES[case][2]), x, w)
+        y, pull = jax.vjp(lambda x, w: linear(x, w, CASES[case][2], axes), x, w)
         return y, *pull(dy)
 
     return jax.jit(run)(x, w, dy)
@@ -60,15 +76,34 @@ def test_values_and_gradients_are_those_of_einsum(case, dtype):
         np.testing.assert_allclose(ours.astype(jnp.float32), wanted, rtol=rtol)
 
 
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("case", CASES)
-def test_devices_sum_the_gradient_of_a_weight_in_float32(case):
-    """In bfloat16 it would be off by up to 4e-3."""
+def test_a_mesh_changes_no_value_and_sums_gradients_in_float32(case, mesh):
+    """In bfloat16 the gradient of the weight would be off by up to 4e-3."""
     x, w, dy = problem(case, jnp.bfloat16)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    mesh = make_mesh(MESHES[mesh])
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
+    w_lies = NamedSharding(mesh, partition(mesh, w.shape, AXES[case]))
+    given = (jax.device_put(a, to) for a, to in ((x, rows), (w, w_lies), (dy, rows)))
     with jax.set_mesh(mesh):
-        _, _, dw = with_gradients(case, jax.device_put(x, rows), w, jax.device_put(dy, rows))
-    np.testing.assert_allclose(dw, by_einsum(case, x, w, dy)[2], rtol=1e-6)
+        y, dx, dw = with_gradients(case, *given, AXES[case])
+    assert dw.sharding.is_equivalent_to(w_lies, w.ndim)
+    twice = 2**-7  # partial products along `tensor` are rounded to bfloat16 before they are summed
+    for ours, wanted, rtol in zip((y, dx, dw), by_einsum(case, x, w, dy), (twice, twice, 1e-6)):
+        np.testing.assert_allclose(ours.astype(jnp.float32), wanted, rtol=rtol)
+
+
+def test_a_frozen_weight_sends_no_gradient():
+    """And of what does not train at all, neither product nor sum of a backward pass is there."""
+    mesh = make_mesh(MESHES["8 fsdp"])
+    x, w, dy = problem("up", jnp.float32)
+
+    def run(x, w, dy):
+        return jax.vjp(lambda x: linear(x, w, axes=AXES["up"]), x)[1](dy)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).lower(x, w, dy).compile().as_text()
+    assert "all-gather(" in text and "reduce-scatter(" not in text and "all-reduce(" not in text
 
 
 def test_a_bias_is_added_in_float32_too():

@@ -70,11 +70,14 @@ class Data:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs the stage: run(data, bad=steps that are not finite, **configuration of the stage)."""
+    """Runs the stage: run(data, bad=steps that are not finite, **configuration of the stage).
+
+    Names in `read` are those of frozen parameters.
+    """
     monkeypatch.setattr(loop, "to_devices", lambda batch, mesh: batch.number)
     monkeypatch.setattr(loop, "_write_overview", lambda stage: None)
 
-    def run(data: Data, bad=(), log_every: int = 1, keep: int = 2, **changes):
+    def run(data: Data, bad=(), read=(), log_every: int = 1, keep: int = 2, **changes):
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
         def step(state: TrainState, frozen, number: int):
@@ -101,9 +104,15 @@ def run(tmp_path, monkeypatch):
         stage = loop.Stage(
             name="small",
             config=config,
-            program=loop.Program(optimizer, step, shardings, Frozen({}, {}), "float32"),
+            program=loop.Program(
+                optimizer,
+                step,
+                shardings,
+                Frozen(dict.fromkeys(read, replicated(mesh)), {}),
+                "float32",
+            ),
             trained=trained,
-            frozen=Frozen({}, {}),
+            frozen=Frozen(dict.fromkeys(read, np.zeros(2, np.float32)), {}),
             data=data,
             folder=tmp_path,
             metadata={"config": {}},
@@ -262,3 +271,11 @@ def test_everything_is_closed_when_the_data_fail(run, tmp_path, monkeypatch):
     assert closed == ["writer"]
     assert saved_steps(tmp_path) == [3]
     np.testing.assert_array_equal(run(Data())["w"], 7)
+
+
+def test_a_stage_with_experts_says_how_they_exchange_rows(run, capsys):
+    line = "stage small: expert exchange is local"
+    run(Data(), steps=1)
+    assert line not in capsys.readouterr().out
+    run(Data(), steps=2, read=["layers.moe.experts.gate.w_edf"])
+    assert line in capsys.readouterr().out

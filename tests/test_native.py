@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from small import DENSE, SPARSE, params_of
 
 from mod_jax.config import ConfigError, MeshConfig
+from mod_jax.interop import native
 from mod_jax.interop.native import open_native, place, save_native
 from mod_jax.interop.pretrained import Adaptor, InMemory, Pretrained, join, read, with_vocabulary
 from mod_jax.models import llava
@@ -105,10 +106,13 @@ def test_place_gives_every_device_its_block_and_reads_each_once(mesh):
         np.testing.assert_array_equal(shard.data, array[shard.index])
 
 
-def test_a_size_that_does_not_divide_over_the_mesh_is_refused_and_nothing_is_left(tmp_path):
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
-    with pytest.raises(ConfigError, match="do not divide over the mesh"):
-        save_native(tmp_path / "model", pretrained(DENSE), mesh)
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(native, "_save_params", fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_native(tmp_path / "model", pretrained(DENSE), make_mesh(MeshConfig()))
     assert not list(tmp_path.iterdir())
 
 

@@ -159,6 +159,10 @@ LOGITS = """  %x = bf16[16,8]{1,0} get-tuple-element(%t), index=1
   %w = bf16[8,96]{1,0} constant({...})
   %logits = f32[16,96]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 """
+GROUPED = """  %x = bf16[16,8]{1,0} get-tuple-element(%t), index=1
+  %w = bf16[4,8,12]{2,1,0} constant({...})
+  %y = bf16[16,12]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call"
+"""
 
 
 def test_loops_that_depend_on_data():
@@ -166,8 +170,10 @@ def test_loops_that_depend_on_data():
     for scopes in ("jvp(mimic)", "pair_means/while/body"):
         program, loop = loop_of(f"jit(train_step)/{scopes}/shard_map/while", LOGITS)
         assert trips(work, program)(loop) == 7  # chunks of 16 of the 100 positions
-    program, loop = loop_of("jvp(student)/moe/experts/shard_map/later_rounds/while", "")
-    assert trips(work, program)(loop) == 0  # 50 rows, spread evenly
+    program, loop = loop_of("jvp(student)/moe/experts/shard_map/while", GROUPED)
+    assert trips(work, program)(loop) == 4  # chunks of 16 of the 50 rows
+    program, loop = loop_of("jvp(student)/moe/experts/later_rounds/while", GROUPED)
+    assert trips(work, program)(loop) == 0
     program, loop = loop_of("jvp(student)/attention/while", "")
     with pytest.raises(ValueError, match=r"attention/while: expected a loop of the loss or of the"):
         trips(work, program)(loop)

@@ -1,6 +1,6 @@
 """The mesh and the table from logical axes to it.
 
-A size that does not divide over the mesh is named before anything runs.
+Rows that do not divide over the mesh are named before anything runs.
 """
 
 import os
@@ -22,6 +22,7 @@ from mod_jax.sharding import (
     constrain_rows,
     make_mesh,
     parameter_shardings,
+    partition,
     replicated,
     row_sharding,
 )
@@ -100,22 +101,21 @@ def test_parameters_lie_where_their_logical_axes_say():
     assert found["expert"].shard_shape(shapes["expert"].shape) == (3, 2, 3, 5)
 
 
-def test_every_dimension_that_does_not_divide_is_named():
-    axes = {
-        "a.w_dnh": ("embed", "heads", None),
-        "b.w_edf": ("expert", "expert_embed", "mlp"),
-        "fine": ("embed",),
-    }
-    shapes = {"a.w_dnh": shape(6, 3, 5), "b.w_edf": shape(4, 2, 7), "fine": shape(4)}
-    with pytest.raises(ConfigError) as error:
-        parameter_shardings(make_mesh(MESH), shapes, axes)
-    wrong = [
-        "a.w_dnh: embed of size 6 over ('fsdp', 'expert') = 4 devices",
-        "a.w_dnh: heads of size 3 over tensor = 2 devices",
-        "b.w_edf: mlp of size 7 over tensor = 2 devices",
-    ]
-    start = "these sizes do not divide over the mesh; choose other mesh sizes: "
-    assert str(error.value) == start + "; ".join(wrong)
+@pytest.mark.parametrize(
+    ("size", "axis", "split"),
+    [
+        (12, "embed", ("fsdp", "expert")),
+        (4, "embed", "fsdp"),  # over as many devices as it can be
+        (9, "embed", "expert"),
+        (5, "embed", None),
+        (14, "mlp", "tensor"),
+        (6, "mlp", None),
+        (3, "expert_embed", None),
+    ],
+)
+def test_a_dimension_that_does_not_divide_lies_on_fewer_devices(size, axis, split):
+    mesh = jax.sharding.AbstractMesh((1, 2, 3, 7), AXES)
+    assert partition(mesh, (size, 1), (axis, None)) == PartitionSpec(split, None)
 
 
 def test_no_two_dimensions_of_a_weight_share_a_mesh_axis():

@@ -6,6 +6,7 @@ It changes the parameters that train and no others.
 import dataclasses
 import fnmatch
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ MESHES = {
     "8 fsdp": MeshConfig(1, 8, 1, 1),
     "2 fsdp x 4 expert": MeshConfig(1, 2, 4, 1),
     "2 data x 2 expert x 2 tensor": MeshConfig(2, 1, 2, 2),
+    "8 tensor": MeshConfig(1, 1, 1, 8),  # more than there are heads: these are whole everywhere
 }
 RTOL = 1e-5  # of a tensor's largest absolute value
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.01)
@@ -113,8 +115,10 @@ def assert_near(found: dict, wanted: dict, rtol=RTOL):
         )
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "mesh"),
+    [*itertools.product(CASES, list(MESHES)[:3]), ("sparse mimic", "8 tensor")],
+)
 def test_every_mesh_takes_the_step_of_one_device(case, mesh):
     state, metrics, _ = after_one_step(case, mesh)
     alone, wanted, _ = after_one_step(case, "1")
@@ -378,19 +382,6 @@ def test_rows_that_do_not_divide_are_refused():
     check_rows(make_mesh(MESHES["2 data x 2 expert x 2 tensor"]), 12, 3)
 
 
-def test_sizes_that_do_not_divide_are_named():
-    stage, student, teacher, trained, frozen, _ = parts("dense mimic")
-    mesh = make_mesh(MeshConfig(tensor=8))
-    with pytest.raises(
-        ConfigError,
-        match=r"language_model\.layers\.attention\.query\.w_dnh: heads of size 4 "
-        r"over tensor = 8 devices",
-    ):
-        step.make_train_step(
-            stage, student, teacher, make_optimizer(OPTIMIZER, 1), mesh, trained, frozen
-        )
-
-
 def test_a_router_that_would_learn_nothing_is_not_trained():
     """An imported student may have one expert per token; it can be trained around its router."""
     stage, student, teacher, trained, frozen, _ = parts("sparse mimic")
@@ -450,9 +441,8 @@ def test_weight_decay_reaches_the_weights_of_matrix_products():
     siglip = dataclasses.replace(SPARSE.vision, family="siglip")
     params = params_of(dataclasses.replace(SPARSE, decoder=decoder))
     params |= params_of(dataclasses.replace(SPARSE, vision=siglip, decoder=decoder))
-    updates, _ = optimizer.update(
-        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
-    )
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = jax.jit(optimizer.update)(zeros, jax.jit(optimizer.init)(params), params)
     decayed = {name for name, update in updates.items() if np.any(update)}
     for name in decayed:
         np.testing.assert_allclose(updates[name], -0.5 * 0.1 * params[name], rtol=1e-6)

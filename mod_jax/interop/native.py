@@ -159,7 +159,7 @@ def save_native(path, pretrained: Pretrained[Config], mesh: Mesh | None = None) 
         part of a model, writes from one device.
 
     Raises:
-      ConfigError: If the folder exists, or a dimension does not divide over the mesh.
+      ConfigError: If the folder exists.
     """
     folder = absolute(path)
     require(

@@ -15,10 +15,11 @@ from mod_jax.batch import Array
 from mod_jax.config import DecoderConfig
 from mod_jax.models.feed_forward import FeedForward
 from mod_jax.models.moe import MoE, MoEAux
-from mod_jax.models.parameters import constant, weight
+from mod_jax.models.parameters import constant, multiplied, weight
 from mod_jax.models.remat import rematerialised
 from mod_jax.ops.attention import attention, attention_to
-from mod_jax.ops.linear import add, linear
+from mod_jax.ops.embedding import lookup
+from mod_jax.ops.linear import add
 from mod_jax.ops.visibility import visible
 from mod_jax.sharding import constrain_rows
 
@@ -51,7 +52,6 @@ class RMSNorm(nnx.Module):
       size: Size of the last dimension.
       eps: Added to the mean square.
       leaf: Name of the scale parameter.
-      axis: Logical axis of the scale.
     """
 
     def __init__(
@@ -60,11 +60,10 @@ class RMSNorm(nnx.Module):
         size: int,
         eps: float,
         leaf: str = "scale_d",
-        axis: str | None = "embed",
     ):
         self.eps = eps
         self.leaf = leaf
-        setattr(self, leaf, constant(stack, (size,), (axis,), 1.0))
+        setattr(self, leaf, constant(stack, (size,), (None,), 1.0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[..., size] -> f[..., size], same dtype."""
@@ -96,8 +95,8 @@ class Attention(nnx.Module):
             self.key.b_kh = constant(stack, (K, H), ("kv_heads", None), 0.0)
             self.value.b_kh = constant(stack, (K, H), ("kv_heads", None), 0.0)
         if self.qk_norm:
-            self.query_norm = RMSNorm(stack, H, config.norm_eps, "scale_h", None)
-            self.key_norm = RMSNorm(stack, H, config.norm_eps, "scale_h", None)
+            self.query_norm = RMSNorm(stack, H, config.norm_eps, "scale_h")
+            self.key_norm = RMSNorm(stack, H, config.norm_eps, "scale_h")
 
     def project(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array]
@@ -111,9 +110,9 @@ class Attention(nnx.Module):
         Returns:
           query f[B,S,N,H], key f[B,S,K,H], value f[B,S,K,H].
         """
-        query = linear(x, self.query.w_dnh[...])
-        key = linear(x, self.key.w_dkh[...])
-        value = linear(x, self.value.w_dkh[...])
+        query = multiplied(x, self.query.w_dnh)
+        key = multiplied(x, self.key.w_dkh)
+        value = multiplied(x, self.value.w_dkh)
         if self.bias:
             query = add(query, self.query.b_nh[...])
             key = add(key, self.key.b_kh[...])
@@ -125,7 +124,7 @@ class Attention(nnx.Module):
 
     def merge(self, heads: jax.Array) -> jax.Array:
         """Applies the output projection to the attended heads: f[B,S,N,H] -> f[B,S,D]."""
-        return linear(heads, self.out.w_nhd[...], inputs=2)
+        return multiplied(heads, self.out.w_nhd, inputs=2)
 
 
 def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -259,7 +258,7 @@ class Decoder(nnx.Module):
     @jax.named_scope("embedding")
     def embed(self, tokens: Array) -> jax.Array:
         """Looks up the embeddings of tokens: i32[B,S] -> f[B,S,D]."""
-        return jnp.take(self.embedding.w_vd[...], tokens, axis=0, mode="clip").astype(self.dtype)
+        return lookup(self.embedding.w_vd[...], tokens, self.dtype)
 
     def _new_cache(self, rows: int, capacity: int) -> Cache:
         config = self.config

@@ -16,9 +16,9 @@ from mod_jax.batch import Array, Batch
 from mod_jax.config import ModelConfig, MoEConfig
 from mod_jax.models.decoder import Decoder
 from mod_jax.models.moe import MoEAux
-from mod_jax.models.parameters import constant, weight
+from mod_jax.models.parameters import constant, multiplied, weight
 from mod_jax.models.vision import VisionTower
-from mod_jax.ops.linear import add, linear
+from mod_jax.ops.linear import add
 from mod_jax.sharding import constrain_rows
 
 
@@ -32,7 +32,7 @@ class Adaptor(nnx.Module):
         )
         self.linear_2 = nnx.Dict(
             w_io=weight(rngs, (), (width, width), ("mlp", "embed"), width**-0.5),
-            b_o=constant((), (width,), ("embed",), 0.0),
+            b_o=constant((), (width,), (None,), 0.0),
         )
 
     @jax.named_scope("adaptor")
@@ -43,7 +43,7 @@ class Adaptor(nnx.Module):
 
 
 def _linear(x: jax.Array, parameters: nnx.Dict) -> jax.Array:
-    return add(linear(x, parameters.w_io[...]), parameters.b_o[...])
+    return add(multiplied(x, parameters.w_io), parameters.b_o[...])
 
 
 class Llava(nnx.Module):

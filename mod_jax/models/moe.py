@@ -43,7 +43,7 @@ class ResidualExpert(FeedForward):
     def __init__(self, config: DecoderConfig, stack: tuple[int, ...], rngs: nnx.Rngs):
         super().__init__(config, stack, rngs)
         self.mix = nnx.Dict(
-            w_d2=constant(stack, (config.hidden_size, 2), ("embed", None), 0.0),
+            w_d2=constant(stack, (config.hidden_size, 2), (None, None), 0.0),
             b_2=constant(stack, (2,), (None,), 0.0),
         )
 

@@ -1,4 +1,4 @@
-"""Constructors of parameters, each with the logical axes of its dimensions.
+"""Constructors of parameters, each with the logical axes of its dimensions, and their product.
 
 Every parameter of every module is made here: float32, of shape `stack + shape`, for one layer or
 for a stack of layers. `sharding.parameter_shardings` reads its metadata `axes`, which has a name of
@@ -8,6 +8,8 @@ its own so that flax does not take it for a sharding annotation and place the ar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from mod_jax.ops.linear import linear
 
 Axes = tuple[str | None, ...]
 
@@ -54,3 +56,9 @@ def _parameter(value: jax.Array, stack: tuple[int, ...], axes: Axes) -> nnx.Para
             f"axes = {axes}: expected one logical axis for each dimension of {value.shape}."
         )
     return nnx.Param(value, axes=axes)
+
+
+def multiplied(x: jax.Array, parameter: nnx.Param, inputs: int = 1) -> jax.Array:
+    """`ops.linear.linear` with the weight of one layer (a stack is sliced first)."""
+    w = parameter[...]
+    return linear(x, w, inputs, parameter.axes[-w.ndim :])

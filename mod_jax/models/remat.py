@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from mod_jax.ops.blocked_attention import SAVED
+from mod_jax.ops.weights import keeps_no_weight
 from mod_jax.sharding import platform
 
 policies = jax.checkpoint_policies
@@ -13,7 +14,8 @@ policies = jax.checkpoint_policies
 # `prevent_cse` keeps XLA from merging the recomputation with the forward pass. Layers run inside a
 # scan, whose loop already keeps the two apart, so this would only hinder optimizations.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda layer: layer,
+    # But for weights that were gathered from other devices: all of them would be the whole model.
+    "none": functools.partial(jax.checkpoint, policy=keeps_no_weight, prevent_cse=False),
     "dots": functools.partial(
         jax.checkpoint,
         policy=policies.save_from_both_policies(

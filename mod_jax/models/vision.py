@@ -14,10 +14,10 @@ from flax import nnx
 
 from mod_jax.batch import Array
 from mod_jax.config import VisionConfig
-from mod_jax.models.parameters import constant, weight
+from mod_jax.models.parameters import constant, multiplied, weight
 from mod_jax.models.remat import rematerialised
 from mod_jax.ops.attention import attention
-from mod_jax.ops.linear import add, linear
+from mod_jax.ops.linear import add
 from mod_jax.sharding import constrain_rows
 
 T = TypeVar("T")  # an array or its shape
@@ -42,8 +42,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, stack: tuple[int, ...], size: int, eps: float):
         self.eps = eps
-        self.scale_d = constant(stack, (size,), ("embed",), 1.0)
-        self.bias_d = constant(stack, (size,), ("embed",), 0.0)
+        self.scale_d = constant(stack, (size,), (None,), 1.0)
+        self.bias_d = constant(stack, (size,), (None,), 0.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[..., D] -> f[..., D], same dtype."""
@@ -72,7 +72,7 @@ class VisionAttention(nnx.Module):
         self.value = projection()
         self.out = nnx.Dict(
             w_nhd=weight(rngs, stack, (heads, size, width), ("heads", None, "embed"), width**-0.5),
-            b_d=constant(stack, (width,), ("embed",), 0.0),
+            b_d=constant(stack, (width,), (None,), 0.0),
         )
 
     @jax.named_scope("attention")
@@ -80,10 +80,10 @@ class VisionAttention(nnx.Module):
         """f[M,T,D] -> f[M,T,D]; every position attends to every position of its picture."""
 
         def project(projection: nnx.Dict) -> jax.Array:
-            return add(linear(x, projection.w_dnh[...]), projection.b_nh[...])
+            return add(multiplied(x, projection.w_dnh), projection.b_nh[...])
 
         heads = attention(project(self.query), project(self.key), project(self.value))
-        return add(linear(heads, self.out.w_nhd[...], inputs=2), self.out.b_d[...])
+        return add(multiplied(heads, self.out.w_nhd, inputs=2), self.out.b_d[...])
 
 
 class VisionMLP(nnx.Module):
@@ -98,15 +98,15 @@ class VisionMLP(nnx.Module):
         )
         self.down = nnx.Dict(
             w_fd=weight(rngs, stack, (inner, width), ("mlp", "embed"), inner**-0.5),
-            b_d=constant(stack, (width,), ("embed",), 0.0),
+            b_d=constant(stack, (width,), (None,), 0.0),
         )
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[M,T,D] -> f[M,T,D]."""
-        inner = add(linear(x, self.up.w_df[...]), self.up.b_f[...])
+        inner = add(multiplied(x, self.up.w_df), self.up.b_f[...])
         return add(
-            linear(ACTIVATIONS[self.activation](inner), self.down.w_fd[...]), self.down.b_d[...]
+            multiplied(ACTIVATIONS[self.activation](inner), self.down.w_fd), self.down.b_d[...]
         )
 
 
@@ -142,15 +142,15 @@ class VisionTower(nnx.Module):
         width = config.hidden_size
         pixels = config.patch_size**2 * 3
         clip = config.family == "clip"
-        projection = weight(rngs, (), (pixels, width), (None, "embed"), pixels**-0.5)
+        projection = weight(rngs, (), (pixels, width), (None, None), pixels**-0.5)
         positions = config.num_features + int(clip)  # CLIP has a CLS position before the patches
-        self.positions = nnx.Dict(w_td=weight(rngs, (), (positions, width), (None, "embed"), 0.02))
+        self.positions = nnx.Dict(w_td=weight(rngs, (), (positions, width), (None, None), 0.02))
         if clip:
-            self.class_embedding_d = weight(rngs, (), (width,), ("embed",), width**-0.5)
+            self.class_embedding_d = weight(rngs, (), (width,), (None,), width**-0.5)
             self.patches = nnx.Dict(w_pd=projection)
             self.pre_norm = LayerNorm((), width, config.norm_eps)
         else:
-            self.patches = nnx.Dict(w_pd=projection, b_d=constant((), (width,), ("embed",), 0.0))
+            self.patches = nnx.Dict(w_pd=projection, b_d=constant((), (width,), (None,), 0.0))
         self.layers = VisionLayer(config, (config.num_layers,), rngs)
         self.post_norm = LayerNorm((), width, config.norm_eps)
 
@@ -193,7 +193,7 @@ class VisionTower(nnx.Module):
         pixels = images.astype(jnp.float32) / 255 - jnp.asarray(config.pixel_mean)
         pixels = pixels / jnp.asarray(config.pixel_std)
         patches = patchify(pixels.astype(dtype), config.patch_size)
-        x = linear(patches, self.patches.w_pd[...])
+        x = multiplied(patches, self.patches.w_pd)
         if config.family == "siglip":
             return add(add(x, self.patches.b_d[...]), self.positions.w_td[...])
         class_m1d = jnp.broadcast_to(self.class_embedding_d[...], (len(x), 1, config.hidden_size))

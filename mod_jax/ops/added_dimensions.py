@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mod_jax.batch import Array
-from mod_jax.sharding import ROWS, RULES
+from mod_jax.sharding import ROWS, partition
 
 BRANCHES = 2  # beside the shared prefix
 FORBIDDEN = -(2.0**20)  # exact in bfloat16
@@ -69,8 +69,10 @@ def each_device(
       rows: (segment_ids, branch_ids), each i32[B,S], or None.
     """
     rows = jax.tree.map(jnp.asarray, rows)
-    if not jax.sharding.get_abstract_mesh().empty:
-        by_head = PartitionSpec(ROWS, None, RULES["heads"])
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # A query head needs its key/value head, so both are split or neither.
+        by_head = PartitionSpec(ROWS, None, *partition(mesh, key.shape[2:3], ("kv_heads",)))
         attend = jax.shard_map(
             attend,
             in_specs=(by_head, by_head, by_head, PartitionSpec(ROWS)),

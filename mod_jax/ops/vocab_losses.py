@@ -43,13 +43,10 @@ from mod_jax.batch import Array
 from mod_jax.ops.vocab_chunks import fitted, sweep_chunks
 from mod_jax.ops.vocab_sweep import Block, Form, Plan, Side, Sweep
 from mod_jax.ops.vocab_tiles import sweep_tiles
-from mod_jax.sharding import ROWS, RULES
+from mod_jax.ops.weights import own_share, whole
+from mod_jax.sharding import ROWS, partition
 
-# Mesh axes over which the two dimensions of a head are split.
-VOCAB = RULES["vocab"]
-EMBED = RULES["embed"]
-# Axes along which devices have the same slice of a head, beside EMBED.
-REPLICAS = ("data",)
+HEAD_AXES = ("vocab", "embed")  # logical axes of a head's dimensions
 # An accelerator needs enough positions to pay for reading the head once per chunk: C operations per
 # number read.
 CHUNK = 512
@@ -237,49 +234,59 @@ def _sweep(
     words = student.head.shape[0]
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
-    plan = Plan(
-        form,
-        words,
-        words if teacher is None else min(words, teacher.head.shape[0]),
-        head_trains,
-        on_mesh=not alone,
-        split=not alone and mesh.shape[VOCAB] > 1,
-    )
-    if alone:
-        return _sweep_on_device(plan, student, teacher, targets, mask, weights)
-    rows, head = PartitionSpec(ROWS), PartitionSpec(VOCAB, EMBED)
-    if plan.split and teacher is not None:
+    lies = None if alone else partition(mesh, student.head.shape, HEAD_AXES)
+    split = lies is not None and lies[0] is not None
+    shared = words if teacher is None else min(words, teacher.head.shape[0])
+    plan = Plan(form, words, shared, head_trains, split)
+    if lies is None:
+        return _sweep_on_device(plan, None, None, student, teacher, targets, mask, weights)
+    rows, teacher_lies = PartitionSpec(ROWS), None
+    if teacher is not None:
         # Each device needs the teacher's logits of the words in its slice of the student's head.
-        teacher_head = fitted(teacher.head, words, axis=0)
-        teacher = Side(teacher.hidden, jax.lax.with_sharding_constraint(teacher_head, head))
-    side = Side._make((rows, head))
+        head = fitted(teacher.head, words, axis=0) if split else teacher.head
+        teacher_lies = partition(mesh, head.shape, HEAD_AXES)
+        if not split:
+            teacher_lies = PartitionSpec(None, teacher_lies[1])
+        head = jax.lax.with_sharding_constraint(head, teacher_lies)
+        teacher = Side(teacher.hidden, head)
     return jax.shard_map(
-        functools.partial(_sweep_on_device, plan),
-        in_specs=(side, None if teacher is None else side, rows, rows, rows),
-        out_specs=Sweep._make((rows, rows, head)),
+        functools.partial(_sweep_on_device, plan, lies, teacher_lies),
+        in_specs=(
+            Side._make((rows, lies)),
+            None if teacher is None else Side._make((rows, teacher_lies)),
+            rows,
+            rows,
+            rows,
+        ),
+        out_specs=Sweep._make((rows, rows, lies)),
         check_vma=False,
     )(student, teacher, targets, mask, weights)
 
 
 def _sweep_on_device(
     plan: Plan,
+    student_lies: PartitionSpec | None,
+    teacher_lies: PartitionSpec | None,
     student: Side,
     teacher: Side | None,
     targets_bs: Array,
     mask_bs: Array,
     weights: tuple[jax.Array, ...] | None,
 ) -> Sweep:
-    """`_sweep` of this device's rows and, if the vocabulary is split, its slice of the words."""
+    """`_sweep` of this device's rows and, if the vocabulary is split, its slice of the words.
+
+    `student_lies` and `teacher_lies` name the mesh axes of the heads' dimensions, on a mesh.
+    """
 
     def flat(x):
         return x.reshape(mask_bs.size, *x.shape[2:])
 
-    def gathered(side):
-        return Side(flat(side.hidden), _whole_width(plan, side))
+    def gathered(side, lies):
+        return Side(flat(side.hidden), _whole_width(side, lies))
 
     operands = (
-        gathered(student),
-        None if teacher is None else gathered(teacher),
+        gathered(student, student_lies),
+        None if teacher is None else gathered(teacher, teacher_lies),
         flat(targets_bs),
         flat(mask_bs),
         None if weights is None else tuple(map(flat, weights)),
@@ -297,7 +304,9 @@ def _sweep_on_device(
     if d_hidden is not None:
         d_hidden = d_hidden.reshape(student.hidden.shape)
     if d_head is not None:
-        d_head = _own_share(plan, d_head).astype(student.head.dtype)
+        with jax.named_scope("scatter_head_gradient"):
+            d_head = d_head if student_lies is None else own_share(d_head, student_lies)
+        d_head = d_head.astype(student.head.dtype)
     return Sweep(tuple(x.reshape(mask_bs.shape) for x in values), d_hidden, d_head)
 
 
@@ -313,19 +322,10 @@ def _in_blocks(plan: Plan, block: Block) -> Callable[..., Sweep]:
 
 
 @jax.named_scope("gather_head")
-def _whole_width(plan: Plan, side: Side) -> jax.Array:
+def _whole_width(side: Side, lies: PartitionSpec | None) -> jax.Array:
     """This device's slice of the vocabulary, [W,D] in the dtype of the hidden states."""
     head = side.head.astype(side.hidden.dtype)
-    return jax.lax.all_gather(head, EMBED, axis=1, tiled=True) if plan.on_mesh else head
-
-
-@jax.named_scope("scatter_head_gradient")
-def _own_share(plan: Plan, d_head: jax.Array) -> jax.Array:
-    """Sums the head's gradient over the devices; each keeps what it holds of the head."""
-    if not plan.on_mesh:
-        return d_head
-    d_head = jax.lax.psum_scatter(d_head, EMBED, scatter_dimension=1, tiled=True)
-    return jax.lax.psum(d_head, REPLICAS)
+    return head if lies is None else whole(head, lies)
 
 
 def token_log_probs_oracle(

@@ -43,15 +43,13 @@ class Plan(NamedTuple):
       words: Vs, over all devices.
       shared: Words that student and teacher have in common, min(Vs, Vt).
       head_trains: Whether the gradient of the student's head is made.
-      on_mesh: Whether there are several devices.
-      split: Whether each of them holds a slice of the vocabulary.
+      split: Whether each device along `tensor` holds a slice of the vocabulary.
     """
 
     form: Form
     words: int
     shared: int
     head_trains: bool
-    on_mesh: bool
     split: bool
 
 

@@ -1,7 +1,8 @@
 """How often the loops run whose number depends on data, for which a program's text has no number.
 
-There are two kinds: the loss goes through the positions that it reads, and experts exchange rows in
-further rounds if one of them gets more than its share. Rows are taken to be spread evenly.
+There are three kinds: the loss goes through the positions that it reads, the products of experts on
+CPU through the rows that arrived, and their exchange through the rows that its first round has no
+room for. Rows are taken to be spread evenly over experts, so of the last there are none.
 """
 
 import math
@@ -14,7 +15,6 @@ from mod_jax.rehearsal import products
 from mod_jax.rehearsal.program import Instruction, Program
 
 LOSSES = {"mimic", "preference", "next_token", "pair_means"}  # scopes
-UNEVEN = "later_rounds"  # scope of the rounds that an even routing does not need
 
 
 class Work(NamedTuple):
@@ -52,26 +52,27 @@ def work_of(student: ModelConfig, mesh: Mapping[str, int], read: int, tokens: in
 def trips(work: Work, program: Program) -> Callable[[Instruction], int]:
     """A function for `Program.runs`.
 
-    It raises ValueError for a loop that is neither of the loss nor of the experts. On CPUs, where
-    nothing but tests is rehearsed, losses and products of experts have loops of other kinds, which
-    count once.
+    It raises ValueError for a loop that is neither of the loss nor of the experts.
     """
 
     def rounds(loop: Instruction) -> int:
         scopes = set(re.findall(r"\w+", loop.op_name))
-        if UNEVEN in scopes:
-            return 0
-        if scopes & LOSSES:
-            chunk = _chunk(program, loop, work.words)
-            return -(-work.read // chunk) if chunk else 1
+        if "later_rounds" in scopes:
+            return 0  # the first round, which is in no loop, has room for an even routing
         if "experts" in scopes:
-            return 1
+            return _rounds(work.routed, _rows(program, loop))
+        if scopes & LOSSES:
+            return _rounds(work.read, _chunk(program, loop, work.words))
         raise ValueError(
             f"{loop.op_name or loop.name}: expected a loop of the loss or of the experts, as no "
             "other depends on data"
         )
 
     return rounds
+
+
+def _rounds(of: float, each: int) -> int:
+    return max(1, math.ceil(of / each)) if each else 1
 
 
 def _chunk(program: Program, loop: Instruction, words: int) -> int:
@@ -86,3 +87,9 @@ def _chunk(program: Program, loop: Instruction, words: int) -> int:
         ),
         default=0,
     )
+
+
+def _rows(program: Program, loop: Instruction) -> int:
+    """Rows that the grouped products of a turn take."""
+    found = map(products.product, program.under(loop))
+    return max((product.rows for product in found if product), default=0)

@@ -95,6 +95,10 @@ class Log:
         )
         self._bar: TaskID = self._progress.add_task(name, total=steps, completed=done, seen="")
 
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def note(self, step: int, values: dict, samples: Array) -> None:
         """Takes the metrics of a dispatched step, name -> (sum, count), and its samples.
 

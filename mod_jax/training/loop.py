@@ -17,6 +17,7 @@ from mod_jax import sharding
 from mod_jax.batch import Array, Batch
 from mod_jax.config import ConfigError, ModelConfig, StageConfig
 from mod_jax.data.batches.pipeline import Batches
+from mod_jax.ops.exchange_form import exchange_form
 from mod_jax.storage.atomic import write_text
 from mod_jax.training import checkpoint
 from mod_jax.training.identity import ACCUMULATION, check_same
@@ -178,6 +179,8 @@ def run(stage: Stage, mesh: Mesh, keep: int, log_every: int) -> dict:
         limit = stage.config.max_nonfinite_steps
         report = Log(stage.name, stage.folder, stage.data, done, steps, log_every, limit)
         with report, Interrupts() as interrupts:
+            if any(".moe." in name for name in program.state.params | program.frozen.student):
+                report.say(f"stage {stage.name}: expert exchange is {exchange_form(mesh)}")
             for step in range(done + 1, steps + 1):
                 batch = next(stage.data)
                 state, values = program.step(state, frozen, to_devices(batch, mesh))

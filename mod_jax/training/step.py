@@ -239,7 +239,7 @@ def make_train_step(
       A Frozen with the shardings of the frozen parts.
 
     Raises:
-      ConfigError: If sizes do not divide over the mesh, or if a router is trained that would learn
+      ConfigError: If rows do not divide over the mesh, or if a router is trained that would learn
         nothing.
     """
     if student.decoder.moe and any(".moe.router." in name for name in trained):
