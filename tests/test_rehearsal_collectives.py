@@ -216,8 +216,9 @@ ENTRY %main (w: bf16[8,16], x: f32[4,4]) -> bf16[32,16] {
 for mark, text in {
     "@FSDP@": "[2,4]<=[4,2]T(1,0)",
     "@ALIAS@": "output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls="
-    "%async_collective_fusion.1",
-    "@END@": "output_to_operand_aliasing={{}: (1, {})}, calls=%end",
+    '%async_collective_fusion.1, metadata={op_name="jvp(teacher)/attention/dot_general"}',
+    "@END@": "output_to_operand_aliasing={{}: (1, {})}, calls=%end, "
+    'metadata={op_name="jvp(teacher)/mlp/all_gather"}',
 }.items():
     BESIDE = BESIDE.replace(mark, text)
 
@@ -226,6 +227,7 @@ def test_a_collective_beside_fusions_counts_once():
     program = read(BESIDE)
     (found,) = collectives(program, MESH)
     assert (found.kind, found.sent) == ("all-gather", 3 * 8 * 16 * 2)
+    assert found.module == "teacher mlp"  # where it ends, not beside whose product it runs
     traffic = Traffic(program, on_chip=True)
     moved = {i.name: traffic.of("main", i) for i in program.computations["main"]}
     assert moved["f"] == 2 * 4 * 4 * 4  # the product's, not those of the gather

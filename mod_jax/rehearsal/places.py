@@ -91,8 +91,9 @@ class Places:
     def of_operand(self, computation: str, instruction: Instruction, index: int) -> str:
         """Place of an operand of an instruction, and of what becomes of it; `UNNAMED` without.
 
-        What makes an array decides before what uses it: a gradient goes to the optimizer, which
-        is not where it comes from. A weight that is gathered comes from nowhere.
+        Without a name of its own, what makes an array decides before what uses it: a gradient goes
+        to the optimizer, which is not where it comes from. A weight that is gathered comes from
+        nowhere.
         """
         made, users = self._made[computation], self._users[computation]
         reads = instruction.reads
