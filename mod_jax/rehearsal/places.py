@@ -110,18 +110,14 @@ class Places:
             return [made[name] for name in at.reads if name in made]
 
         def after(at: Instruction) -> Iterable[Instruction]:
-            passed = [f"index={result}" for result in at.aliases] if self._beside(at) else None
-            return [
-                user
-                for user in users[at.name]
-                if passed is None or user.attributes.split(",")[0].strip() in passed
-            ]
+            passed = at.aliases if self._beside(at) else None
+            return [user for user in users[at.name] if passed is None or user.index in passed]
 
         first = [made[name] for name in reads[index : index + 1] if name in made]
         results = [
             user
             for user in self._results(users, instruction)
-            if len(reads) == 1 or f"index={index}" in user.attributes.split(", ")[0:2]
+            if len(reads) == 1 or user.index == index
         ]
         found = [
             *_near(first, before, self._of_what_passes),

@@ -80,6 +80,12 @@ class Instruction:
         return found[1] if found else ""
 
     @property
+    def index(self) -> int | None:
+        """Of a get-tuple-element: the number of the array that it takes; else None."""
+        found = re.search(r"\bindex=(\d+)", self.attributes)
+        return int(found[1]) if found and self.opcode == "get-tuple-element" else None
+
+    @property
     def aliases(self) -> dict[int, int]:
         """Number of a result -> number of the operand whose memory it takes, as a fusion says."""
         found = re.findall(r"\{(\d*)\}: \((\d+), \{\}", self.attributes)
