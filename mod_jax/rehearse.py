@@ -39,7 +39,7 @@ ROWS = flags.DEFINE_integer(
 )
 PRICE = flags.DEFINE_float("price", None, "USD of an hour of a chip.")
 QUICK = flags.DEFINE_bool(
-    "quick", False, "Compile for TPUs in a third of the time. Memory differs by a few percent."
+    "quick", False, "Compile for TPUs with less effort. Memory differs from a run's."
 )
 SEARCH = flags.DEFINE_bool("search", False, "Choose mesh, micro-batches and remat first.")
 CANDIDATES = flags.DEFINE_integer("candidates", 8, "With --search: how many are compiled.")

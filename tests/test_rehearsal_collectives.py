@@ -11,6 +11,7 @@ from mod_jax.rehearsal.collectives import collectives
 from mod_jax.rehearsal.groups import axes_of, groups_of
 from mod_jax.rehearsal.places import place_of
 from mod_jax.rehearsal.program import read
+from mod_jax.rehearsal.traffic import Traffic
 from mod_jax.sharding import AXES, make_mesh
 
 OPTIMIZED = True  # reads what the compiler makes
@@ -174,6 +175,62 @@ def test_slices_send_to_each_other_through_their_hosts():
     assert (across.links, across.network) == (0, 2 * 1 / 2 * size)
     assert (within.axes, across.axes) == (("fsdp",), ("data",))
     assert (across.kind, within.module, across.module) == ("all-reduce", module, module)
+
+
+# A gather beside a product, as TPUs run it: begun, held by the product's fusion, and ended.
+BESIDE = """
+%begin (p: bf16[8,16]) -> (bf16[8,16], bf16[32,16]) {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %g = bf16[32,16]{1,0} all-gather(%p), replica_groups=@FSDP@, dimensions={0}
+  ROOT %t = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) tuple(%p, %g)
+}
+
+%async_collective_fusion.1 (p: bf16[8,16], q: bf16[32,16], x: f32[4,4]) -> (f32[4,4], bf16[32,16]) {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %q = bf16[32,16]{1,0} parameter(1)
+  %x = f32[4,4]{1,0} parameter(2)
+  %g = bf16[32,16]{1,0} all-gather(%p), replica_groups=@FSDP@, dimensions={0}
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (f32[4,4]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) tuple(%y, %p, %q)
+}
+
+%end (p: bf16[8,16], q: bf16[32,16]) -> bf16[32,16] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %q = bf16[32,16]{1,0} parameter(1)
+  %g = bf16[32,16]{1,0} all-gather(%p), replica_groups=@FSDP@, dimensions={0}
+  ROOT %same = bf16[32,16]{1,0} bitcast(%q)
+}
+
+ENTRY %main (w: bf16[8,16], x: f32[4,4]) -> bf16[32,16] {
+  %w = bf16[8,16]{1,0} parameter(0)
+  %x = f32[4,4]{1,0} parameter(1)
+  %async-collective-start = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%w), calls=%begin
+  %p = bf16[8,16]{1,0} get-tuple-element(%async-collective-start), index=0
+  %q = bf16[32,16]{1,0} get-tuple-element(%async-collective-start), index=1
+  %f = (f32[4,4]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%p, %q, %x), @ALIAS@
+  %r = bf16[8,16]{1,0} get-tuple-element(%f), index=1
+  %s = bf16[32,16]{1,0} get-tuple-element(%f), index=2
+  ROOT %async-collective-done = bf16[32,16]{1,0} fusion(%r, %s), @END@
+}
+"""
+for mark, text in {
+    "@FSDP@": "[2,4]<=[4,2]T(1,0)",
+    "@ALIAS@": "output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls="
+    '%async_collective_fusion.1, metadata={op_name="jvp(teacher)/attention/dot_general"}',
+    "@END@": "output_to_operand_aliasing={{}: (1, {})}, calls=%end, "
+    'metadata={op_name="jvp(teacher)/mlp/all_gather"}',
+}.items():
+    BESIDE = BESIDE.replace(mark, text)
+
+
+def test_a_collective_beside_fusions_counts_once():
+    program = read(BESIDE)
+    (found,) = collectives(program, MESH)
+    assert (found.kind, found.sent) == ("all-gather", 3 * 8 * 16 * 2)
+    assert found.module == "teacher mlp"  # where it ends, not beside whose product it runs
+    traffic = Traffic(program, on_chip=True)
+    moved = {i.name: traffic.of("main", i) for i in program.computations["main"]}
+    assert moved["f"] == 2 * 4 * 4 * 4  # the product's, not those of the gather
 
 
 STARTED_ON_GPU = """

@@ -74,6 +74,28 @@ def test_slices_and_updates_in_place_count_alone(on_chip):
     assert total == found["w"] + found["y"] + found["new"]
 
 
+PREFETCHED = """
+ENTRY %main (x: f32[64,32]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %s = (f32[64,32]{1,0}, f32[16,32]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:16]}
+  %part = f32[16,32]{1,0:T(8,128)S(1)} slice-done(%s)
+  %c = (f32[64,32]{1,0:S(1)}, f32[64,32]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[64,32]{1,0:S(1)} copy-done(%c)
+  %d = (f32[64,32]{1,0}, f32[64,32]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%near)
+  ROOT %back = f32[64,32]{1,0} copy-done(%d)
+}
+"""
+
+
+def test_copies_to_the_chip_read_and_copies_back_write():
+    program = read(PREFETCHED)
+    traffic = Traffic(program, on_chip=True)
+    found = {i.name: traffic.of("main", i) for i in program.computations["main"]}
+    whole = 64 * 32 * 4
+    assert (found["s"], found["c"], found["d"]) == (whole / 4, whole, whole)
+    assert sum(found.values()) == whole / 4 + 2 * whole
+
+
 MESH = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 WORK = Work(words=8, read=8, routed=8)
 

@@ -80,7 +80,7 @@ def collectives(
     for computation, instruction, times in program.located_runs(trips):
         kind = instruction.opcode.removesuffix("-start")
         across = _ACROSS.search(instruction.attributes) if kind == "send" else None
-        if not times or (kind not in KINDS and not across):
+        if not times or (kind not in KINDS and not across) or computation in program.continued:
             continue
         if across:
             kind = across[1].lower().replace("_", "-")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from mod_jax.rehearsal.program import Instruction, Program
+from mod_jax.rehearsal.program import DONE, Instruction, Program
 
 UNNAMED = "unnamed"
 FAR = 400  # instructions that are looked at around one without a name
@@ -91,12 +91,16 @@ class Places:
     def of_operand(self, computation: str, instruction: Instruction, index: int) -> str:
         """Place of an operand of an instruction, and of what becomes of it; `UNNAMED` without.
 
-        What makes an array decides before what uses it: a gradient goes to the optimizer, which
-        is not where it comes from. A weight that is gathered comes from nowhere.
+        Without a name of its own, what makes an array decides before what uses it: a gradient goes
+        to the optimizer, which is not where it comes from. A weight that is gathered comes from
+        nowhere.
         """
         made, users = self._made[computation], self._users[computation]
         reads = instruction.reads
         caller = self._caller.get(computation)
+        named = place_of(instruction.op_name)
+        if named and named.exact and len(reads) == 1:
+            return str(named)
         if caller and caller.opcode in ("fusion", "async-start"):  # which surround it alone
             operand = made[reads[index]]
             number = int(operand.arguments) if operand.opcode == "parameter" else 0
@@ -106,20 +110,19 @@ class Places:
             return [made[name] for name in at.reads if name in made]
 
         def after(at: Instruction) -> Iterable[Instruction]:
-            return users[at.name]
+            passed = at.aliases if self._beside(at) else None
+            return [user for user in users[at.name] if passed is None or user.index in passed]
 
         first = [made[name] for name in reads[index : index + 1] if name in made]
         results = [
             user
             for user in self._results(users, instruction)
-            if len(reads) == 1 or f"index={index}" in user.attributes.split(", ")[0:2]
+            if len(reads) == 1 or user.index == index
         ]
-        own = [place_of(instruction.op_name)] if len(reads) == 1 else []
         found = [
-            *own,
-            *_near(first, before, self._place),
-            *_near(results, after, self._place),
-            place_of(instruction.op_name),
+            *_near(first, before, self._of_what_passes),
+            *_near(results, after, self._of_what_passes),
+            named,
             *self._callers(computation),
         ]
         places = [place for place in found if place is not None]
@@ -137,6 +140,17 @@ class Places:
         found = users[instruction.name]
         ends = [user for user in found if user.opcode.endswith("-done")]
         return [user for end in ends for user in users[end.name]] if ends else found
+
+    def _beside(self, instruction: Instruction) -> bool:
+        """Whether a fusion only runs beside a collective whose arrays pass through it."""
+        return (
+            instruction.opcode == "fusion"
+            and not instruction.name.startswith(DONE)
+            and any(called in self._program.continued for _, called in instruction.calls())
+        )
+
+    def _of_what_passes(self, instruction: Instruction) -> Place | None:
+        return None if self._beside(instruction) else self._place(instruction)
 
     def _place(self, instruction: Instruction) -> Place | None:
         """By its own name, or by the last that has one within a fusion."""

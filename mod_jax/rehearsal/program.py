@@ -22,6 +22,7 @@ _CALLS = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+DONE = "async-collective-done"  # how TPU programs call the end of a collective
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -77,6 +78,18 @@ class Instruction:
         """Of a custom call: what is called; else ""."""
         found = re.search(r'custom_call_target="([^"]+)"', self.attributes)
         return found[1] if found else ""
+
+    @property
+    def index(self) -> int | None:
+        """Of a get-tuple-element: the number of the array that it takes; else None."""
+        found = re.search(r"\bindex=(\d+)", self.attributes)
+        return int(found[1]) if found and self.opcode == "get-tuple-element" else None
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        """Number of a result -> number of the operand whose memory it takes, as a fusion says."""
+        found = re.findall(r"\{(\d*)\}: \((\d+), \{\}", self.attributes)
+        return {int(result or 0): int(operand) for result, operand in found}
 
     @property
     def reads(self) -> list[str]:
@@ -206,6 +219,22 @@ class Program:
             for instruction in self.computations[name]
             for role, called in instruction.calls()
             if role in ("calls", "to_apply") and instruction.opcode not in ("call", "async-start")
+        }
+
+    @functools.cached_property
+    def continued(self) -> set[str]:
+        """Names of the fused computations in which a collective goes on that began elsewhere.
+
+        On TPUs a collective may run beside several fusions, each of which holds it as well: it
+        begins in one that is named async-collective-start, and ends in async-collective-done.
+        """
+        return {
+            called
+            for name in self._callers_first
+            for instruction in self.computations[name]
+            if instruction.opcode == "fusion"
+            for _, called in instruction.calls()
+            if called.startswith("async_collective_fusion") or instruction.name.startswith(DONE)
         }
 
     def arrays(self) -> Iterator[tuple[Array, Instruction]]:

@@ -50,6 +50,8 @@ class Traffic:
             return 0.0
         if opcode == "fusion":
             (called,) = [name for _, name in instruction.calls()]
+            if called in self._program.continued:
+                return self._beside(instruction)
             read = sum(
                 self._read(called, number, array)
                 for number, array in enumerate(instruction.operands)
@@ -57,6 +59,9 @@ class Traffic:
             return read + self._written(called, instruction)
         if opcode in SLICES:
             return 2 * self._sum(instruction.results)
+        if opcode == "slice-start":  # its results are the operand, the slice and a context
+            (_, part, *_), (source, *_) = instruction.results, instruction.operands
+            return part.size * (self._is_main(source) + self._is_main(part))
         if opcode == "dynamic-update-slice":
             return 2 * self._sum(instruction.operands[1:2])
         if opcode == "scatter":
@@ -66,8 +71,18 @@ class Traffic:
             written -= read
         return read + max(0.0, written)
 
+    def _beside(self, fusion: Instruction) -> float:
+        """Bytes of a fusion beside a collective, whose arrays pass through it untouched."""
+        passed = fusion.aliases
+        read = [array for n, array in enumerate(fusion.operands) if n not in passed.values()]
+        written = [array for n, array in enumerate(fusion.results) if n not in passed]
+        return self._sum((*read, *written))
+
     def _sum(self, arrays: tuple[Array, ...]) -> float:
-        return sum(array.size for array in arrays if not (self._on_chip and array.space))
+        return sum(array.size for array in arrays if self._is_main(array))
+
+    def _is_main(self, array: Array) -> bool:
+        return not (self._on_chip and array.space)
 
     def _read(self, computation: str, number: int, array: Array) -> float:
         """Bytes that a fusion reads of its operand of this number."""
