@@ -182,7 +182,7 @@ def test_loops_that_depend_on_data():
 def test_the_work_of_a_device():
     sparse = ModelConfig(decoder=DecoderConfig(moe=MoEConfig(experts_per_token=2)))
     mesh = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 4}
-    assert work_of(sparse, mesh, 60, 100) == Work(151936 // 4, 60, 200)
+    assert work_of(sparse, mesh, 60, 100) == Work(151936 // 8, 2 * 60, 200)
     assert Work(1, 1, 200).filled(800) == 0.25
     assert Work(1, 1, 200).filled(100) == 1
 

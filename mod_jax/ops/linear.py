@@ -75,7 +75,16 @@ def linear(
     mesh = jax.sharding.get_abstract_mesh()
     if axes is None or mesh.empty or mesh.size == 1:
         return _linear(Layout(inputs), x, w)
-    return _linear(Layout(inputs, True, partition(mesh, w.shape, axes)), x, w)
+    # As a product of matrices: of the dimensions of D, and of those of F, only the first is split.
+    lies = partition(mesh, w.shape, axes)
+    matrix = PartitionSpec(lies[0], lies[inputs])
+    rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
+    # what is held as int8 becomes an array first
+    w = (w if isinstance(w, jax.Array) else w.astype(x.dtype)).reshape(
+        math.prod(w.shape[:inputs]), -1
+    )
+    y = _linear(Layout(1, True, matrix), x.reshape(*rows, len(w)), w)
+    return y.reshape(*rows, *outputs)
 
 
 def add(x: jax.Array, bias: jax.Array) -> jax.Array:

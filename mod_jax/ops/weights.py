@@ -4,11 +4,12 @@ A weight is split along `fsdp` and `expert`, over which the rows of a batch are 
 (`sharding.RULES`). So a product of a device's rows needs all parts, and its gradient is a sum over
 the devices, of which each keeps its part.
 
-Parts travel in a shape of their own, [8, a multiple of 1024], and along one mesh axis after the
-other. This is how XLA for TPUs makes them a gather and a scatter: of most other shapes (14 of 896
-rows), and along two axes at once, it gathers by a sum of arrays that are zero but for one part, and
-scatters by a sum of whole gradients on every device, which both send twice as much (read in
-programs for v5e, v5p and v6e; benchmarks/LOG.md).
+Parts travel along one mesh axis after the other: those of weights as rows of matrices, which need
+no copy where they fill tiles of 8 rows, those of gradients as tiles of [8, a multiple of 1024].
+This is how XLA for TPUs makes them a gather and a scatter. Along two axes at once, of three
+dimensions, or of most other shapes of a gradient, it gathers by a sum of arrays that are zero but
+for one part, and scatters by a sum of whole gradients on every device, which both send twice as
+much (read in programs for v5e, v5p and v6e; benchmarks/LOG.md).
 """
 
 import math
@@ -36,12 +37,10 @@ def whole(part: jax.Array, spec: PartitionSpec) -> jax.Array:
     # equivalent to: all_gather(part, axes, axis=dimension, tiled=True) for each dimension
     for dimension, axes in _travelled(spec):
         first = jnp.moveaxis(part, dimension, 0)
-        tiles = _tiled(first[None])
+        matrix = first.reshape(len(first), -1)
         for axis in reversed(axes):
-            tiles = jax.lax.all_gather(tiles, axis, tiled=True)
-        parts = tiles.reshape(-1, tiles[: TILE[0]].size)[:, : part.size]
-        together = parts.reshape(-1, *first.shape[1:])
-        part = jnp.moveaxis(together, 0, dimension)
+            matrix = jax.lax.all_gather(matrix, axis, tiled=True)
+        part = jnp.moveaxis(matrix.reshape(-1, *first.shape[1:]), 0, dimension)
     return part
 
 

@@ -10,9 +10,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from jax.sharding import AbstractMesh
+
 from mod_jax.config import ModelConfig
+from mod_jax.ops.embedding import TABLE_AXES
 from mod_jax.rehearsal import products
 from mod_jax.rehearsal.program import Instruction, Program
+from mod_jax.sharding import ROWS, mesh_axes, partition, ways
 
 LOSSES = {"mimic", "preference", "next_token", "pair_means"}  # scopes
 
@@ -22,7 +26,7 @@ class Work(NamedTuple):
 
     Attributes:
       words: Rows of the head that it holds.
-      read: Positions that the loss reads.
+      read: Positions of which the loss reads these words: those of all devices that share it out.
       routed: Pairs of a position and its expert that it computes.
     """
 
@@ -46,7 +50,11 @@ def work_of(student: ModelConfig, mesh: Mapping[str, int], read: int, tokens: in
     """
     moe = student.decoder.moe
     choices = moe.experts_per_token if moe else 0
-    return Work(student.decoder.vocab_size // mesh["tensor"], read, tokens * choices)
+    words = student.decoder.vocab_size
+    sizes = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    slices = mesh_axes(partition(sizes, (words,), TABLE_AXES[:1])[0])
+    readers = tuple(axis for axis in slices if axis in ROWS)
+    return Work(words // ways(sizes, slices), read * ways(sizes, readers), tokens * choices)
 
 
 def trips(work: Work, program: Program) -> Callable[[Instruction], int]:

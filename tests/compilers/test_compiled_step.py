@@ -84,8 +84,9 @@ def test_no_array_has_two_axes_of_positions(found, step):
 
 
 def test_no_array_has_tokens_and_words(found, step, mesh):
-    words = step.student.decoder.vocab_size // mesh.shape["tensor"]
-    tokens = read_positions(step) // row_ways(mesh)
+    slices, readers = mesh.shape["tensor"] * mesh.shape["expert"], mesh.shape["expert"]
+    words = step.student.decoder.vocab_size // slices
+    tokens = read_positions(step) * readers // row_ways(mesh)
     for array, instruction in found["program"].arrays():
         if words in array.shape:
             assert math.prod(array.shape) // words < tokens, instruction
