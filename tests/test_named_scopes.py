@@ -51,7 +51,7 @@ SCOPES = [
 
 @pytest.fixture(scope="module")
 def op_names():
-    """Names of all operations of a compiled step of a sparse student on two devices."""
+    """Names of all operations of a compiled step of a sparse student on four devices."""
     objective = ObjectiveConfig("mimic", next_token_weight=1.0)
     stage = StageConfig(("*",), objective, DataConfig((SourceConfig(),)), steps=1)
     params = params_of(SPARSE)
@@ -60,7 +60,7 @@ def op_names():
     teacher = {n: p for n, p in params_of(TEACHER).items() if not n.startswith("vision_tower.")}
     read = Frozen({name: params[name] for name in frozen}, teacher)
     optimizer = make_optimizer(OptimizerConfig(), stage.steps)
-    mesh = make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2), jax.devices()[:4])
     # By default the compilation cache ignores names, and may return a program with other ones.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     with jax.set_mesh(mesh):
