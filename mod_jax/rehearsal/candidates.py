@@ -17,7 +17,7 @@ from mod_jax.models import llava
 from mod_jax.models.vision import without_tower
 from mod_jax.rehearsal.hardware import Hardware
 from mod_jax.rehearsal.recipe import Planned
-from mod_jax.sharding import AXES, ROWS, RULES, parameter_shardings
+from mod_jax.sharding import AXES, ROWS, partition, ways
 from mod_jax.training.state import split_trained
 
 REMATS = ("full", "dots", "none")
@@ -29,7 +29,11 @@ FLOAT32, HALF = 4, 2  # bytes
 FULL = 0.8  # of the memory, as the estimate leaves out what a compiler needs besides
 ALIKE = 0.03  # relative difference of estimates below which memory decides
 A_MESH = 2  # candidates of one mesh among those that are compiled
-GATHERED = ("embed", "expert_embed")  # logical axes over whose mesh axes weights are gathered
+GATHERED = (
+    "embed",
+    "expert_embed",
+    "word_embed",
+)  # logical axes over whose mesh axes weights are gathered
 
 
 class Candidate(NamedTuple):
@@ -102,20 +106,12 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def _divides(plan: Planned, sizes: Mapping[str, int]) -> bool:
-    """Whether heads, experts and rows divide over a mesh, and every parameter can be placed."""
+    """Whether heads, experts and rows divide over a mesh; heads need not, but should."""
     models = [model for model in (plan.student, plan.teacher) if model]
     experts = plan.student.decoder.moe.num_experts if plan.student.decoder.moe else 1
-    ways = math.prod(sizes[axis] for axis in ROWS)
-    if experts % sizes["expert"] or plan.stage.rows % ways:
+    if experts % sizes["expert"] or plan.stage.rows % math.prod(sizes[axis] for axis in ROWS):
         return False
-    if any(model.decoder.num_kv_heads % sizes["tensor"] for model in models):
-        return False
-    try:
-        for model in models:
-            parameter_shardings(_abstract(sizes), llava.abstract(model), llava.axes(model))  # type: ignore[arg-type]
-    except ConfigError:
-        return False
-    return True
+    return not any(model.decoder.num_kv_heads % sizes["tensor"] for model in models)
 
 
 def _abstract(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -168,18 +164,18 @@ class _Held(NamedTuple):
         shapes = llava.abstract(plan.student)
         trained = set(split_trained(shapes, plan.stage.trains)[0])
         state = student = teacher = to_student = to_teacher = gradients = 0.0
-        for name, here, ways, weights in _parameters(plan.student, shapes, sizes):
+        for name, here, parts, weights in _parameters(plan.student, shapes, sizes):
             trains = name in trained
             state += here * (4 * FLOAT32 if trains else HALF)
-            sent = here * (ways - 1)
+            sent = here * (parts - 1)
             to_student += sent * HALF
             gradients += trains * FLOAT32 * (sent + here * 2 * (1 - 1 / sizes["data"]))
             student += weights
         if plan.teacher:
             shapes = without_tower(llava.abstract(plan.teacher))
-            for _, here, ways, weights in _parameters(plan.teacher, shapes, sizes):
+            for _, here, parts, weights in _parameters(plan.teacher, shapes, sizes):
                 state += here * HALF
-                to_teacher += here * (ways - 1) * HALF
+                to_teacher += here * (parts - 1) * HALF
                 teacher += weights
         return cls(state, student, teacher, to_student, to_teacher, gradients)
 
@@ -188,22 +184,15 @@ def _parameters(
     config: ModelConfig, shapes: Mapping, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, float, int, float]]:
     """(name, numbers on a device, ways that are gathered, weights that a token meets)."""
-    axes, moe = llava.axes(config), config.decoder.moe
-    shardings = parameter_shardings(_abstract(sizes), shapes, axes)  # type: ignore[arg-type]
+    axes, moe, mesh = llava.axes(config), config.decoder.moe, _abstract(sizes)
     for name, array in shapes.items():
-        here = math.prod(shardings[name].shard_shape(array.shape))
-        ways = math.prod(
-            sizes[axis]
-            for logical in axes[name]
-            if logical in GATHERED
-            for axis in _mesh_axes(RULES[logical])
+        spec = partition(mesh, array.shape, axes[name])
+        here = math.prod(array.shape) / math.prod(ways(mesh, split) for split in spec)
+        gathered = math.prod(
+            ways(mesh, split) for split, logical in zip(spec, axes[name]) if logical in GATHERED
         )
         share = moe.experts_per_token / moe.num_experts if moe and ".experts." in name else 1
-        yield name, here, ways, math.prod(array.shape) * share
-
-
-def _mesh_axes(axes: str | tuple[str, ...] | None) -> Sequence[str]:
-    return (axes,) if isinstance(axes, str) else axes or ()
+        yield name, here, gathered, math.prod(array.shape) * share
 
 
 def _kept(plan: Planned, tokens: float, remat: str) -> float:
