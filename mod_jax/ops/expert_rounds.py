@@ -46,27 +46,32 @@ def _round(
     back = (window.received, window.sent)
     with jax.named_scope("spread"):
         sent = spread(x, token, window.slot)
-        # equivalent to: weights applied to what comes back. So their gradient needs neither that
-        # nor the down projection again.
         shares = spread(weights.reshape(-1), window.pair, window.slot.reshape(-1, 1))
     received = swap(form, sent, window.sent, window.received)
     shares = swap(form, shares, window.sent, window.received)
     arrived, shares = (permute(a, window.order, window.inverse) for a in (received, shares))
-    results = permute(
-        _swiglu(arrived, shares, experts, window.group_sizes), window.inverse, window.order
-    )
+    if form == "local":
+        # What the experts give is at hand, and narrower than what they compute inside.
+        results = _swiglu(arrived, None, experts, window.group_sizes)
+        results = (results * shares[:, None]).astype(results.dtype)
+    else:
+        # equivalent to: weights applied to what comes back. So their gradient needs neither that
+        # nor the down projection again.
+        results = _swiglu(arrived, shares, experts, window.group_sizes)
+    results = permute(results, window.inverse, window.order)
     with jax.named_scope("combine"):
         return collect(swap(form, results, *back), token, window.slot)
 
 
 @jax.named_scope("swiglu")
 def _swiglu(
-    rows: jax.Array, shares: jax.Array, experts: Arrays, group_sizes: jax.Array
+    rows: jax.Array, shares: jax.Array | None, experts: Arrays, group_sizes: jax.Array
 ) -> jax.Array:
-    """SwiGLU of f[r,D], rows sorted by expert, each times its share f32[r]."""
-    gate, up, down = experts
-    products = (grouped_matmul(rows, w, group_sizes) for w in (gate, up))
-    return grouped_matmul(_hidden(*products, shares), down, group_sizes)
+    """SwiGLU of f[r,D], rows sorted by expert, each times its share f32[r] if there are any."""
+    *inner, down = experts
+    gate, up = (grouped_matmul(rows, w, group_sizes) for w in inner)
+    hidden = jax.nn.silu(gate) * up if shares is None else _hidden(gate, up, shares)
+    return grouped_matmul(hidden, down, group_sizes)
 
 
 def _gated(gate: jax.Array, up: jax.Array, shares: jax.Array) -> jax.Array:
