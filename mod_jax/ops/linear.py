@@ -36,23 +36,23 @@ class Layout(NamedTuple):
 
     Attributes:
       inputs: Number of dimensions of D.
-      on_mesh: Whether there are several devices.
-      weight: The mesh axes of each dimension of the weight, on a mesh.
+      on_mesh: Whether there are several devices. There the weight is a matrix, so `inputs` is 1.
+      matrix: The mesh axes of the two dimensions of this matrix.
     """
 
     inputs: int
     on_mesh: bool = False
-    weight: PartitionSpec = PartitionSpec()
+    matrix: PartitionSpec = PartitionSpec(None, None)
 
     @property
-    def contracted(self) -> list[str | None]:
-        """`tensor` for each dimension of D of which devices hold slices in the product."""
-        return [TENSOR if split == TENSOR else None for split in self.weight[: self.inputs]]
+    def contracted(self) -> str | None:
+        """`tensor` if devices along it hold slices of D."""
+        return TENSOR if self.matrix[0] == TENSOR else None
 
     @property
-    def output(self) -> list[str | None]:
-        """The same for each dimension of F."""
-        return [TENSOR if split == TENSOR else None for split in self.weight[self.inputs :]]
+    def output(self) -> str | None:
+        """`tensor` if devices along it make slices of F."""
+        return TENSOR if self.matrix[1] == TENSOR else None
 
 
 def linear(
@@ -77,13 +77,11 @@ def linear(
         return _linear(Layout(inputs), x, w)
     # As a product of matrices: of the dimensions of D, and of those of F, only the first is split.
     lies = partition(mesh, w.shape, axes)
-    matrix = PartitionSpec(lies[0], lies[inputs])
+    layout = Layout(1, True, PartitionSpec(lies[0], lies[inputs]))
     rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
-    # what is held as int8 becomes an array first
-    w = (w if isinstance(w, jax.Array) else w.astype(x.dtype)).reshape(
-        math.prod(w.shape[:inputs]), -1
-    )
-    y = _linear(Layout(1, True, matrix), x.reshape(*rows, len(w)), w)
+    array = w if isinstance(w, jax.Array) else w.astype(x.dtype)  # from int8
+    matrix = array.reshape(math.prod(w.shape[:inputs]), -1)
+    y = _linear(layout, x.reshape(*rows, len(matrix)), matrix)
     return y.reshape(*rows, *outputs)
 
 
@@ -133,12 +131,12 @@ def _product(layout: Layout, x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax
     contracted, outputs = letters[: layout.inputs], letters[layout.inputs :]
 
     def run(x, w):
-        w = whole(w, layout.weight)
+        w = whole(w, layout.matrix)
         y = jnp.einsum(f"...{contracted},{letters}->...{outputs}", x, w)
         return _summed(layout.contracted, y), w
 
     of_x, of_y, of_w = _specs(layout, x.ndim - layout.inputs)
-    return _on_devices(layout, run, (of_x, layout.weight), (of_y, of_w))(x, w)
+    return _on_devices(layout, run, (of_x, layout.matrix), (of_y, of_w))(x, w)
 
 
 def _input_gradient(layout: Layout, dy: jax.Array, w: jax.Array) -> jax.Array:
@@ -164,17 +162,17 @@ def _weight_gradient(layout: Layout, x: jax.Array, dy: jax.Array) -> jax.Array:
         x_nd, dy_nf = (a.reshape(math.prod(a.shape[:rows]), -1) for a in (x, dy))
         dw = jnp.einsum("nd,nf->df", x_nd, dy_nf, preferred_element_type=jnp.float32)
         dw = dw.reshape(*x.shape[rows:], *dy.shape[rows:])
-        return own_share(dw, layout.weight) if layout.on_mesh else dw
+        return own_share(dw, layout.matrix) if layout.on_mesh else dw
 
     of_x, of_y, _ = _specs(layout, rows)
-    return _on_devices(layout, run, (of_x, of_y), layout.weight)(x, dy)
+    return _on_devices(layout, run, (of_x, of_y), layout.matrix)(x, dy)
 
 
 def _specs(layout: Layout, rows: int) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
     """How x, y and the gathered weight are split, where x has `rows` dimensions before D."""
     before = (ROWS, *[None] * (rows - 1))
     d, f = layout.contracted, layout.output
-    return PartitionSpec(*before, *d), PartitionSpec(*before, *f), PartitionSpec(*d, *f)
+    return PartitionSpec(*before, d), PartitionSpec(*before, f), PartitionSpec(d, f)
 
 
 def _on_devices(layout: Layout, run: Callable, in_specs, out_specs) -> Callable:
@@ -185,6 +183,6 @@ def _on_devices(layout: Layout, run: Callable, in_specs, out_specs) -> Callable:
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _summed(slices: list[str | None], x: jax.Array) -> jax.Array:
+def _summed(slices: str | None, x: jax.Array) -> jax.Array:
     """The sum over the devices that hold slices of a contracted dimension."""
-    return jax.lax.psum(x, TENSOR) if any(slices) else x
+    return jax.lax.psum(x, slices) if slices else x
