@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mod_jax.config import MeshConfig
 from mod_jax.rehearsal import topology
+from mod_jax.rehearsal.stage import QUICK
 from mod_jax.sharding import AXES, make_mesh
 
 ON = flags.DEFINE_enum("on", "v5e-64", topology.NAMES, "The slice.")
@@ -55,8 +56,7 @@ def collectives(run, mesh, *shapes: jax.ShapeDtypeStruct) -> str:
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(run, in_specs=specs, out_specs=PartitionSpec(AXES), check_vma=False)
         jitted = jax.jit(mapped, in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))
-        quick = {"exec_time_optimization_effort": -1.0}
-        text = jitted.lower(*shapes).compile(compiler_options=quick).as_text()
+        text = jitted.lower(*shapes).compile(compiler_options=QUICK).as_text()
     return ", ".join(sorted(set(re.findall(rf" ({KINDS})(?:-start)?\(", text or ""))))
 
 

@@ -215,6 +215,17 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def ambient_mesh() -> AbstractMesh | None:
+    """The ambient mesh (`jax.set_mesh`) if it has several devices, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Casts an array to vary along axes of a `jax.shard_map`: its gradient is summed over them."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps activations split by rows under the ambient mesh (`jax.set_mesh`).
 

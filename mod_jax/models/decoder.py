@@ -18,7 +18,7 @@ from mod_jax.models.moe import MoE, MoEAux
 from mod_jax.models.parameters import constant, multiplied, weight
 from mod_jax.models.remat import rematerialised
 from mod_jax.ops.attention import attention, attention_to
-from mod_jax.ops.embedding import lookup
+from mod_jax.ops.embedding import TABLE_AXES, lookup
 from mod_jax.ops.linear import add
 from mod_jax.ops.visibility import visible
 from mod_jax.sharding import constrain_rows
@@ -247,13 +247,12 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         table = (config.vocab_size, config.hidden_size)
-        axes = ("vocab", "word_embed")
         stddev = config.hidden_size**-0.5
-        self.embedding = nnx.Dict(w_vd=weight(rngs, (), table, axes, stddev))
+        self.embedding = nnx.Dict(w_vd=weight(rngs, (), table, TABLE_AXES, stddev))
         self.layers = Layers(config, rngs)
         self.norm = RMSNorm((), config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
-            self.head = nnx.Dict(w_vd=weight(rngs, (), table, axes, stddev))
+            self.head = nnx.Dict(w_vd=weight(rngs, (), table, TABLE_AXES, stddev))
 
     @jax.named_scope("embedding")
     def embed(self, tokens: Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mod_jax.batch import Array
-from mod_jax.sharding import ROWS, mesh_axes, partition
+from mod_jax.sharding import ROWS, ambient_mesh, mesh_axes, partition, varying
 
 TABLE_AXES = ("vocab", "word_embed")  # logical axes of a table's dimensions
 
@@ -29,8 +29,8 @@ def lookup(table_vd: jax.Array, tokens: Array, dtype: str) -> jax.Array:
       f[B,S,D].
     """
     # equivalent to: table_vd[tokens].astype(dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = ambient_mesh()
+    if mesh is None:
         return _rows(table_vd, jnp.asarray(tokens)).astype(dtype)
     spec = partition(mesh, table_vd.shape, TABLE_AXES)
     vocab, embed = map(mesh_axes, spec)
@@ -62,8 +62,8 @@ def _on_device(
       table_vd: This device's words and columns.
       tokens: i32[b,S].
     """
-    tokens = _varying(tokens, tuple(axis for axis in vocab if axis not in ROWS))
-    table_vd = _varying(table_vd, tuple(axis for axis in ROWS if axis not in vocab + embed))
+    tokens = varying(tokens, tuple(axis for axis in vocab if axis not in ROWS))
+    table_vd = varying(table_vd, tuple(axis for axis in ROWS if axis not in vocab + embed))
     readers = tuple(axis for axis in vocab if axis in ROWS)
     for axis in readers + embed:  # tokens of [embed, readers, b]
         tokens = jax.lax.all_gather(tokens, axis, tiled=True)
@@ -83,7 +83,3 @@ def _on_device(
         else:
             found = jax.lax.psum(found, axis)
     return jax.lax.all_to_all(found, embed, 0, 2, tiled=True) if embed else found
-
-
-def _varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.pcast(x, axes, to="varying") if axes else x

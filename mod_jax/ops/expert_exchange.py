@@ -9,7 +9,6 @@ in the form that `exchange_form` names.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from mod_jax.ops.exchange_form import exchange_form
 from mod_jax.ops.expert_rounds import in_rounds
 from mod_jax.ops.expert_windows import routing_of
 from mod_jax.ops.weights import keeps_no_weight, scattered, whole
-from mod_jax.sharding import AXES, ROWS, mesh_axes, partition
+from mod_jax.sharding import AXES, ROWS, ambient_mesh, mesh_axes, partition, row_ways, varying
 
 # Logical axes of gate, up and down.
 EXPERT_AXES = (
@@ -56,12 +55,11 @@ def expert_layer(
     """
     # equivalent to: expert_layer_oracle(x, choices, weights, gate_w_edf, up_w_edf, down_w_efd)
     experts = (gate_w_edf, up_w_edf, down_w_efd)
-    mesh = jax.sharding.get_abstract_mesh()
-    form = exchange_form(mesh)
-    if mesh.empty or mesh.size == 1:
-        return in_rounds(form, routing_of(choices, len(gate_w_edf), 1), x, weights, experts)
+    mesh = ambient_mesh()
+    if mesh is None:
+        return in_rounds("local", routing_of(choices, len(gate_w_edf), 1), x, weights, experts)
     peers = mesh.shape["expert"]
-    ways = math.prod(mesh.shape[axis] for axis in ROWS)
+    ways = row_ways(mesh)
     require(
         len(gate_w_edf) % peers == 0,
         "moe.num_experts",
@@ -72,7 +70,7 @@ def expert_layer(
     require(len(x) % ways == 0, "rows", len(x), f"a multiple of data x fsdp x expert = {ways}")
     rows = PartitionSpec(ROWS)
     lie = tuple(partition(mesh, w.shape, axes) for w, axes in zip(experts, EXPERT_AXES))
-    body = functools.partial(_device, form, peers, lie)
+    body = functools.partial(_device, exchange_form(mesh), peers, lie)
     return jax.shard_map(body, in_specs=(rows, rows, rows, *lie), out_specs=rows)(
         x, choices, weights, *experts
     )
@@ -118,8 +116,8 @@ def _device(
     of_experts = {axis for split in lie[0] for axis in mesh_axes(split)}
     split = tuple(axis for axis in AXES if axis not in ROWS and axis in of_experts)
     summed = tuple(axis for axis in ROWS if axis not in of_experts)
-    x, choices, weights = (_varying(a, split) for a in (x, choices, weights))
-    experts = tuple(_varying(w, summed) for w in experts)
+    x, choices, weights = (varying(a, split) for a in (x, choices, weights))
+    experts = tuple(varying(w, summed) for w in experts)
     routing = routing_of(choices, len(experts[0]), peers)
 
     # equivalent to: the same without checkpoint. The forward pass saves everything except the
@@ -133,10 +131,6 @@ def _device(
     y = run(x, weights, *experts)
     # The down projection only sums over this device's part of F.
     return jax.lax.psum(y, split) if split else y
-
-
-def _varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def _gathering(of_expert: PartitionSpec) -> PartitionSpec:

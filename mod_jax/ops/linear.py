@@ -26,7 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from mod_jax.ops.weights import own_share, whole
-from mod_jax.sharding import ROWS, partition
+from mod_jax.sharding import ROWS, ambient_mesh, partition
 
 TENSOR = "tensor"
 
@@ -72,8 +72,8 @@ def linear(
       f[..., F] in the dtype of `x`.
     """
     # equivalent to: jnp.tensordot(x, w.astype(x.dtype), inputs)
-    mesh = jax.sharding.get_abstract_mesh()
-    if axes is None or mesh.empty or mesh.size == 1:
+    mesh = ambient_mesh()
+    if axes is None or mesh is None:
         return _linear(Layout(inputs), x, w)
     # As a product of matrices: of the dimensions of D, and of those of F, only the first is split.
     lies = partition(mesh, w.shape, axes)

@@ -47,7 +47,7 @@ from mod_jax.ops.vocab_chunks import fitted, sweep_chunks
 from mod_jax.ops.vocab_sweep import Block, Form, Plan, Side, Sweep
 from mod_jax.ops.vocab_tiles import sweep_tiles
 from mod_jax.ops.weights import own_share, whole
-from mod_jax.sharding import ROWS, mesh_axes, partition
+from mod_jax.sharding import ROWS, ambient_mesh, mesh_axes, partition
 
 # An accelerator needs enough positions to pay for reading the head once per chunk: C operations per
 # number read.
@@ -236,9 +236,11 @@ def _sweep(
     words = student.head.shape[0]
     shared = words if teacher is None else min(words, teacher.head.shape[0])
     plan = Plan(form, words, shared, head_trains)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _sweep_on_device(plan, student, teacher, targets, mask, weights)
+    mesh = ambient_mesh()
+    if mesh is None:
+        sweep = _sweep_on_device(plan, student, teacher, targets, mask, weights)
+        d_head = None if sweep.d_head is None else sweep.d_head.astype(student.head.dtype)
+        return sweep._replace(d_head=d_head)
     lies = partition(mesh, student.head.shape, TABLE_AXES)
     plan = plan._replace(slices=mesh_axes(lies[0]))
     rows, teacher_lies = PartitionSpec(ROWS), None
@@ -321,7 +323,7 @@ def _sweep_on_device(
     mask_bs: Array,
     weights: tuple[jax.Array, ...] | None,
 ) -> Sweep:
-    """`_sweep` of these rows and the words of these heads."""
+    """`_sweep` of these rows and the words of these heads; the gradient of a head is float32."""
 
     def flat(x):
         return x.reshape(mask_bs.size, *x.shape[2:])
@@ -348,8 +350,6 @@ def _sweep_on_device(
     values, d_hidden, d_head = sweep
     if d_hidden is not None:
         d_hidden = d_hidden.reshape(student.hidden.shape)
-    if d_head is not None and not plan.slices:
-        d_head = d_head.astype(student.head.dtype)
     return Sweep(tuple(x.reshape(mask_bs.shape) for x in values), d_hidden, d_head)
 
 

@@ -161,6 +161,7 @@ class _Held(NamedTuple):
 
     @classmethod
     def of(cls, plan: Planned, sizes: Mapping[str, int]) -> "_Held":
+        """The sums of a stage on a mesh of these sizes."""
         shapes = llava.abstract(plan.student)
         trained = set(split_trained(shapes, plan.stage.trains)[0])
         state = student = teacher = to_student = to_teacher = gradients = 0.0

@@ -8,13 +8,14 @@ tokamax's kernels, and the positions that the loss reads whole chunks of its loo
 import math
 
 import pytest
+from mesh import mesh_of, options_of
 
 from benchmarks import models
 from benchmarks.compiled_step import TRAINS, Step, figures, read_positions
 from benchmarks.sizes import Sizes, draw
-from mod_jax.config import ConfigError, MeshConfig
-from mod_jax.rehearsal import products, topology
-from mod_jax.sharding import make_mesh, row_ways
+from mod_jax.config import MeshConfig
+from mod_jax.rehearsal import products
+from mod_jax.sharding import row_ways
 
 MESHES = {
     "h100-1": MeshConfig(data=1),
@@ -33,12 +34,7 @@ def sizes(rows):
 
 @pytest.fixture(scope="module", params=MESHES)
 def mesh(request):
-    topology.prepare()
-    try:
-        devices = topology.devices(request.param)
-    except ConfigError as error:
-        pytest.skip(str(error))
-    return make_mesh(MESHES[request.param], devices)
+    return mesh_of(request.param, MESHES[request.param])
 
 
 @pytest.fixture(scope="module", params=["mimic", "preference"])
@@ -53,9 +49,7 @@ def step(request, mesh):
 
 @pytest.fixture(scope="module")
 def found(step, mesh):
-    quick = {"exec_time_optimization_effort": -1.0}
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return figures(step, mesh, quick if on_tpu else None)
+    return figures(step, mesh, options_of(mesh))
 
 
 def test_products_take_no_more_than_the_step_needs(found):

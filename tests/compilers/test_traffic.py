@@ -8,16 +8,16 @@ the batch but the hidden states that the loss compares.
 import collections
 
 import pytest
+from mesh import mesh_of, options_of
 
 from benchmarks import models
 from benchmarks.compiled_step import TRAINS, Step, figures, work_of_device
 from benchmarks.sizes import Sizes, draw
-from mod_jax.config import ConfigError, MeshConfig
+from mod_jax.config import MeshConfig
 from mod_jax.models import llava
-from mod_jax.rehearsal import topology
 from mod_jax.rehearsal.collectives import collectives
 from mod_jax.rehearsal.trips import trips
-from mod_jax.sharding import make_mesh, row_ways
+from mod_jax.sharding import row_ways
 from mod_jax.training.state import split_trained
 
 MESHES = {
@@ -31,12 +31,7 @@ SIZES = {"width": 448, "layers": 4, "heads": 7, "kv_heads": 1, "inner": 640, "wo
 
 @pytest.fixture(scope="module", params=MESHES)
 def mesh(request):
-    topology.prepare()
-    try:
-        devices = topology.devices(request.param)
-    except ConfigError as error:
-        pytest.skip(str(error))
-    return make_mesh(MESHES[request.param], devices)
+    return mesh_of(request.param, MESHES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +46,7 @@ def step(mesh):
 
 @pytest.fixture(scope="module")
 def program(step, mesh):
-    quick = {"exec_time_optimization_effort": -1.0}
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return figures(step, mesh, quick if on_tpu else None)["program"]
+    return figures(step, mesh, options_of(mesh))["program"]
 
 
 @pytest.fixture(scope="module")
